@@ -1,0 +1,48 @@
+# The two commands of the README. Each creates or reuses .venv; nothing outside the clone is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
+
+DEMO_CONFIG := configs/demo/mask-rcnn_r50_fpn_bnet5_shapes.py
+DEMO_DIR := work_dirs/demo
+
+.PHONY: help install data demo test lint clean
+
+help:
+	@echo 'make demo   install, generate shapes, train a small Mask R-CNN with BNET-5, test it, draw a picture sheet'
+	@echo 'make test   the whole test suite'
+	@echo 'make install | data | lint | clean'
+
+install: $(STAMP)
+
+$(STAMP): setup.py requirements/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'mmdet_norms needs Python >= 3.10: make PYTHON=python3.11 ...' >&2; exit 1; }
+	@test -x $(BIN)/python || { echo 'creating .venv'; $(PYTHON) -m venv .venv; }
+	@echo 'installing into .venv (versions: requirements/constraints.txt)'
+	@$(PIP) setuptools wheel
+	@$(PIP) torch
+	@$(PIP) --no-build-isolation -e '.[lite,dev]'
+	@# opencv-python needs libGL, which bare machines lack; the headless build is the same module without it.
+	@$(BIN)/python -c 'import cv2' 2>/dev/null || $(PIP) --force-reinstall --no-deps opencv-python-headless
+	@touch $@
+
+data: $(STAMP)
+	@$(BIN)/python tools/make_shapes.py --out data/shapes
+
+demo: data
+	@$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_DIR)
+	@$(BIN)/python tools/test.py $(DEMO_CONFIG) "$$(cat $(DEMO_DIR)/last_checkpoint)" --eval bbox segm \
+		--work-dir $(DEMO_DIR) --out $(DEMO_DIR)/results.pkl
+	@$(BIN)/python tools/picture_sheet.py $(DEMO_CONFIG) $(DEMO_DIR)/results.pkl --out $(DEMO_DIR)/pictures.png
+	@echo 'AP: $(DEMO_DIR)/results.json   pictures: $(DEMO_DIR)/pictures.png   log and checkpoint: $(DEMO_DIR)/'
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	@$(BIN)/python -m ruff check .
+
+clean:
+	rm -rf work_dirs data/shapes

@@ -1,0 +1,1 @@
+"""What ``tools/*.py`` call, importable, so that an installed package has the same commands."""

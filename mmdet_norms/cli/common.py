@@ -1,0 +1,219 @@
+"""What training and testing share: arguments, the config they lead to, and errors for people."""
+
+import argparse
+import functools
+import importlib.util
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from mmdet.registry import RUNNERS
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config, DictAction
+from mmengine.hub import get_config
+from mmengine.runner import Runner
+
+from mmdet_norms.compat.checkpoints import explain_refusal
+from mmdet_norms.engine import end_processes, start_cpu_processes
+from mmdet_norms.placement import PLACEMENTS, apply_norm
+
+
+class UserError(Exception):
+    """Something the caller can put right: shown as one message, without a traceback."""
+
+
+def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
+    """Make ``main(argv)`` end with status 2 and one message on a :class:`UserError`.
+
+    Anything else keeps its traceback: it is a bug, and the traceback says where.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> None:
+        try:
+            main(argv)
+        except UserError as error:
+            print(f'error: {error}', file=sys.stderr)
+            sys.exit(2)
+        finally:
+            end_processes()
+
+    return run
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what train and test both take."""
+    parser.add_argument('--work-dir', help='where logs, checkpoints and results.json go')
+    parser.add_argument(
+        '--norm',
+        metavar='NAME',
+        help=f'put these norm layers into the model: {", ".join(PLACEMENTS)}; --cfg-options refine it',
+    )
+    parser.add_argument(
+        '--data-root',
+        metavar='DIR',
+        help="read the data from here: replaces the config's data_root wherever it was used",
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='change values of the config, e.g. train_cfg.max_epochs=1 key="[(a,b),(c,d)]"',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes; tools/dist_*.sh and tools/slurm_train.sh set it',
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config as the arguments ask for it: file, then --norm and --data-root, then --cfg-options."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = read_config(args.config)
+    if args.norm is not None:
+        try:
+            cfg.model = apply_norm(cfg.model, args.norm)
+        except ValueError as error:
+            raise UserError(f'--norm {args.norm}: {error}') from error
+    if args.data_root is not None:
+        use_data_root(cfg, args.data_root)
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = _work_dir(args, cfg)
+    _import_this_package(cfg)
+    _add_hooks(cfg)
+    return cfg
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The runner for ``cfg``, with the processes it needs already connected."""
+    setup_cache_size_limit_of_dynamo()
+    try:
+        start_cpu_processes(cfg)
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def run_with_checkpoint(run: Callable[[], object], checkpoint: str | None) -> None:
+    """Call ``run``; a checkpoint that torch refuses to unpickle becomes a message."""
+    try:
+        run()
+    except pickle.UnpicklingError as error:
+        raise UserError(explain_refusal(checkpoint or 'to resume from')) from error
+
+
+def require_checkpoint(path: str, option: str) -> None:
+    """Raise if ``path`` names a local file that is not there."""
+    if '://' not in path and not Path(path).is_file():
+        raise UserError(f'{option}: there is no checkpoint file {path}')
+
+
+def read_config(name: str) -> Config:
+    """A config file, or one that ships with a package (``mmdet::retinanet/...``)."""
+    if '::' in name:
+        return _packaged_config(name)
+    if not Path(name).is_file():
+        raise UserError(f'there is no config file {name}')
+    return Config.fromfile(name)
+
+
+def use_data_root(cfg: Config, root: str) -> None:
+    """Point datasets and evaluators at another folder.
+
+    By the time options are merged, a config has copied its ``data_root`` to where it is needed, so
+    that setting ``data_root`` by --cfg-options changes nothing.
+    """
+    old = cfg.get('data_root')
+    if not old:
+        raise UserError(
+            '--data-root: the config has no data_root to replace; set '
+            'train_dataloader.dataset.data_root and the like by --cfg-options'
+        )
+    old, new = old.rstrip('/'), root.rstrip('/')
+
+    def moved(node: object) -> object:
+        if isinstance(node, str):
+            return new + node[len(old) :] if node == old or node.startswith(f'{old}/') else node
+        if isinstance(node, dict):
+            return type(node)({key: moved(value) for key, value in node.items()})
+        return type(node)(map(moved, node)) if isinstance(node, (list, tuple)) else node
+
+    for split in ('train', 'val', 'test'):
+        for key in (f'{split}_dataloader', f'{split}_evaluator'):
+            if cfg.get(key) is not None:
+                cfg[key] = moved(cfg[key])
+    cfg.data_root = f'{new}/'
+
+
+def require_annotations(cfg: Config, dataloader: str) -> None:
+    """Raise if a dataset of ``cfg[dataloader]`` has a local annotation file that is not there."""
+    for dataset in _datasets((cfg.get(dataloader) or {}).get('dataset')):
+        path = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+        if dataset.get('ann_file') and '://' not in path and not os.path.isfile(path):
+            raise UserError(
+                f'{dataloader}: there is no annotation file {path}; give the data set with '
+                '--data-root DIR (for the generated one: python tools/make_shapes.py)'
+            )
+
+
+def _datasets(node: object) -> Iterator[dict]:
+    """The datasets within wrappers such as RepeatDataset and ConcatDataset."""
+    if isinstance(node, (list, tuple)):
+        for entry in node:
+            yield from _datasets(entry)
+    elif isinstance(node, dict):
+        if 'ann_file' in node:
+            yield node
+        yield from _datasets(node.get('dataset'))
+        yield from _datasets(node.get('datasets'))
+
+
+def _packaged_config(name: str) -> Config:
+    package = name.split('::')[0]
+    if importlib.util.find_spec(package) is None:  # mmengine would try to install it
+        raise UserError(f'config {name}: the package {package} is not installed')
+    try:
+        return get_config(name)
+    except FileNotFoundError as error:
+        raise UserError(f'config {name}: {package} has no such config ({error})') from error
+
+
+def _work_dir(args: argparse.Namespace, cfg: Config) -> str:
+    """--work-dir, else the config's own, else ./work_dirs/<config>; each norm has its own default."""
+    if args.work_dir is not None:
+        return args.work_dir
+    default = cfg.get('work_dir') or os.path.join('./work_dirs', Path(args.config).stem)
+    return default if args.norm is None else f'{default}_{args.norm}'
+
+
+def _import_this_package(cfg: Config) -> None:
+    """Let the stock mmdet tools run the config that is dumped into the work dir."""
+    custom = cfg.get('custom_imports') or {}
+    imports = custom.get('imports', [])
+    imports = [imports] if isinstance(imports, str) else list(imports)
+    if 'mmdet_norms' not in imports:
+        allow_failed = custom.get('allow_failed_imports', False)
+        cfg.custom_imports = dict(imports=['mmdet_norms', *imports], allow_failed_imports=allow_failed)
+
+
+def _add_hooks(cfg: Config) -> None:
+    """Results after every evaluation, and progress lines that do not keep one waiting."""
+    logger = cfg.get('default_hooks', {}).get('logger')
+    if logger is not None and logger.get('type') == 'LoggerHook':
+        logger.type = 'TimedLoggerHook'
+    add_hook(cfg, 'ResultsHook')
+
+
+def add_hook(cfg: Config, name: str) -> None:
+    """Append a hook without arguments to the custom hooks, unless the config has one of that type."""
+    hooks = list(cfg.get('custom_hooks') or [])
+    if all(hook.get('type') != name for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type=name)]

@@ -1,0 +1,143 @@
+"""``tools/test.py``: evaluate a checkpoint."""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+
+from mmdet.evaluation import DumpDetResults
+from mmengine.config import Config
+
+from .common import (
+    UserError,
+    add_common_arguments,
+    build_runner,
+    command,
+    load_config,
+    require_annotations,
+    require_checkpoint,
+    run_with_checkpoint,
+)
+
+KINDS = ('bbox', 'segm', 'proposal', 'proposal_fast')
+_MASK_TYPES = ('MaskFormer', 'Mask2Former', 'RTMDetIns')  # masks without anything called a mask head
+_COCO_METRICS = ('CocoMetric', 'PerClassCocoMetric')
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate as the command line says."""
+    args = parse_args(argv)
+    cfg = test_config(args)
+    runner = build_runner(cfg)
+    if args.out is not None:
+        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    run_with_checkpoint(runner.test, args.checkpoint)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog='tools/test.py', description='Evaluate a checkpoint.')
+    parser.add_argument('config', help='config file, or PACKAGE::path, e.g. mmdet::retinanet/...')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument(
+        '--eval', nargs='+', choices=KINDS, help="what to evaluate; default: what the config's evaluator says"
+    )
+    parser.add_argument('--per-class', action='store_true', help='AP of every class as well')
+    parser.add_argument('--out', metavar='FILE.pkl', help='save the detections')
+    parser.add_argument('--show-dir', metavar='DIR', help='save every test image with its detections')
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def test_config(args: argparse.Namespace) -> Config:
+    """The config that the arguments of a test lead to. Raises before anything heavy happens."""
+    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
+        raise UserError(f'--out {args.out}: the detections are pickled, name the file *.pkl')
+    cfg = load_config(args)
+    require_checkpoint(args.checkpoint, 'CKPT')
+    cfg.load_from = args.checkpoint
+    cfg.resume = False
+    if args.eval is not None:
+        _evaluate(cfg, args)
+    if args.per_class:
+        for metric in _coco_metrics(cfg, '--per-class'):
+            metric.type = 'PerClassCocoMetric'
+    if args.show_dir is not None:
+        _draw_into(cfg, args.show_dir)
+    require_annotations(cfg, 'test_dataloader')
+    return cfg
+
+
+test_config.__test__ = False  # the name is for people, not for pytest
+
+
+def _evaluate(cfg: Config, args: argparse.Namespace) -> None:
+    metrics = _coco_metrics(cfg, '--eval')
+    if 'segm' in args.eval and not predicts_masks(cfg.model):
+        others = [kind for kind in args.eval if kind != 'segm'] or ['bbox']
+        raise UserError(
+            f'--eval segm: the model of {args.config} predicts boxes only (it has no mask head); '
+            f'write --eval {" ".join(others)}, or use a config with masks such as Mask R-CNN'
+        )
+    for metric in metrics:
+        metric.metric = list(dict.fromkeys(args.eval))
+
+
+def _coco_metrics(cfg: Config, option: str) -> list[dict]:
+    """The config's COCO metrics, which are the ones that the options act on."""
+    evaluator = cfg.get('test_evaluator') or []
+    entries = list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
+    found = [entry for entry in entries if _type_name(entry) in _COCO_METRICS]
+    if not found:
+        types = ', '.join(_type_name(entry) for entry in entries) or 'none'
+        raise UserError(
+            f"{option} is for COCO metrics, but the config's test_evaluator is {types}; leave {option} "
+            "out to use it as it is, or set test_evaluator.type='CocoMetric'"
+        )
+    return found
+
+
+def predicts_masks(model_cfg: dict) -> bool:
+    """Whether a model config describes an instance segmentor: has a mask head, or a head that is one."""
+    return any(
+        value is not None
+        if 'mask' in key and 'head' in key
+        else key == 'type' and any(word in _last(value) for word in _MASK_TYPES)
+        for key, value in _items(model_cfg)
+    )
+
+
+def _items(node: object) -> Iterator[tuple]:
+    """All (key, value) pairs of a nested config."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield key, value
+            yield from _items(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _items(value)
+
+
+def _last(name: object) -> str:
+    """'CocoMetric' for 'CocoMetric', 'mmdet.CocoMetric' and the class itself."""
+    return getattr(name, '__name__', None) or str(name).rsplit('.', 1)[-1]
+
+
+def _type_name(entry: dict) -> str:
+    return _last(entry.get('type'))
+
+
+def _draw_into(cfg: Config, directory: str) -> None:
+    hooks = cfg.get('default_hooks', {})
+    if 'visualization' not in hooks:
+        raise UserError(
+            '--show-dir needs a visualization hook; set '
+            "default_hooks.visualization=dict(type='DetVisualizationHook')"
+        )
+    # an absolute path is taken as it is, a relative one would land in the dated folder of the run
+    hooks.visualization.update(draw=True, test_out_dir=os.path.abspath(directory))
+
+
+if __name__ == '__main__':
+    main()

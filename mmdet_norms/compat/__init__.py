@@ -1,0 +1,1 @@
+"""What old and new torch, and mmcv without its compiled part, need."""

@@ -1,0 +1,387 @@
+"""The compiled mmcv ops that common detectors need, in plain PyTorch.
+
+``mmcv-lite`` installs without a compiler but has no ``mmcv._ext``, so ``mmcv.ops`` and with it
+``mmdet.models`` do not import. :func:`install` puts a stand-in for ``mmcv._ext`` in place. It
+supplies the ops of Faster, Mask, Cascade and Cascade Mask R-CNN and RetinaNet (see
+:data:`SUPPLIED`) on CPU and GPU; any other op raises :class:`NotImplementedError` when called.
+A compiled mmcv, where there is one, is left alone and used.
+
+The functions here have the signatures that mmcv's Python wrappers call: results are written into
+the tensors passed in. Autograd comes from the wrappers (``mmcv.ops.roi_align`` and so on).
+"""
+import functools
+import importlib.util
+import logging
+import multiprocessing
+import os
+import sys
+import types
+from importlib.machinery import ModuleSpec
+from typing import Callable, Iterator, NamedTuple, Tuple
+
+import mmcv
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from torch import Tensor
+
+EXT_NAME = 'mmcv._ext'
+# Boxes settled at a time by nms: bounds its memory to this many rows of the IoU matrix.
+NMS_BLOCK = 512
+# Non-zeros of the RoIAlign matrix held at a time; one takes about 100 bytes in temporaries.
+ROI_ALIGN_BUDGET = 4_000_000
+_REMEDY = ('For all ops replace mmcv-lite by the full mmcv: `pip uninstall mmcv-lite`, then '
+           '`pip install -U openmim && mim install "mmcv>=2.0.0rc4,<2.2.0"`.')
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# --- Non-maximum suppression ---
+def _pairwise_iou(a: Tensor, b: Tensor, offset: int = 0) -> Tensor:
+    """IoU of boxes ``a`` (N, 4) with ``b`` (M, 4); a side is ``x2 - x1 + offset``."""
+    inter = torch.minimum(a[:, None, 2], b[:, 2]).sub_(torch.maximum(a[:, None, 0], b[:, 0]))
+    height = torch.minimum(a[:, None, 3], b[:, 3]).sub_(torch.maximum(a[:, None, 1], b[:, 1]))
+    inter.add_(offset).clamp_(min=0).mul_(height.add_(offset).clamp_(min=0))
+    area_a = (a[:, 2] - a[:, 0] + offset) * (a[:, 3] - a[:, 1] + offset)
+    area_b = (b[:, 2] - b[:, 0] + offset) * (b[:, 3] - b[:, 1] + offset)
+    return inter.div_(torch.add(area_a[:, None], area_b, out=height).sub_(inter))
+
+
+@torch.no_grad()
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) -> Tensor:
+    """Greedy NMS: by descending score, keep a box unless IoU > threshold with a kept one.
+
+    Args:
+        boxes: (N, 4) as ``x1, y1, x2, y2``. ``scores``: (N,); of equal ones the first is better.
+        offset: 0, or 1 for sides counted as ``x2 - x1 + 1``.
+
+    Returns:
+        (K,) int64 indices of the kept boxes by descending score, on the device of ``boxes``.
+    """
+    order = scores.sort(descending=True, stable=True).indices
+    rest = order
+    candidates = _at_least_fp32(boxes)[order]
+    kept = []
+    while rest.numel():
+        head = candidates[:NMS_BLOCK]
+        # overlaps[j, i]: the better box j would suppress i.
+        overlaps = (_pairwise_iou(head, head, offset) > iou_threshold).float().triu_(1)
+        # Greedy NMS is the one fixed point of keep[i] = no kept j < i overlaps i: each sweep
+        # settles at least the next box of every chain, so this ends after the longest chain.
+        keep = head.new_ones(len(head), dtype=torch.bool)
+        while True:
+            update = keep.float() @ overlaps == 0
+            if torch.equal(update, keep):
+                break
+            keep = update
+        kept.append(rest[:NMS_BLOCK][keep])
+        rest, candidates = rest[NMS_BLOCK:], candidates[NMS_BLOCK:]
+        if rest.numel():
+            alive = ~(_pairwise_iou(head[keep], candidates, offset) > iou_threshold).any(0)
+            rest, candidates = rest[alive], candidates[alive]
+    return torch.cat(kept) if kept else order
+
+
+@torch.no_grad()
+def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, sigma: float,
+            min_score: float, method: int, offset: int) -> Tensor:
+    """Soft-NMS: take the best box, lower the scores of the others by their overlap, repeat.
+
+    The factor is ``[iou < t]`` (method 0, naive), ``1 - iou`` where ``iou >= t`` (1, linear) or
+    ``exp(-iou**2 / sigma)`` (2, gaussian); a box whose score falls below ``min_score`` is out.
+
+    Args:
+        boxes: (N, 4). ``scores``: (N,).
+        dets: (N, 5), written in place: row k is the k-th picked box and its final score.
+
+    Returns:
+        (K,) int64 indices of the picked boxes in the order picked; rows K.. of dets are undefined.
+    """
+    inds = torch.arange(len(boxes), device=boxes.device)
+    # Columns x1, y1, x2, y2, score.
+    left = _at_least_fp32(torch.cat((boxes, scores[:, None]), 1))
+    picked = []
+    while len(left):
+        best = int(left[:, 4].argmax())
+        # The compiled op swaps the pick to the front; later ties are resolved in that order.
+        left[[0, best]], inds[[0, best]] = left[[best, 0]], inds[[best, 0]]
+        dets[len(picked)] = left[0]
+        picked.append(inds[0])
+        # 0 / 0 between empty boxes: no overlap.
+        iou = _pairwise_iou(left[:1, :4], left[1:, :4], offset)[0].nan_to_num_(nan=0)
+        left, inds = left[1:], inds[1:]
+        if method == 2:
+            left[:, 4] *= torch.exp(-iou**2 / sigma)
+        else:
+            left[:, 4] *= torch.where(iou >= iou_threshold, (1 - iou) * method, 1)
+        alive = ~(left[:, 4] < min_score)
+        count = int(alive.sum())
+        # Also as compiled: gaps are filled with the survivors from the far end.
+        slots = torch.arange(count, device=boxes.device)
+        slots[~alive[:count]] = alive[count:].nonzero()[:, 0].flip(0) + count
+        left, inds = left[slots], inds[slots]
+    return torch.stack(picked) if picked else inds
+
+
+# --- RoIAlign ---
+class _Taps(NamedTuple):
+    """What each bin reads along one axis: (R, bins, K), of which the first ``count`` are valid."""
+
+    pixel: Tensor
+    weight: Tensor
+    count: Tensor
+
+
+def _axis_taps(start: Tensor, length: Tensor, bins: int, sampling_ratio: int, size: int) -> _Taps:
+    """Interpolation weights of every bin along one axis of ``size`` pixels.
+
+    Args:
+        start, length: (R,) RoI extent in pixels of the feature map.
+    """
+    bin_size = length / bins
+    grid = bin_size.ceil() if sampling_ratio <= 0 else torch.full_like(bin_size, sampling_ratio)
+    # RoIs that are inverted or not finite have no samples.
+    grid = torch.where(grid.isfinite(), grid, 0).clamp_(min=0)
+    most = int(grid.max()) if len(grid) else 0
+    bin_size, grid = bin_size[:, None, None], grid[:, None, None]
+    divisor = grid.clamp(min=1)
+    sample = torch.arange(most, device=start.device, dtype=start.dtype)
+    # Surplus samples of RoIs with a smaller grid repeat the last one, at weight zero.
+    used = torch.minimum(sample, grid - 1)
+    at = (start[:, None, None] + torch.arange(bins, device=start.device)[:, None] * bin_size
+          + (used + 0.5) * bin_size / divisor)
+    inside = (sample < grid) & (at >= -1) & (at <= size)
+    share = inside / divisor
+    at = at.nan_to_num_(nan=0).clamp_(0, size - 1)
+    low = at.floor().clamp_(max=max(size - 2, 0))
+    high_share = (at - low) * share
+    # Merge what neighbouring samples share: a sample moves on by 0, 1 or 2 (= no overlap) taps.
+    step = low.diff(dim=2, prepend=low[:, :, :1])
+    slot = torch.where((step == 0) | (step == 1), step, 2).long().cumsum(2)
+    taps = int(slot.max()) + 2 if slot.numel() else 0
+    weight = at.new_zeros(*at.shape[:2], taps)
+    weight.scatter_add_(2, slot, share - high_share).scatter_add_(2, slot + 1, high_share)
+    pixel = slot.new_zeros(weight.shape)
+    low = low.long()
+    pixel.scatter_(2, slot + 1, (low + 1).clamp_(max=size - 1)).scatter_(2, slot, low)
+    count = (slot[:, :, -1] + 2) * inside.any(2) if taps else slot.sum(2)
+    return _Taps(pixel, weight, count)
+
+
+def _expand(counts: Tensor) -> Tuple[Tensor, Tensor]:
+    """For groups of ``counts`` members: the group of each member and its number in the group."""
+    group = torch.repeat_interleave(counts)
+    first = counts.cumsum(0) - counts
+    return group, torch.arange(len(group), device=counts.device) - first[group]
+
+
+def _roi_align_matrix(rois: Tensor, shape: torch.Size, bins: Tuple[int, int],
+                      spatial_scale: float, sampling_ratio: int,
+                      aligned: bool) -> Iterator[Tuple[slice, Tensor, Tensor, Tensor]]:
+    """RoIAlign as a sparse matrix; it is linear in the features.
+
+    A bin is the mean of bilinear samples on a grid. Both are products of a y and an x part, so
+    pixel (y, x) has the weight ``wy[y] * wx[x]`` in the bin, with 1-D weights per RoI and axis.
+
+    Yields:
+        Chunks of RoIs: their slice, and the non-zeros sorted by bin as (bin within the chunk in
+        (r, bin_h, bin_w) order, pixel in (n, h, w) order, weight).
+    """
+    height, width = shape[2:]
+    bins_h, bins_w = bins
+    corners = rois[:, 1:] * spatial_scale - (0.5 if aligned else 0.0)
+    start, length = corners[:, :2], corners[:, 2:] - corners[:, :2]
+    if not aligned:
+        length = length.clamp(min=1)
+    ys = _axis_taps(start[:, 1], length[:, 1], bins_h, sampling_ratio, height)
+    xs = _axis_taps(start[:, 0], length[:, 0], bins_w, sampling_ratio, width)
+    image_row = rois[:, 0].long()[:, None, None] * height
+    total = (ys.count.sum(1) * xs.count.sum(1)).cumsum(0)
+    stop = 0
+    for size in torch.unique_consecutive(total // ROI_ALIGN_BUDGET, return_counts=True)[1].tolist():
+        part = slice(stop, stop + size)
+        stop += size
+        # A line is the pixels of one row in one bin: expand bins to lines, lines to pixels.
+        line_bin, y_at = _expand(ys.count[part, :, None].expand(-1, -1, bins_w).reshape(-1))
+        y_at += line_bin // bins_w * ys.pixel.shape[2]
+        line_pixel = ((image_row[part] + ys.pixel[part]) * width).view(-1)[y_at]
+        line_weight = ys.weight[part].view(-1)[y_at]
+        line_x = line_bin // (bins_h * bins_w) * bins_w + line_bin % bins_w
+        line, x_at = _expand(xs.count[part].view(-1)[line_x])
+        x_at += (line_x * xs.pixel.shape[2])[line]
+        yield (part, line_bin[line], line_pixel[line] + xs.pixel[part].view(-1)[x_at],
+               line_weight[line] * xs.weight[part].view(-1)[x_at])
+
+
+def _sparse_matmul(row: Tensor, column: Tensor, weight: Tensor, rows: int, dense: Tensor) -> Tensor:
+    """``out[i] = sum of weight * dense[column] where row == i``; ``row`` must be sorted."""
+    counts = torch.bincount(row, minlength=rows)
+    return F.embedding_bag(column, dense, counts.cumsum(0) - counts, mode='sum',
+                           per_sample_weights=weight)
+
+
+def _check_pool_mode(pool_mode: int) -> None:
+    if pool_mode != 1:
+        raise NotImplementedError(
+            "roi_align with pool_mode='max' is not among the PyTorch ops of mmdet_norms, which "
+            f"know pool_mode='avg'. {_REMEDY}")
+
+
+@torch.no_grad()
+def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor,
+                      argmax_x: Tensor, aligned_height: int, aligned_width: int,
+                      spatial_scale: float, sampling_ratio: int, pool_mode: int,
+                      aligned: bool) -> None:
+    """RoIAlign: each bin of a RoI is the mean of a grid of bilinear samples.
+
+    Samples outside [-1, size] count as 0. Half precision is computed in fp32 and rounded once.
+    RoIs without samples (not finite, or aligned and adaptive without positive size) give 0.
+
+    Args:
+        input: (N, C, H, W).
+        rois: (R, 5) as ``image index, x1, y1, x2, y2``.
+        output: (R, C, aligned_height, aligned_width), written in place.
+        argmax_y, argmax_x: Of max pooling; unused.
+        spatial_scale: Feature map size / image size.
+        sampling_ratio: Samples per bin and axis; 0: ``ceil(bin size)`` for each RoI and axis.
+        pool_mode: 1 (mean).
+        aligned: Shift RoIs by half a pixel; otherwise they are at least one pixel in size.
+
+    Raises:
+        NotImplementedError: For ``pool_mode=0`` (max).
+    """
+    _check_pool_mode(pool_mode)
+    channels = input.shape[1]
+    pixels = _at_least_fp32(input).permute(0, 2, 3, 1).reshape(-1, channels)
+    for part, bin_, pixel, weight in _roi_align_matrix(
+            rois.to(pixels), input.shape, (aligned_height, aligned_width), spatial_scale,
+            sampling_ratio, aligned):
+        out = output[part].permute(0, 2, 3, 1)
+        out.copy_(_sparse_matmul(bin_, pixel, weight, out[..., 0].numel(), pixels).view(out.shape))
+
+
+@torch.no_grad()
+def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor,
+                       grad_input: Tensor, aligned_height: int, aligned_width: int,
+                       spatial_scale: float, sampling_ratio: int, pool_mode: int,
+                       aligned: bool) -> None:
+    """Gradient of :func:`roi_align_forward` by ``input``, written into ``grad_input``."""
+    _check_pool_mode(pool_mode)
+    channels = grad_output.shape[1]
+    grads = _at_least_fp32(grad_output).permute(0, 2, 3, 1)
+    total = grads.new_zeros(grad_input[:, 0].numel(), channels)
+    for part, bin_, pixel, weight in _roi_align_matrix(
+            rois.to(grads), grad_input.shape, (aligned_height, aligned_width), spatial_scale,
+            sampling_ratio, aligned):
+        # The transposed product. Sorted sums, not atomic adds, so runs repeat exactly on a GPU.
+        pixel, order = pixel.sort(stable=True)
+        total += _sparse_matmul(pixel, bin_[order], weight[order], len(total),
+                                grads[part].reshape(-1, channels))
+    image = grad_input.permute(0, 2, 3, 1)
+    image.copy_(total.view(image.shape))
+
+
+# --- Focal loss ---
+def _focal_terms(input: Tensor, target: Tensor, weight: Tensor,
+                 alpha: float) -> Tuple[Tensor, Tensor]:
+    """Per logit the sign of the truth and its alpha factor times the weight."""
+    hit = target[:, None] == torch.arange(input.shape[1], device=input.device)
+    factor = torch.full_like(_at_least_fp32(input), 1 - alpha).masked_fill_(hit, alpha)
+    if weight.numel():
+        factor *= weight[target][:, None]
+    return torch.where(hit, 1, -1), factor
+
+
+@torch.no_grad()
+def sigmoid_focal_loss_forward(input: Tensor, target: Tensor, weight: Tensor, output: Tensor,
+                               gamma: float, alpha: float) -> None:
+    """Focal loss ``-a * (1 - p)**gamma * log(p)`` per logit, written into ``output``.
+
+    ``p`` is the probability of the truth: ``sigmoid(x)`` with ``a = alpha`` for the target class,
+    ``sigmoid(-x)`` with ``a = 1 - alpha`` for the others.
+
+    Args:
+        input: (N, C) logits. ``output``: (N, C).
+        target: (N,) int64 class; C means background.
+        weight: (C,) factor by target class, or empty.
+    """
+    sign, factor = _focal_terms(input, target, weight, alpha)
+    x = _at_least_fp32(input) * sign
+    output.copy_(-factor * torch.sigmoid(-x)**gamma * F.logsigmoid(x))
+
+
+@torch.no_grad()
+def sigmoid_focal_loss_backward(input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor,
+                                gamma: float, alpha: float) -> None:
+    """Gradient ``-a * (1 - p)**gamma * (1 - p - gamma * p * log(p))`` of the loss by the logit."""
+    sign, factor = _focal_terms(input, target, weight, alpha)
+    x = _at_least_fp32(input) * sign
+    miss = torch.sigmoid(-x)
+    slope = miss - gamma * torch.sigmoid(x) * F.logsigmoid(x)
+    grad_input.copy_(-factor * sign * miss**gamma * slope)
+
+
+# --- The stand-in for mmcv._ext ---
+SUPPLIED = {op.__name__: op for op in (
+    nms, softnms, roi_align_forward, roi_align_backward, sigmoid_focal_loss_forward,
+    sigmoid_focal_loss_backward)}
+
+
+class _PyTorchExt(types.ModuleType):
+    """Has every op, since mmcv checks that all exist on import; those not supplied raise."""
+
+    def __getattr__(self, name: str) -> Callable:
+        if name.startswith('_'):
+            raise AttributeError(f'module {self.__name__!r} has no attribute {name!r}')
+
+        def op(*args, **kwargs):
+            if name in SUPPLIED:
+                _announce()
+                return SUPPLIED[name](*args, **kwargs)
+            if name in ('get_compiler_version', 'get_compiling_cuda_version'):
+                return 'N/A'
+            raise NotImplementedError(
+                f'mmcv op {name!r} is not available: mmcv-lite has no compiled ops and mmdet_norms '
+                f'supplies only {", ".join(SUPPLIED)} in PyTorch. {_REMEDY}')
+
+        op.__name__ = name
+        setattr(self, name, op)
+        return op
+
+
+@functools.lru_cache(maxsize=None)
+def _announce() -> None:
+    """Log :func:`describe` on first use: once per run, not per rank, nor on a mere import."""
+    if os.environ.get('RANK', '0') == '0' and multiprocessing.parent_process() is None:
+        print_log(describe(), logger='current', level=logging.INFO)
+
+
+def active() -> str:
+    """``'compiled'`` where mmcv has its extension, else ``'pytorch'`` (the ops of this module)."""
+    spec = importlib.util.find_spec(EXT_NAME)
+    # The stand-in is found too once it is installed; it has no loader.
+    return 'pytorch' if spec is None or spec.loader is None else 'compiled'
+
+
+def describe() -> str:
+    """One line that says which mmcv ops are active."""
+    if active() == 'compiled':
+        return f'mmcv ops: compiled (mmcv {mmcv.__version__})'
+    return (f'mmcv ops: PyTorch, from mmdet_norms (mmcv-lite {mmcv.__version__} has none): '
+            f'{", ".join(SUPPLIED)}; others raise NotImplementedError')
+
+
+def install() -> str:
+    """Make ``mmcv.ops`` importable without compiled ops; returns :func:`active`.
+
+    Does nothing where mmcv is compiled or a stand-in is in place. Call it before anything
+    imports ``mmcv.ops`` or ``mmdet.models``.
+    """
+    which = active()
+    if which == 'pytorch' and EXT_NAME not in sys.modules:
+        ext = _PyTorchExt(EXT_NAME, 'PyTorch stand-in for the compiled ops; see mmdet_norms.')
+        ext.__spec__ = ModuleSpec(EXT_NAME, loader=None)
+        sys.modules[EXT_NAME] = mmcv._ext = ext
+    return which

@@ -1,0 +1,97 @@
+"""Several processes, and mixed precision, on a machine without GPUs.
+
+mmengine's own set-up assumes CUDA in three places: ``init_dist`` selects a CUDA device, the runner
+wraps the model with ``device_ids=[LOCAL_RANK]``, and ``AmpOptimWrapper`` wants a gradient scaler. This
+module supplies the CPU answer to each, so that a distributed configuration can be tried and tested
+anywhere. With a GPU present nothing here acts.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as torch_dist
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.runner.amp import autocast
+from torch import nn
+
+# where each launcher leaves (rank, number of processes, rank on this node)
+_LAUNCHER_ENV = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
+
+
+def start_cpu_processes(cfg: Config) -> None:
+    """Join the other processes over gloo and make the runner's model wrapper fit for a CPU.
+
+    Call it before the runner is built; the runner leaves an initialised process group alone. Does
+    nothing without a launcher or with a GPU.
+
+    Raises:
+        RuntimeError: the launcher's environment variables are not there.
+    """
+    launcher = cfg.get('launcher', 'none')
+    if launcher == 'none' or get_device() != 'cpu':
+        return
+    _export_ranks(launcher)
+    if not torch_dist.is_initialized():
+        torch_dist.init_process_group(backend='gloo')
+    cfg.model_wrapper_cfg = {
+        'type': 'MMDistributedDataParallel',
+        'broadcast_buffers': False,
+        'find_unused_parameters': cfg.get('find_unused_parameters', False),
+        **(cfg.get('model_wrapper_cfg') or {}),
+        'device_ids': None,  # the runner's default is a GPU number
+    }
+
+
+def end_processes() -> None:
+    """Leave the process group, if there is one; torch warns about one left open at exit."""
+    if torch_dist.is_available() and torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def _export_ranks(launcher: str) -> None:
+    """Write what torch.distributed reads, from what the launcher wrote."""
+    missing = [name for name in _LAUNCHER_ENV[launcher] if name not in os.environ]
+    if missing:
+        raise RuntimeError(
+            f'--launcher {launcher} expects the environment variable(s) {", ".join(missing)}; start '
+            'the processes with tools/dist_train.sh, tools/dist_test.sh or tools/slurm_train.sh'
+        )
+    for name, source in zip(_LAUNCHER_ENV['pytorch'], _LAUNCHER_ENV[launcher]):
+        os.environ[name] = os.environ[source]
+    os.environ.setdefault('MASTER_PORT', '29500')
+    os.environ.setdefault('MASTER_ADDR', _first_node())
+
+
+def _first_node() -> str:
+    nodes = os.environ.get('SLURM_NODELIST')
+    if nodes is None:
+        return '127.0.0.1'
+    command = ['scontrol', 'show', 'hostnames', nodes]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUAmpOptimWrapper(OptimWrapper):
+    """Mixed precision on a CPU: bfloat16 autocast, which needs no loss scaling.
+
+    The counterpart of mmengine's ``AmpOptimWrapper``, which runs on accelerators only.
+
+    Args:
+        kwargs: as for :class:`mmengine.optim.OptimWrapper`.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Run the forward pass under autocast."""
+        with super().optim_context(model), autocast(device_type='cpu', dtype=torch.bfloat16):
+            yield

@@ -1,0 +1,236 @@
+"""A contact sheet: ground truth next to detections, for a look at what the numbers mean."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as rle_codec
+
+Colour = tuple[int, int, int]
+
+PANEL = 288  # pixels, the longer side of a panel
+_GAP = 8
+_HEADER = 24
+_PAIRS_PER_ROW = 3
+_BACKGROUND = (255, 255, 255)
+_TEXT = (30, 30, 30)
+_IGNORED = (150, 150, 150)
+# for data sets without a palette: apart from each other in hue and lightness
+_COLOURS = (
+    (230, 57, 70), (29, 123, 210), (42, 157, 75), (244, 162, 40), (131, 56, 236),
+    (0, 175, 185), (255, 92, 168), (140, 98, 57), (106, 124, 20), (60, 60, 160),
+)  # fmt: skip
+
+
+@dataclass
+class Instance:
+    """One object to draw.
+
+    Args:
+        box: x1, y1, x2, y2 in pixels of the image.
+        name: the class name.
+        colour: RGB.
+        mask: boolean, of the image's size, or None.
+        score: of a detection; None for ground truth.
+        ignored: a crowd or otherwise ignored region.
+    """
+
+    box: Sequence[float]
+    name: str
+    colour: Colour
+    mask: np.ndarray | None = None
+    score: float | None = None
+    ignored: bool = False
+
+
+@dataclass
+class Pair:
+    """One image (RGB, uint8) with its ground truth and its detections."""
+
+    image: np.ndarray
+    truth: list[Instance] = field(default_factory=list)
+    detections: list[Instance] = field(default_factory=list)
+
+
+def draw_sheet(pairs: Sequence[Pair], title: str, score_thr: float, legend: dict[str, Colour]) -> Image.Image:
+    """The sheet as a picture: a title, then rows of (ground truth | detections), then the colours."""
+    rows = [pairs[i : i + _PAIRS_PER_ROW] for i in range(0, len(pairs), _PAIRS_PER_ROW)]
+    columns = max((len(row) for row in rows), default=1)
+    pair_width = 2 * PANEL + _GAP
+    width = columns * pair_width + (columns + 1) * 2 * _GAP
+    heights = [max(_panel_size(pair.image)[1] for pair in row) for row in rows]
+    legend_lines = _wrap_legend(legend, width - 4 * _GAP)
+    height = 2 * _HEADER + 2 * _GAP + sum(heights) + 2 * _GAP * len(rows) + len(legend_lines) * _HEADER + _GAP
+    sheet = Image.new('RGB', (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((2 * _GAP, _GAP), title, _TEXT, font=_font(16, bold=True))
+    top = _HEADER + _GAP
+    for column in range(columns):
+        left = 2 * _GAP + column * (pair_width + 2 * _GAP)
+        draw.text((left, top), 'ground truth', _TEXT, font=_font(13))
+        draw.text((left + PANEL + _GAP, top), f'detections, score ≥ {score_thr:.2f}', _TEXT, font=_font(13))
+    top += _HEADER
+    for row, row_height in zip(rows, heights):
+        for column, pair in enumerate(row):
+            left = 2 * _GAP + column * (pair_width + 2 * _GAP)
+            sheet.paste(draw_panel(pair.image, pair.truth, 'no objects'), (left, top))
+            detected = draw_panel(pair.image, pair.detections, 'no detections')
+            sheet.paste(detected, (left + PANEL + _GAP, top))
+        top += row_height + 2 * _GAP
+    _draw_legend(draw, legend_lines, top)
+    return sheet
+
+
+def draw_panel(image: np.ndarray, instances: Sequence[Instance], if_empty: str) -> Image.Image:
+    """One image, enlarged or reduced to the panel's size, with masks, boxes and labels."""
+    width, height = _panel_size(image)
+    scale = width / image.shape[1]
+    smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    canvas = cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=smooth)
+    for instance in instances:
+        if instance.mask is not None:
+            _paint_mask(canvas, instance)
+    panel = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(panel)
+    # labels after all boxes, the surest last, so that nothing runs through a text
+    ordered = sorted(instances, key=lambda instance: instance.score or 0)
+    for instance in ordered:
+        draw.rectangle(_scaled_box(instance, scale, width, height), outline=_colour(instance), width=2)
+    taken: list[tuple[float, float, float, float]] = []
+    for instance in reversed(ordered):
+        _draw_label(draw, instance, _scaled_box(instance, scale, width, height), (width, height), taken)
+    if not instances:
+        _caption(draw, if_empty, height)
+    return panel
+
+
+def to_mask(segmentation: object, height: int, width: int) -> np.ndarray | None:
+    """A boolean mask from polygons, run lengths (compressed or not) or a bitmap; None without any."""
+    if segmentation is None or (isinstance(segmentation, (list, tuple)) and not segmentation):
+        return None
+    if isinstance(segmentation, np.ndarray):
+        return segmentation.astype(bool)
+    if isinstance(segmentation, (list, tuple)):
+        segmentation = rle_codec.merge(rle_codec.frPyObjects(list(segmentation), height, width))
+    elif isinstance(segmentation['counts'], (list, tuple)):
+        segmentation = rle_codec.frPyObjects(dict(segmentation), height, width)
+    return rle_codec.decode(segmentation).astype(bool)
+
+
+def class_colours(classes: Sequence[str], palette: Sequence[Colour] | None = None) -> dict[str, Colour]:
+    """A colour for each class: the data set's palette if it has one that suffices."""
+    colours = palette if palette and len(palette) >= len(classes) else _COLOURS
+    return {name: tuple(colours[i % len(colours)]) for i, name in enumerate(classes)}
+
+
+def read_image(path: str) -> np.ndarray:
+    """RGB, uint8."""
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if image is None:
+        raise FileNotFoundError(f'cannot read the image {path}')
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _panel_size(image: np.ndarray) -> tuple[int, int]:
+    scale = PANEL / max(image.shape[:2])
+    return max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+
+
+def _colour(instance: Instance) -> Colour:
+    return _IGNORED if instance.ignored else instance.colour
+
+
+def _paint_mask(canvas: np.ndarray, instance: Instance) -> None:
+    """Tint the mask and outline it; an ignored region is hatched instead."""
+    height, width = canvas.shape[:2]
+    mask = cv2.resize(instance.mask.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    mask = mask >= 0.5
+    tint = mask
+    if instance.ignored:
+        rows, columns = np.indices(mask.shape)
+        tint = mask & ((rows + columns) % 8 < 3)
+    colour = np.array(_colour(instance), np.float32)
+    canvas[tint] = (0.55 * canvas[tint] + 0.45 * colour).astype(np.uint8)
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(canvas, contours, -1, _colour(instance), 1, cv2.LINE_AA)
+
+
+def _scaled_box(instance: Instance, scale: float, width: int, height: int) -> tuple[float, ...]:
+    x1, y1, x2, y2 = (float(value) * scale for value in instance.box)
+    x1, x2 = np.clip([x1, max(x1, x2)], 0, width - 1)
+    y1, y2 = np.clip([y1, max(y1, y2)], 0, height - 1)
+    return float(x1), float(y1), float(x2), float(y2)
+
+
+def _draw_label(draw: ImageDraw.ImageDraw, instance: Instance, box: tuple, size: tuple, taken: list) -> None:
+    """The name (and score) above the box, or below or inside it where that is taken or outside."""
+    text = f'{instance.name} (ignored)' if instance.ignored else instance.name
+    if instance.score is not None:
+        text = f'{text} {instance.score:.2f}'
+    font = _font(11)
+    text_width, text_height = draw.textlength(text, font=font) + 4, 14
+    left = min(max(0, box[0]), max(0, size[0] - text_width))
+    tops = [box[1] - text_height, box[3] + 1, box[1] + 2, box[3] - text_height - 1]
+    spots = [(left, top, left + text_width, top + text_height) for top in tops]
+    inside = [spot for spot in spots if spot[1] >= 0 and spot[3] <= size[1]] or [spots[2]]
+    spot = next((spot for spot in inside if not any(_overlap(spot, other) for other in taken)), inside[0])
+    taken.append(spot)
+    colour = _colour(instance)
+    draw.rectangle(spot, fill=colour)
+    draw.text((spot[0] + 2, spot[1]), text, _readable_on(colour), font=font)
+
+
+def _overlap(a: tuple, b: tuple) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _caption(draw: ImageDraw.ImageDraw, text: str, height: int) -> None:
+    font = _font(12)
+    top = height - 20
+    draw.rectangle((0, top, draw.textlength(text, font=font) + 12, height), fill=(0, 0, 0))
+    draw.text((6, top + 2), text, (255, 255, 255), font=font)
+
+
+def _readable_on(colour: Colour) -> Colour:
+    luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    return (0, 0, 0) if luminance > 140 else (255, 255, 255)
+
+
+def _wrap_legend(legend: dict[str, Colour], width: int) -> list[list[tuple[float, str, Colour]]]:
+    """Lines of (x, name, colour); none for more classes than one can tell apart."""
+    if len(legend) > 20:
+        return []
+    lines, x = [[]], 0.0
+    for name, colour in legend.items():
+        needed = _font(13).getlength(name) + 40
+        if x + needed > width and lines[-1]:
+            lines.append([])
+            x = 0.0
+        lines[-1].append((x, name, colour))
+        x += needed
+    return lines
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, lines: list[list[tuple]], top: float) -> None:
+    for number, line in enumerate(lines):
+        y = top + number * _HEADER
+        for x, name, colour in line:
+            x += 2 * _GAP
+            draw.rectangle((x, y + 2, x + 13, y + 15), fill=colour)
+            draw.text((x + 19, y), name, _TEXT, font=_font(13))
+
+
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib and so is there on every machine."""
+    properties = font_manager.FontProperties(family='DejaVu Sans', weight='bold' if bold else 'normal')
+    return ImageFont.truetype(font_manager.findfont(properties), size)
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write the sheet, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

@@ -1,0 +1,186 @@
+"""The result of a run: ``results.json`` in the work dir and one table of average precisions."""
+
+import io
+import json
+import math
+import os
+import tempfile
+from numbers import Real
+from pathlib import Path
+
+from mmdet.evaluation import CocoMetric
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, METRICS
+from mmengine.runner import BaseLoop, Runner
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+_KINDS = ('bbox', 'segm')
+_COLUMNS = {
+    'AP': 'mAP',
+    'AP50': 'mAP_50',
+    'AP75': 'mAP_75',
+    'APs': 'mAP_s',
+    'APm': 'mAP_m',
+    'APl': 'mAP_l',
+}
+_PER_CLASS_SUFFIX = '_precision'
+_TABLE_WIDTH = 100  # fixed, and ASCII lines, so that any log file reads like the terminal
+
+
+@HOOKS.register_module()
+class ResultsHook(Hook):
+    """Write the metrics of every evaluation to ``results.json`` and log them as a table.
+
+    The file lies in the run's work dir (not in the dated folder below it), is replaced in one step and
+    always holds the latest evaluation: ``bbox_mAP``, ``bbox_mAP_50``, ..., ``segm_mAP``, ..., other
+    scalar metrics under their own names, and which config, checkpoint and epoch they belong to.
+
+    Args:
+        filename: the file's name within the work dir.
+    """
+
+    # after the evaluation and everything that might still add to the metrics
+    priority = 'VERY_LOW'
+
+    def __init__(self, filename: str = 'results.json') -> None:
+        self.filename = filename
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Write and log the results of a validation."""
+        self._report(runner, metrics, 'val')
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Write and log the results of a test."""
+        self._report(runner, metrics, 'test')
+
+    @master_only
+    def _report(self, runner: Runner, metrics: dict[str, float] | None, split: str) -> None:
+        results = plain_results(metrics or {})
+        path = Path(runner.work_dir) / self.filename
+        write_json(path, {**results, **_origin(runner, split)})
+        if results:
+            text = results_table(results, title=_title(runner, split))
+            runner.logger.info(f'{text}Results written to {path}')
+        else:  # CocoMetric's answer to a model that detects nothing; the file must not keep old values
+            runner.logger.warning(f'The evaluation gave no results, {path} has none')
+
+
+@METRICS.register_module()
+class PerClassCocoMetric(CocoMetric):
+    """CocoMetric whose per-class results keep the kind they belong to.
+
+    With ``classwise=True`` the stock metric stores ``<class>_precision`` for boxes and then overwrites it
+    with the one for masks; here the keys are ``bbox_<class>_precision`` and ``segm_<class>_precision``.
+
+    Args:
+        kwargs: as for :class:`mmdet.evaluation.CocoMetric`, without ``classwise``.
+    """
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**{**kwargs, 'classwise': True})
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """Evaluate one kind at a time, so that each one's per-class results can be told apart."""
+        merged, kinds = {}, self.metrics
+        try:
+            for kind in kinds:
+                self.metrics = [kind]
+                for key, value in super().compute_metrics(results).items():
+                    per_class = key.endswith(_PER_CLASS_SUFFIX)
+                    merged[f'{kind}_{key}' if per_class else key] = value
+        finally:
+            self.metrics = kinds
+        return merged
+
+
+def plain_results(metrics: dict[str, object]) -> dict[str, float | None]:
+    """The scalar metrics as plain numbers, COCO's under their bare names (``bbox_mAP``).
+
+    An undefined value (NaN) becomes None, since JSON has no NaN. COCO's -1 (no such object) stays.
+    """
+    plain = {}
+    for key, value in metrics.items():
+        value = value.item() if hasattr(value, 'item') and getattr(value, 'size', 1) == 1 else value
+        if not isinstance(value, Real):
+            continue
+        number = float(value)
+        plain[key.removeprefix('coco/')] = None if math.isnan(number) else number
+    return plain
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part."""
+    text = json.dumps(content, indent=2) + '\n'  # before any file exists: this is what can fail
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile('w', dir=path.parent, suffix='.tmp', delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)  # a temporary file is private; the result is not
+    os.replace(file.name, path)
+
+
+def results_table(results: dict[str, float | None], title: str = '') -> str:
+    """A text table of the COCO results (bbox and segm), and a second one per class if there are any.
+
+    Empty if ``results`` has no COCO average precision.
+    """
+    kinds = [kind for kind in _KINDS if f'{kind}_mAP' in results]
+    if not kinds:
+        return ''
+    table = Table(title=title, title_justify='left', box=box.ASCII2)
+    table.add_column('')
+    for column in _COLUMNS:
+        table.add_column(column, justify='right')
+    for kind in kinds:
+        table.add_row(kind, *(_number(results.get(f'{kind}_{key}')) for key in _COLUMNS.values()))
+    return _as_text(table, *_per_class_tables(results, kinds))
+
+
+def _per_class_tables(results: dict[str, float | None], kinds: list) -> list:
+    classes: dict[str, dict[str, float | None]] = {}
+    for key, value in results.items():
+        for kind in kinds:
+            if key.startswith(f'{kind}_') and key.endswith(_PER_CLASS_SUFFIX):
+                name = key[len(kind) + 1 : -len(_PER_CLASS_SUFFIX)]
+                classes.setdefault(name, {})[kind] = value
+    if not classes:
+        return []
+    table = Table(title='AP per class', title_justify='left', box=box.ASCII2)
+    table.add_column('class')
+    for kind in kinds:
+        table.add_column(f'{kind} AP', justify='right')
+    for name, values in classes.items():
+        table.add_row(name, *(_number(values.get(kind)) for kind in kinds))
+    return [table]
+
+
+def _number(value: float | None) -> str:
+    """The value as results.json has it; COCO marks "no such objects" with -1, per class with NaN."""
+    return '-' if value is None or value < 0 else f'{value:.3f}'
+
+
+def _as_text(*tables: Table) -> str:
+    console = Console(file=io.StringIO(), width=_TABLE_WIDTH)
+    console.print()
+    for table in tables:
+        console.print(table)
+    return '\n'.join(line.rstrip() for line in console.file.getvalue().split('\n'))
+
+
+def _origin(runner: Runner, split: str) -> dict:
+    """Which config, weights and point in training a result belongs to."""
+    origin = {'split': split, 'config': runner.cfg.filename}
+    if split == 'test':
+        origin['checkpoint'] = None if runner._load_from is None else str(runner._load_from)
+    elif isinstance(runner._train_loop, BaseLoop):  # asking for runner.epoch would build the loop
+        origin.update(epoch=runner.epoch, iter=runner.iter)
+    return origin
+
+
+def _title(runner: Runner, split: str) -> str:
+    name = Path(runner.cfg.filename or 'results').stem
+    origin = _origin(runner, split)
+    when = f', epoch {origin["epoch"]}' if 'epoch' in origin else ''
+    return f'{name} ({split}{when})'

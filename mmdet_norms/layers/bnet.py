@@ -1,0 +1,145 @@
+"""BNET: batch normalization whose affine step looks at the neighbourhood.
+
+Xu et al., "Batch Normalization with Enhanced Linear Transformation", https://arxiv.org/abs/2011.14150.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ._args import check_number, reject_unknown
+
+_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
+
+
+class _DepthwiseConv2d(nn.Conv2d):
+    """One k x k filter per channel, stride 1, zero padding ``(k - 1) / 2``, bias; input dtype kept."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def reset_parameters(self) -> None:
+        """Centre tap 1, everything else 0: the identity, i.e. batch norm with weight 1 and bias 0."""
+        centre = self.kernel_size[0] // 2
+        with torch.no_grad():
+            self.weight.zero_()
+            self.weight[:, :, centre, centre] = 1
+            self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.conv2d(x, weight, bias, 1, self.padding, 1, self.groups).to(x.dtype)
+
+
+class BNETTaps(_DepthwiseConv2d):
+    """The convolution of :class:`BNET`.
+
+    mmengine's init rules (``layer='Conv2d'``) match a module by the name of its class and of its *direct* bases.
+    This second generation is therefore a ``Conv2d`` for ``isinstance`` but not for those rules, which would replace
+    the identity by a Kaiming draw of std ``sqrt(2 / (C k^2))``.
+    """
+
+
+class BNET(nn.Module):
+    r"""Batch norm followed by a depthwise k x k convolution in place of the per-channel affine step.
+
+    .. math::
+        \hat x_c = \frac{x_c - \mathrm E[x_c]}{\sqrt{\mathrm{Var}[x_c] + \epsilon}}, \qquad
+        y_c = K_c * \hat x_c + b_c, \qquad K_c \in \mathbb R^{k \times k}
+
+    Mean and biased variance are taken per channel over ``(N, H, W)`` of the batch in training mode; in eval mode the
+    running ones are used. ``*`` pads with zeros in *normalized* space: outside the map, x equals the channel mean.
+    Batch norm is the case ``k = 1``.
+
+    Shapes: x and y ``(N, C, H, W)``; ``bnconv.weight`` ``(C, 1, k, k)`` and ``bnconv.bias`` ``(C,)``, which replace
+    batch norm's weight and bias; ``running_mean``, ``running_var`` ``(C,)``. N = 0 passes through and leaves the
+    running statistics as they are. Statistics are accumulated in fp32 for fp16/bf16 inputs; y has the dtype of x.
+
+    The layer starts as the identity transform (centre tap 1, the rest 0), so a network that swaps BN for BNET starts as
+    the same function. ``zero_init_residual`` of a ResNet zeroes the taps, as it zeroes BN's weight.
+
+    State dict: the published keys ``running_mean, running_var, num_batches_tracked, bnconv.weight, bnconv.bias``.
+    A plain batch norm's ``weight`` and ``bias`` load as centre tap and bias: the identical function.
+
+    The batch norm is a child module (``bn``), not a base class: SyncBN conversion, conv-BN fusion, ``norm_eval`` and
+    precise-BN tools find it there and treat it correctly, and the convolution stays in place behind it.
+
+    Args:
+        num_features: C.
+        kernel_size: k, odd. The paper uses 3, 5 and 7; larger costs more and gains more. Default 3.
+        eps: added to the variance inside the root. Default 1e-5, as published.
+        momentum: weight of the newest batch in the running statistics (torch's convention); ``None`` averages over
+            all batches. Default 0.1, as published.
+
+    Raises:
+        ValueError: ``kernel_size`` even, not positive or no integer; ``eps`` or ``momentum`` out of range.
+        TypeError: an unknown key.
+
+    Source: Xu et al., arXiv:2011.14150, section 3.
+    """
+
+    _abbr_ = 'bnet'  # mmcv names the attribute after it: bnet3 in a Bottleneck, as in the published checkpoints
+
+    def __init__(
+        self,
+        num_features: int,
+        kernel_size: int = 3,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        **unknown,
+    ):
+        super().__init__()
+        reject_unknown(type(self), unknown)
+        if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or not kernel_size % 2:
+            raise ValueError(
+                f"norm_cfg of type 'BNET': kernel_size={kernel_size!r} must be an odd positive integer, "
+                'because an even kernel shrinks the map; write 3, 5 or 7'
+            )
+        check_number(type(self), 'eps', eps, 0)
+        if momentum is not None:
+            check_number(type(self), 'momentum', momentum, 0, 1)
+        self.num_features = num_features
+        self.kernel_size = kernel_size
+        self.bn = nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False)
+        self.bnconv = BNETTaps(num_features, kernel_size)
+        self._register_state_dict_hook(_publish_keys)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bnconv(self.bn(x))
+
+    def extra_repr(self) -> str:
+        return f'{self.num_features}, kernel_size={self.kernel_size}'
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        for name in _STATISTICS:
+            if prefix + name in state:
+                state[f'{prefix}bn.{name}'] = state.pop(prefix + name)
+            elif f'{prefix}bn.{name}' not in state and name != 'num_batches_tracked':
+                # Report the key as users know it; the child then finds its own value.
+                state[f'{prefix}bn.{name}'] = getattr(self.bn, name)
+                if strict:
+                    missing.append(prefix + name)
+        if f'{prefix}bnconv.weight' not in state and prefix + 'weight' in state:
+            self._load_batch_norm_affine(state, prefix, errors)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+
+    def _load_batch_norm_affine(self, state, prefix, errors) -> None:
+        weight = state.pop(prefix + 'weight')
+        if weight.shape != (self.num_features,):
+            errors.append(
+                f'size mismatch for {prefix}weight: a batch norm weight of shape ({self.num_features},) can become '
+                f'the centre tap of {prefix}bnconv.weight, but the checkpoint has {tuple(weight.shape)}'
+            )
+            return
+        taps = weight.new_zeros(self.bnconv.weight.shape)
+        taps[:, 0, self.kernel_size // 2, self.kernel_size // 2] = weight
+        state[f'{prefix}bnconv.weight'] = taps
+        if prefix + 'bias' in state:
+            state[f'{prefix}bnconv.bias'] = state.pop(prefix + 'bias')
+
+
+def _publish_keys(module: BNET, state: dict, prefix: str, metadata) -> None:
+    """Save the child's statistics under the published keys. Also called by mmengine's own saving code."""
+    for name in _STATISTICS:
+        if f'{prefix}bn.{name}' in state:
+            state[prefix + name] = state.pop(f'{prefix}bn.{name}')

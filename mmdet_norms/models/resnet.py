@@ -1,0 +1,202 @@
+"""ResNets with a norm per position: BNET-k is "the third norm of every bottleneck", not "every norm"."""
+
+from collections.abc import Iterator
+
+from mmcv.cnn import build_norm_layer
+from mmdet.models.backbones import RegNet, Res2Net, ResNeSt, ResNet, ResNetV1d, ResNeXt
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from ..registry import MODELS
+
+POSITIONS = ('stem', 'norm1', 'norm2', 'norm3', 'last', 'downsample')
+
+# What a batch norm of an ImageNet or detector checkpoint holds.
+_BATCH_NORM_KEYS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
+
+
+class NormAt:
+    """Mixin for mmdet's ResNet family: ``norm_at`` puts another norm at named positions.
+
+    ``norm_cfg`` stays the norm of all other positions. Everything else is the host's: depths, styles, frozen stages,
+    ``norm_eval``, ``with_cp``, zero-init of the last norm, init rules.
+
+    A checkpoint of the plain backbone loads: ``layer1.0.bn3.*`` goes to the norm that sits there now
+    (``layer1.0.bnet3.*``), which turns a batch norm's weights into its own.
+
+    Args:
+        norm_at (dict, optional): position -> norm_cfg. Positions:
+
+            - ``norm1``, ``norm2``, ``norm3``: after that convolution of every block (BasicBlock has two);
+            - ``last``: the norm before the residual add (norm3 of Bottleneck, norm2 of BasicBlock);
+            - ``downsample``: the norm of the shortcut's convolution;
+            - ``stem``: the norm(s) of the stem.
+
+            A value may also be a list with one norm_cfg (or None: leave ``norm_cfg``) per stage; not for ``stem``.
+
+    Raises:
+        ValueError: an unknown position, one that the block lacks, a list of the wrong length, or a position named
+            twice (``last`` together with the norm it stands for).
+    """
+
+    def __init__(self, *args, norm_at: dict | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm_at = norm_at or {}
+        for position, cfg in _checked(self.norm_at, len(self.res_layers)).items():
+            if position == 'stem':
+                _replace_stem(self, cfg)
+                continue
+            for stage, stage_cfg in enumerate(cfg):
+                for block in _blocks(getattr(self, self.res_layers[stage])):
+                    if stage_cfg is not None:
+                        _replace_in_block(block, position, stage_cfg)
+        _forbid_overlap(self)
+        self._freeze_stages()  # again: the host froze before the norms were replaced
+        self._register_load_state_dict_pre_hook(_rename_batch_norm_keys, with_module=True)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        return self  # as torch does; the host forgets it
+
+
+def _checked(norm_at: dict, num_stages: int) -> dict:
+    """``norm_at`` with one norm_cfg per stage behind every position but the stem."""
+    checked = {}
+    for position, cfg in norm_at.items():
+        if position not in POSITIONS:
+            raise ValueError(f'norm_at has no position {position!r}; choose from: {", ".join(POSITIONS)}')
+        if position == 'stem' or isinstance(cfg, dict):
+            per_stage = [cfg] * num_stages
+        else:
+            per_stage = list(cfg)
+        if len(per_stage) != num_stages:
+            raise ValueError(
+                f'norm_at.{position} lists {len(per_stage)} norm_cfgs for a backbone of {num_stages} stages; '
+                'write one dict, or one (or None) per stage'
+            )
+        wrong = next((c for c in per_stage if not (c is None or isinstance(c, dict) and 'type' in c)), None)
+        if wrong is not None:
+            raise ValueError(f"norm_at.{position}={wrong!r} must be a norm_cfg such as dict(type='BNET', kernel_size=5)")
+        checked[position] = cfg if position == 'stem' else per_stage
+    return checked
+
+
+def _forbid_overlap(backbone: nn.Module) -> None:
+    """``last`` is another name for norm2 or norm3: both at once would silently drop one."""
+    if 'last' not in backbone.norm_at:
+        return
+    block = next(_blocks(getattr(backbone, backbone.res_layers[0])))
+    same = f'norm{_last_index(block)}'
+    if same in backbone.norm_at:
+        raise ValueError(f'norm_at names one position twice: in {type(block).__name__}, last is {same}; keep one')
+
+
+def _blocks(stage: nn.Module) -> Iterator[nn.Module]:
+    return (m for m in stage.children() if isinstance(m, BaseModule))
+
+
+def _last_index(block: nn.Module) -> int:
+    return 3 if hasattr(block, 'norm3_name') else 2
+
+
+def _replace_in_block(block: nn.Module, position: str, cfg: dict) -> None:
+    if position == 'downsample':
+        if block.downsample is not None:
+            _replace_in_sequence(block.downsample, cfg)
+        return
+    index = _last_index(block) if position == 'last' else int(position[-1])
+    old_name = getattr(block, f'norm{index}_name', None)
+    if old_name is None or not hasattr(block, old_name):
+        valid = [f'norm{i}' for i in (1, 2, 3) if hasattr(block, getattr(block, f'norm{i}_name', '?'))]
+        raise ValueError(
+            f'norm_at.{position}: {type(block).__name__} has no {position}; choose from: {", ".join(valid)}, last'
+        )
+    channels = _channels_before(block, old_name)
+    new_name, layer = build_norm_layer(cfg, channels, postfix=index)
+    _swap_child(block, old_name, new_name, layer)
+    setattr(block, f'norm{index}_name', new_name)
+
+
+def _replace_stem(backbone: nn.Module, cfg: dict) -> None:
+    if getattr(backbone, 'deep_stem', False):
+        _replace_in_sequence(backbone.stem, cfg)
+        return
+    new_name, layer = build_norm_layer(cfg, _channels_before(backbone, backbone.norm1_name), postfix=1)
+    _swap_child(backbone, backbone.norm1_name, new_name, layer)
+    backbone.norm1_name = new_name
+
+
+def _replace_in_sequence(sequence: nn.Sequential, cfg: dict) -> None:
+    """In ``conv, norm, (relu), conv, norm, ...`` the norms are what directly follows a convolution."""
+    for i in range(1, len(sequence)):
+        if hasattr(sequence[i - 1], 'out_channels'):
+            sequence[i] = build_norm_layer(cfg, sequence[i - 1].out_channels)[1]
+
+
+def _channels_before(host: nn.Module, norm_name: str) -> int:
+    """Output channels of the convolution registered before the norm."""
+    channels = None
+    for name, child in host.named_children():
+        if name == norm_name:
+            return channels
+        channels = getattr(child, 'out_channels', channels)
+    raise AssertionError(f'{norm_name} is no child of {type(host).__name__}')
+
+
+def _swap_child(host: nn.Module, old_name: str, new_name: str, layer: nn.Module) -> None:
+    """Replace a child in place: conv-BN fusion and people read the order of children."""
+    children = [(new_name, layer) if name == old_name else (name, child) for name, child in host.named_children()]
+    host._modules.clear()
+    for name, child in children:
+        host.add_module(name, child)
+
+
+def _rename_batch_norm_keys(backbone: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """``bn3.*`` of a plain backbone's checkpoint -> the norm that sits there here, e.g. ``bnet3.*``."""
+    hosts = [('', backbone)] + [
+        (f'{stage}.{i}.', block)
+        for stage in backbone.res_layers
+        for i, block in enumerate(_blocks(getattr(backbone, stage)))
+    ]
+    for path, host in hosts:
+        for index in (1, 2, 3):
+            name = getattr(host, f'norm{index}_name', f'bn{index}')
+            if name == f'bn{index}' or f'bn{index}' in host._modules:
+                continue
+            for key in _BATCH_NORM_KEYS:
+                old, new = f'{prefix}{path}bn{index}.{key}', f'{prefix}{path}{name}.{key}'
+                if old in state and new not in state:
+                    state[new] = state.pop(old)
+
+
+@MODELS.register_module()
+class NormResNet(NormAt, ResNet):
+    """mmdet's ResNet (R-18 to R-152) with :class:`NormAt`'s ``norm_at``.
+
+    BNET-5 of the paper: ``norm_at=dict(last=dict(type='BNET', kernel_size=5))``.
+    """
+
+
+@MODELS.register_module()
+class NormResNetV1d(NormAt, ResNetV1d):
+    """mmdet's ResNetV1d (deep stem, average-pooled shortcut) with ``norm_at``."""
+
+
+@MODELS.register_module()
+class NormResNeXt(NormAt, ResNeXt):
+    """mmdet's ResNeXt with ``norm_at``."""
+
+
+@MODELS.register_module()
+class NormRegNet(NormAt, RegNet):
+    """mmdet's RegNet with ``norm_at``."""
+
+
+@MODELS.register_module()
+class NormRes2Net(NormAt, Res2Net):
+    """mmdet's Res2Net with ``norm_at``; its blocks have no ``norm2``."""
+
+
+@MODELS.register_module()
+class NormResNeSt(NormAt, ResNeSt):
+    """mmdet's ResNeSt with ``norm_at``; its blocks have no ``norm2``."""

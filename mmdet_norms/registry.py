@@ -1,0 +1,83 @@
+"""Names of norm layers: where ``norm_cfg=dict(type=...)`` is resolved, and what a wrong name is told."""
+
+import difflib
+import inspect
+from contextlib import contextmanager
+
+import mmcv.cnn.bricks.norm as mmcv_norm
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from . import layers
+
+NORM_LAYERS = MODELS
+"""The registry in which mmcv's ``build_norm_layer`` resolves names.
+
+mmcv 1.x called it ``NORM_LAYERS``; since mmcv 2 it is mmengine's root ``MODELS``, which every scope falls back to.
+"""
+
+_STOCK_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+_OUR_NORMS = tuple(getattr(layers, name) for name in layers.__all__)
+
+
+class UnknownNormError(KeyError):
+    """``norm_cfg.type`` names no norm layer. A ``KeyError``, as mmcv raises, but with a message one can act on."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+def norm_names() -> list[str]:
+    """Names that ``norm_cfg=dict(type=...)`` accepts, sorted."""
+    return sorted(
+        name
+        for name, cls in NORM_LAYERS.module_dict.items()
+        if inspect.isclass(cls) and issubclass(cls, _STOCK_NORMS + _OUR_NORMS)
+    )
+
+
+def explain_unknown(name: str) -> UnknownNormError:
+    """The error for a ``norm_cfg.type`` that nobody registered, with the closest name and all names."""
+    names = norm_names()
+    by_lower = {valid.lower(): valid for valid in names}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    hint = f'did you mean {by_lower[close[0]]!r}? ' if close else ''
+    return UnknownNormError(
+        f'norm_cfg.type={name!r} is not a registered norm layer; {hint}choose one of: {", ".join(names)}'
+    )
+
+
+class _NormLookup:
+    """Stands in for ``MODELS`` inside mmcv's norm builder.
+
+    There, an unknown name ends as "Cannot find None in registry under scope name mmengine". Hosts import
+    ``build_norm_layer`` by value, so the one place to say it better for all of them is the registry it asks.
+    """
+
+    def __init__(self, registry):
+        self._registry = registry
+
+    def __getattr__(self, name):
+        return getattr(self._registry, name)
+
+    @contextmanager
+    def switch_scope_and_registry(self, scope):
+        with self._registry.switch_scope_and_registry(scope) as registry:
+            yield _NormLookup(registry)
+
+    def get(self, name):
+        layer = self._registry.get(name)
+        if layer is None:
+            raise explain_unknown(name)
+        return layer
+
+
+def register_norm_layers() -> None:
+    """Register every layer of the package under its class name. Safe to call again."""
+    for layer in _OUR_NORMS:
+        if NORM_LAYERS.module_dict.get(layer.__name__) is not layer:
+            NORM_LAYERS.register_module(module=layer)
+    if not isinstance(mmcv_norm.MODELS, _NormLookup):
+        mmcv_norm.MODELS = _NormLookup(mmcv_norm.MODELS)

@@ -1,0 +1,366 @@
+"""BNET against a literal float64 oracle, the published numbers, and the states a layer lives through."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmengine.model import revert_sync_batchnorm
+from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval_for_single_model
+from torch import nn
+from torch.fx.experimental.optimization import fuse as fx_fuse
+from torch.utils.checkpoint import checkpoint
+
+from mmdet_norms.layers import BNET
+
+
+def oracle(x, taps, bias, eps, mean=None, var=None):
+    """The formula, one output pixel at a time."""
+    n, c, h, w = x.shape
+    half = taps.shape[-1] // 2
+    mean = x.mean(axis=(0, 2, 3)) if mean is None else mean
+    var = x.var(axis=(0, 2, 3)) if var is None else var
+    y = np.empty_like(x)
+    for i, ch, row, col in np.ndindex(n, c, h, w):
+        total = bias[ch]
+        for dy in range(-half, half + 1):
+            for dx in range(-half, half + 1):
+                if 0 <= row + dy < h and 0 <= col + dx < w:
+                    normalized = (x[i, ch, row + dy, col + dx] - mean[ch]) / np.sqrt(var[ch] + eps)
+                    total += taps[ch, 0, dy + half, dx + half] * normalized
+        y[i, ch, row, col] = total
+    return y
+
+
+def random_bnet(channels=3, kernel_size=5, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    layer = BNET(channels, kernel_size).to(dtype)
+    nn.init.normal_(layer.bnconv.weight)
+    nn.init.normal_(layer.bnconv.bias)
+    layer.bn.running_mean.normal_()
+    layer.bn.running_var.uniform_(0.5, 2)
+    return layer
+
+
+class TestMaths:
+    @pytest.mark.parametrize('kernel_size', [1, 3, 5, 7])
+    @pytest.mark.parametrize('training', [True, False])
+    def test_forward_equals_the_formula_written_out(self, kernel_size, training):
+        layer = random_bnet(kernel_size=kernel_size).train(training)
+        x = torch.randn(2, 3, 5, 4, dtype=torch.float64) * 3 + 1
+        stats = {} if training else dict(mean=layer.bn.running_mean.numpy(), var=layer.bn.running_var.numpy())
+        taps, bias = layer.bnconv.weight.detach().numpy(), layer.bnconv.bias.detach().numpy()
+        expected = oracle(x.numpy(), taps, bias, layer.bn.eps, **copy.deepcopy(stats))
+        np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize('training', [True, False])
+    def test_gradients_are_those_of_the_formula(self, training):
+        layer = random_bnet(channels=2, kernel_size=3).train(training)
+        x = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+
+        def run(x, weight, bias):
+            params = {'bnconv.weight': weight, 'bnconv.bias': bias}
+            return torch.func.functional_call(copy.deepcopy(layer), params, (x,))
+
+        params = [p.detach().clone().requires_grad_() for p in (layer.bnconv.weight, layer.bnconv.bias)]
+        assert torch.autograd.gradcheck(run, (x, *params))
+
+    @pytest.mark.parametrize('kernel_size', [3, 7])
+    def test_twelve_iterations_equal_the_published_layer(self, kernel_size, golden):
+        data = golden(f'bnet/bnet_k{kernel_size}.npz')
+        state = {k[len('init.') :]: torch.from_numpy(np.array(data[k])) for k in data if k.startswith('init.')}
+        layer = BNET(data['x'].shape[2], kernel_size).double()
+        layer.load_state_dict(state, strict=True)
+
+        def close(actual, key, i):
+            expected = torch.from_numpy(data[key][i])
+            scale = expected.abs().max().clamp(min=1)
+            assert (actual - expected).abs().max() <= 1e-10 * scale, (key, i)
+
+        for i, (x, gy) in enumerate(zip(data['x'], data['gy'])):
+            for mode, suffix, grad in (('y_train', '', 'g'), ('y_eval', '_eval', 'g_eval')):
+                layer.train(mode == 'y_train').zero_grad()
+                x_in = torch.from_numpy(x).requires_grad_()
+                y = layer(x_in)
+                y.backward(torch.from_numpy(gy))
+                close(y, mode, i)
+                close(x_in.grad, f'gx{suffix}', i)
+                close(layer.bnconv.weight.grad, f'{grad}_bnconv_weight', i)
+                close(layer.bnconv.bias.grad, f'{grad}_bnconv_bias', i)
+                close(layer.bn.running_mean, 'running_mean', i)
+                close(layer.bn.running_var, 'running_var', i)
+
+    def test_a_new_layer_is_a_plain_batch_norm(self):
+        x = torch.randn(2, 4, 6, 6)
+        torch.testing.assert_close(BNET(4, 5)(x), nn.BatchNorm2d(4)(x))
+
+    def test_statistics_ignore_the_taps_and_follow_torch(self):
+        layer, plain = random_bnet(4, dtype=torch.float32), nn.BatchNorm2d(4, affine=False)
+        plain.load_state_dict(layer.bn.state_dict())
+        for _ in range(3):
+            x = torch.randn(2, 4, 6, 6)
+            layer(x), plain(x)
+        for ours, theirs in zip(layer.bn.buffers(), plain.buffers()):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+class TestStateDict:
+    PUBLISHED = {'running_mean', 'running_var', 'num_batches_tracked', 'bnconv.weight', 'bnconv.bias'}
+
+    def test_saves_the_published_keys(self):
+        assert set(BNET(4).state_dict()) == self.PUBLISHED
+        assert set(nn.Sequential(BNET(4)).state_dict()) == {f'0.{key}' for key in self.PUBLISHED}
+
+    def test_mmengine_saves_the_same_keys(self):
+        from mmengine.runner.checkpoint import get_state_dict
+
+        assert set(get_state_dict(nn.Sequential(BNET(4)))) == {f'0.{key}' for key in self.PUBLISHED}
+
+    def test_round_trip_is_exact(self):
+        source, target = random_bnet(dtype=torch.float32), BNET(3, 5)
+        target.load_state_dict(source.state_dict(), strict=True)
+        for name, value in source.state_dict().items():
+            assert torch.equal(value, target.state_dict()[name]), name
+
+    @pytest.mark.parametrize('kernel_size', [1, 3, 5, 7])
+    def test_a_batch_norm_checkpoint_gives_the_identical_function(self, kernel_size):
+        plain = nn.BatchNorm2d(4)
+        nn.init.normal_(plain.weight), nn.init.normal_(plain.bias)
+        plain.running_mean.normal_(), plain.running_var.uniform_(0.5, 2)
+        layer = BNET(4, kernel_size)
+        nn.init.normal_(layer.bnconv.weight)
+        nn.Sequential(layer).load_state_dict(nn.Sequential(plain).state_dict(), strict=True)
+        x = torch.randn(2, 4, 9, 9)
+        for training in (False, True):
+            torch.testing.assert_close(layer.train(training)(x), plain.train(training)(x))
+
+    def test_missing_keys_are_reported_by_their_published_names(self):
+        result = nn.Sequential(BNET(4)).load_state_dict({}, strict=False)
+        assert set(result.missing_keys) == {f'0.{key}' for key in self.PUBLISHED - {'num_batches_tracked'}}
+
+    def test_an_affine_pair_beside_taps_is_left_over_not_swallowed(self):
+        state = BNET(4).state_dict() | {'weight': torch.ones(4), 'bias': torch.ones(4)}
+        assert set(BNET(4).load_state_dict(state, strict=False).unexpected_keys) == {'weight', 'bias'}
+
+    def test_a_weight_of_another_width_is_a_size_mismatch(self):
+        with pytest.raises(RuntimeError, match='size mismatch for weight'):
+            BNET(4).load_state_dict(nn.BatchNorm2d(5).state_dict())
+
+    def test_loading_does_not_change_the_callers_dict(self):
+        state = nn.BatchNorm2d(4).state_dict()
+        keys = list(state)
+        BNET(4).load_state_dict(state)
+        assert list(state) == keys
+
+    def test_deepcopy_and_pickle_keep_keys_and_values(self):
+        layer = random_bnet(dtype=torch.float32)
+        for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert set(clone.state_dict()) == self.PUBLISHED
+            x = torch.randn(2, 3, 6, 6)
+            assert torch.equal(clone.eval()(x), layer.eval()(x))
+
+    def test_a_saved_file_loads_with_weights_only(self):
+        buffer = io.BytesIO()
+        torch.save(random_bnet().state_dict(), buffer)
+        buffer.seek(0)
+        assert set(torch.load(buffer, weights_only=True)) == self.PUBLISHED
+
+
+class TestGenericTools:
+    """Each of these silently breaks a layer that subclasses BatchNorm."""
+
+    def conv_bnet(self, kernel_size=5):
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(2, 4, 1), random_bnet(4, kernel_size, torch.float32)).eval()
+
+    def assert_same_function(self, tool):
+        before, x = self.conv_bnet(), torch.randn(2, 2, 7, 7)
+        expected = copy.deepcopy(before)(x)
+        torch.testing.assert_close(tool(before)(x), expected, rtol=1e-4, atol=1e-5)
+
+    def test_sync_bn_conversion_and_back_is_the_identity(self):
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(self.conv_bnet())
+        assert isinstance(converted[1], BNET) and isinstance(converted[1].bn, nn.SyncBatchNorm)
+        assert set(converted[1].state_dict()) == TestStateDict.PUBLISHED
+        self.assert_same_function(lambda m: revert_sync_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(m)))
+
+    def test_mmcv_conv_bn_fusion_keeps_the_function(self):
+        self.assert_same_function(fuse_conv_bn)
+
+    def test_fx_conv_bn_fusion_folds_the_inner_norm_and_keeps_the_function(self):
+        self.assert_same_function(fx_fuse)
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in fx_fuse(self.conv_bnet()).modules())
+
+    def test_torch_conv_bn_fusion_of_the_inner_norm_keeps_the_function(self):
+        def fuse(model):
+            return nn.Sequential(torch.nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1].bn), model[1].bnconv)
+
+        self.assert_same_function(fuse)
+
+    def test_efficient_conv_bn_eval_of_mmengine_keeps_the_function(self):
+        def turn_on(model):
+            turn_on_efficient_conv_bn_eval_for_single_model(model)
+            return model
+
+        self.assert_same_function(turn_on)
+
+    @pytest.mark.parametrize('training', [True, False])
+    def test_efficient_conv_bn_eval_of_conv_module_keeps_the_function(self, training):
+        torch.manual_seed(0)
+        norm_cfg = dict(type='BNET', kernel_size=3)
+        plain = ConvModule(2, 4, 1, norm_cfg=norm_cfg).train(training)
+        nn.init.normal_(plain.norm.bnconv.weight)
+        tuned = ConvModule(2, 4, 1, norm_cfg=norm_cfg, efficient_conv_bn_eval=True).train(training)
+        tuned.load_state_dict(plain.state_dict())
+        x = torch.randn(2, 2, 6, 6)
+        torch.testing.assert_close(tuned(x), plain(x))
+
+    def test_precise_bn_re_estimates_the_statistics_it_finds(self):
+        """The recipe of PreciseBN hooks: momentum 1, average the batch statistics of the norms found."""
+        layer = random_bnet(4, dtype=torch.float32).train()
+        found = [m for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert len(found) == 1 and found[0].track_running_stats
+        batches = [torch.randn(2, 4, 5, 5) * 3 + 1 for _ in range(4)]
+        momentum, found[0].momentum, means, variances = found[0].momentum, 1.0, [], []
+        for batch in batches:
+            layer(batch)
+            means.append(found[0].running_mean.clone()), variances.append(found[0].running_var.clone())
+        found[0].running_mean = torch.stack(means).mean(0)
+        found[0].running_var = torch.stack(variances).mean(0)
+        found[0].momentum = momentum
+        expected = oracle(
+            batches[0].double().numpy(), layer.bnconv.weight.detach().double().numpy(),
+            layer.bnconv.bias.detach().double().numpy(), 1e-5,
+            np.mean([b.double().mean((0, 2, 3)).numpy() for b in batches], 0),
+            np.mean([b.double().var((0, 2, 3)).numpy() for b in batches], 0) * 50 / 50)
+        np.testing.assert_allclose(layer.eval()(batches[0]).detach().numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+class TestInit:
+    @pytest.mark.parametrize('rule', ['Kaiming', 'Xavier', 'Caffe2Xavier', 'Normal', 'TruncNormal', 'Uniform'])
+    def test_rules_for_convolutions_leave_the_identity_alone(self, rule):
+        from mmengine.model import Sequential
+
+        model = Sequential(nn.Conv2d(2, 4, 1), BNET(4, 5), init_cfg=dict(type=rule, layer='Conv2d'))
+        model.init_weights()
+        x = torch.randn(2, 4, 6, 6)
+        torch.testing.assert_close(model[1](x), nn.BatchNorm2d(4)(x))
+
+    def test_conv_module_leaves_the_identity_alone(self):
+        module = ConvModule(2, 4, 1, norm_cfg=dict(type='BNET', kernel_size=5))
+        module.init_weights()
+        x = torch.randn(2, 4, 6, 6)
+        torch.testing.assert_close(module.norm(x), nn.BatchNorm2d(4)(x))
+
+
+class TestSituations:
+    @pytest.mark.parametrize('dtype, atol', [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
+    def test_autocast_keeps_dtype_and_fp32_state_and_is_close(self, dtype, atol):
+        layer = random_bnet(4, dtype=torch.float32)
+        reference = copy.deepcopy(layer)
+        x = torch.randn(2, 4, 8, 8)
+        expected = reference(x)
+        low = x.to(dtype).requires_grad_()
+        with torch.autocast('cpu', dtype=dtype):
+            y, y_from_fp32 = layer(low), copy.deepcopy(reference)(x)
+        y.float().square().mean().backward()
+        assert y.dtype == dtype and y_from_fp32.dtype == torch.float32
+        assert all(v.dtype in (torch.float32, torch.int64) for v in layer.state_dict().values())
+        assert layer.bnconv.weight.grad.dtype == torch.float32 and low.grad.isfinite().all()
+        torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=atol)
+        torch.testing.assert_close(layer.bn.running_var, reference.bn.running_var, rtol=0.01, atol=0.01)
+
+    def test_statistics_of_large_half_inputs_do_not_overflow(self):
+        layer = BNET(2, 3)
+        y = layer((torch.randn(4, 2, 16, 16) * 300 + 1000).half())
+        assert y.dtype == torch.half and y.isfinite().all() and layer.bn.running_var.isfinite().all()
+
+    def test_an_empty_batch_passes_through_with_zero_gradients(self):
+        layer = random_bnet(4, dtype=torch.float32)
+        mean = layer.bn.running_mean.clone()
+        y = layer(torch.zeros(0, 4, 6, 5, requires_grad=True))
+        y.sum().backward()
+        assert y.shape == (0, 4, 6, 5) and torch.equal(layer.bn.running_mean, mean)
+        assert layer.bnconv.weight.grad.abs().max() == 0
+
+    def test_channels_last_and_strided_inputs_give_the_same_result(self):
+        layer = random_bnet(4, dtype=torch.float32).eval()
+        x = torch.randn(2, 4, 6, 5)
+        expected = layer(x)
+        y = layer(x.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(y, expected)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(layer(x.transpose(2, 3).contiguous().transpose(2, 3)), expected)
+
+    def test_norm_eval_freezes_statistics_while_taps_train(self):
+        layer = random_bnet(4, dtype=torch.float32).train()
+        for module in layer.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        mean = layer.bn.running_mean.clone()
+        layer(torch.randn(2, 4, 6, 6)).square().sum().backward()
+        assert torch.equal(layer.bn.running_mean, mean) and layer.bnconv.weight.grad.abs().sum() > 0
+
+    @pytest.mark.parametrize('reentrant', [True, False])
+    def test_activation_checkpointing_gives_the_same_output_and_gradients(self, reentrant):
+        plain = random_bnet(4, dtype=torch.float32)
+        saved = copy.deepcopy(plain)
+        x1 = torch.randn(2, 4, 6, 6, requires_grad=True)
+        x2 = x1.detach().clone().requires_grad_()
+        plain(x1).square().sum().backward()
+        checkpoint(saved, x2, use_reentrant=reentrant).square().sum().backward()
+        torch.testing.assert_close(x1.grad, x2.grad)
+        torch.testing.assert_close(plain.bnconv.weight.grad, saved.bnconv.weight.grad)
+
+    def test_resuming_from_a_checkpoint_is_bit_exact(self):
+        def steps(layer, optimizer, batches):
+            for batch in batches:
+                optimizer.zero_grad()
+                layer(batch).square().mean().backward()
+                optimizer.step()
+
+        def fresh():
+            layer = random_bnet(4, dtype=torch.float32)
+            return layer, torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+
+        batches = [torch.randn(2, 4, 6, 6) for _ in range(6)]
+        straight, optimizer = fresh()
+        steps(straight, optimizer, batches)
+        first, optimizer = fresh()
+        steps(first, optimizer, batches[:3])
+        resumed, new_optimizer = fresh()
+        resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+        new_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        steps(resumed, new_optimizer, batches[3:])
+        for key, value in straight.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[key]), key
+
+    def test_ema_of_mmengine_follows_parameters_and_buffers(self):
+        from mmengine.model import ExponentialMovingAverage
+
+        layer = random_bnet(4, dtype=torch.float32)
+        ema = ExponentialMovingAverage(layer, momentum=0.5, update_buffers=True)
+        ema.update_parameters(layer)  # the first call copies
+        old = layer.bn.running_mean.clone()
+        layer(torch.randn(2, 4, 6, 6))
+        ema.update_parameters(layer)
+        torch.testing.assert_close(ema.module.bn.running_mean, (old + layer.bn.running_mean) / 2)
+
+
+class TestBadArguments:
+    @pytest.mark.parametrize('kernel_size', [0, 2, 4, -3, 3.0, '5', True, None, (3, 3)])
+    def test_a_kernel_size_that_is_not_odd_and_positive_is_refused(self, kernel_size):
+        with pytest.raises(ValueError, match=r"norm_cfg.*'BNET'.*kernel_size=.*odd positive.*3, 5 or 7"):
+            BNET(4, kernel_size)
+
+    def test_an_unknown_key_is_named_with_the_valid_ones(self):
+        with pytest.raises(TypeError, match=r"unknown key kernal_size=5 \(did you mean 'kernel_size'\?\).*momentum"):
+            BNET(4, kernal_size=5)
+
+    @pytest.mark.parametrize('key, value', [('eps', 0), ('eps', -1e-5), ('momentum', 1.5), ('momentum', 'x')])
+    def test_a_number_out_of_range_is_named(self, key, value):
+        with pytest.raises(ValueError, match=f'{key}={value!r}'):
+            BNET(4, **{key: value})

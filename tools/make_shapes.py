@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""Write the generated ``shapes`` dataset; see ``python tools/make_shapes.py --help``."""
+import sys
+from pathlib import Path
+
+# Lets the script run from a checkout in which the package is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmdet_norms.datasets.shapes import main
+
+if __name__ == '__main__':
+    sys.exit(main())
