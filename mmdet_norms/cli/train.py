@@ -54,7 +54,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def train_config(args: argparse.Namespace) -> Config:
     """The config that the arguments of a training run lead to."""
     cfg = load_config(args)
-    require_annotations(cfg, 'train_dataloader')
+    for dataloader in ('train_dataloader', 'val_dataloader'):
+        require_annotations(cfg, dataloader)
     if args.amp:
         _use_mixed_precision(cfg)
     if args.auto_scale_lr:

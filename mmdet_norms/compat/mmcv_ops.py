@@ -12,12 +12,12 @@ the tensors passed in. Autograd comes from the wrappers (``mmcv.ops.roi_align`` 
 import functools
 import importlib.util
 import logging
-import multiprocessing
 import os
 import sys
 import types
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
-from typing import Callable, Iterator, NamedTuple, Tuple
+from typing import NamedTuple
 
 import mmcv
 import torch
@@ -26,8 +26,9 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 EXT_NAME = 'mmcv._ext'
-# Boxes settled at a time by nms: bounds its memory to this many rows of the IoU matrix.
-NMS_BLOCK = 512
+# Boxes that nms settles at a time, to hold so many rows of the IoU matrix: on CPU few, for its
+# caches; on GPU eight times as many, since each block costs a few waits for the device.
+NMS_BLOCK = 128
 # Non-zeros of the RoIAlign matrix held at a time; one takes about 100 bytes in temporaries.
 ROI_ALIGN_BUDGET = 4_000_000
 _REMEDY = ('For all ops replace mmcv-lite by the full mmcv: `pip uninstall mmcv-lite`, then '
@@ -61,11 +62,12 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) ->
         (K,) int64 indices of the kept boxes by descending score, on the device of ``boxes``.
     """
     order = scores.sort(descending=True, stable=True).indices
+    block = NMS_BLOCK if boxes.device.type == 'cpu' else 8 * NMS_BLOCK
     rest = order
     candidates = _at_least_fp32(boxes)[order]
     kept = []
     while rest.numel():
-        head = candidates[:NMS_BLOCK]
+        head = candidates[:block]
         # overlaps[j, i]: the better box j would suppress i.
         overlaps = (_pairwise_iou(head, head, offset) > iou_threshold).float().triu_(1)
         # Greedy NMS is the one fixed point of keep[i] = no kept j < i overlaps i: each sweep
@@ -76,8 +78,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) ->
             if torch.equal(update, keep):
                 break
             keep = update
-        kept.append(rest[:NMS_BLOCK][keep])
-        rest, candidates = rest[NMS_BLOCK:], candidates[NMS_BLOCK:]
+        kept.append(rest[:block][keep])
+        rest, candidates = rest[block:], candidates[block:]
         if rest.numel():
             alive = ~(_pairwise_iou(head[keep], candidates, offset) > iou_threshold).any(0)
             rest, candidates = rest[alive], candidates[alive]
@@ -170,16 +172,16 @@ def _axis_taps(start: Tensor, length: Tensor, bins: int, sampling_ratio: int, si
     return _Taps(pixel, weight, count)
 
 
-def _expand(counts: Tensor) -> Tuple[Tensor, Tensor]:
+def _expand(counts: Tensor) -> tuple[Tensor, Tensor]:
     """For groups of ``counts`` members: the group of each member and its number in the group."""
     group = torch.repeat_interleave(counts)
     first = counts.cumsum(0) - counts
     return group, torch.arange(len(group), device=counts.device) - first[group]
 
 
-def _roi_align_matrix(rois: Tensor, shape: torch.Size, bins: Tuple[int, int],
+def _roi_align_matrix(rois: Tensor, shape: torch.Size, bins: tuple[int, int],
                       spatial_scale: float, sampling_ratio: int,
-                      aligned: bool) -> Iterator[Tuple[slice, Tensor, Tensor, Tensor]]:
+                      aligned: bool) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """RoIAlign as a sparse matrix; it is linear in the features.
 
     A bin is the mean of bilinear samples on a grid. Both are products of a y and an x part, so
@@ -285,7 +287,7 @@ def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argm
 
 # --- Focal loss ---
 def _focal_terms(input: Tensor, target: Tensor, weight: Tensor,
-                 alpha: float) -> Tuple[Tensor, Tensor]:
+                 alpha: float) -> tuple[Tensor, Tensor]:
     """Per logit the sign of the truth and its alpha factor times the weight."""
     hit = target[:, None] == torch.arange(input.shape[1], device=input.device)
     factor = torch.full_like(_at_least_fp32(input), 1 - alpha).masked_fill_(hit, alpha)
@@ -351,10 +353,10 @@ class _PyTorchExt(types.ModuleType):
         return op
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _announce() -> None:
-    """Log :func:`describe` on first use: once per run, not per rank, nor on a mere import."""
-    if os.environ.get('RANK', '0') == '0' and multiprocessing.parent_process() is None:
+    """Log :func:`describe` on first use: once, on rank 0, not on a mere import."""
+    if os.environ.get('RANK', '0') == '0':
         print_log(describe(), logger='current', level=logging.INFO)
 
 

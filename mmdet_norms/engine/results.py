@@ -8,6 +8,8 @@ import tempfile
 from numbers import Real
 from pathlib import Path
 
+import numpy as np
+import torch
 from mmdet.evaluation import CocoMetric
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
@@ -103,7 +105,8 @@ def plain_results(metrics: dict[str, object]) -> dict[str, float | None]:
     """
     plain = {}
     for key, value in metrics.items():
-        value = value.item() if hasattr(value, 'item') and getattr(value, 'size', 1) == 1 else value
+        if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) and math.prod(value.shape) == 1:
+            value = value.item()
         if not isinstance(value, Real):
             continue
         number = float(value)

@@ -1,0 +1,7 @@
+# Published row faster-r50-bnet3-1x: box AP 39.5 (the authors never released its config).
+# Starts from torchvision's BN weights, as the same function. The authors' own ImageNet weights instead:
+# --cfg-options model.backbone.init_cfg.checkpoint=R50_BNET-3.pth
+_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['mmdet_norms'], allow_failed_imports=False)
+# The line to edit for another norm (`tools/train.py CONFIG --norm NAME` edits nothing).
+model = dict(backbone=dict(type='NormResNet', norm_at=dict(last=dict(type='BNET', kernel_size=3))))

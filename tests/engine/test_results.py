@@ -1,0 +1,139 @@
+"""results.json, the table, and progress by the clock."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'cli'))
+import tiny
+from pycocotools import mask as rle_codec
+
+import mmdet_norms  # noqa: F401
+from mmdet_norms.engine import PerClassCocoMetric, ResultsHook, TimedLoggerHook
+from mmdet_norms.engine.picture import to_mask
+from mmdet_norms.engine.results import plain_results, results_table, write_json
+
+METRICS = {
+    'coco/bbox_mAP': 0.401, 'coco/bbox_mAP_50': 0.6, 'coco/bbox_mAP_75': 0.5,
+    'coco/bbox_mAP_s': -1.0, 'coco/bbox_mAP_m': 0.3, 'coco/bbox_mAP_l': 0.2,
+    'coco/segm_mAP': 0.352, 'coco/segm_mAP_50': 0.55, 'coco/segm_mAP_75': 0.45,
+    'coco/segm_mAP_s': -1.0, 'coco/segm_mAP_m': 0.25, 'coco/segm_mAP_l': 0.15,
+}  # fmt: skip
+
+
+@pytest.fixture
+def runner(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    return SimpleNamespace(
+        work_dir=str(tmp_path),
+        cfg=SimpleNamespace(filename='configs/a-name.py'),
+        logger=logging.getLogger('test_results'),
+        _train_loop=None,
+        _load_from='epoch_3.pth',
+    )
+
+
+def test_results_are_written_without_the_prefix_and_with_their_origin(runner, tmp_path):
+    ResultsHook().after_test_epoch(runner, METRICS)
+    written = json.loads((tmp_path / 'results.json').read_text())
+    assert written['bbox_mAP'] == 0.401 and written['segm_mAP_50'] == 0.55
+    assert written['config'] == 'configs/a-name.py' and written['checkpoint'] == 'epoch_3.pth'
+    assert not any(key.startswith('coco/') for key in written)
+
+
+def test_the_table_is_logged_with_the_numbers_of_the_file(runner, caplog):
+    ResultsHook().after_val_epoch(runner, METRICS)
+    rows = [line.split('|')[1:-1] for line in caplog.text.splitlines() if line.startswith('|')]
+    cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows if len(row) == 7}
+    assert cells[''] == ['AP', 'AP50', 'AP75', 'APs', 'APm', 'APl']
+    assert cells['bbox'] == ['0.401', '0.600', '0.500', '-', '0.300', '0.200']
+    assert cells['segm'] == ['0.352', '0.550', '0.450', '-', '0.250', '0.150']
+
+
+def test_a_model_that_detects_nothing_leaves_no_old_numbers(runner, tmp_path, caplog):
+    hook = ResultsHook()
+    hook.after_val_epoch(runner, METRICS)
+    hook.after_val_epoch(runner, {})
+    assert 'bbox_mAP' not in json.loads((tmp_path / 'results.json').read_text())
+    assert 'gave no results' in caplog.text
+
+
+def test_metrics_of_other_kinds_are_written_and_not_tabled(runner, tmp_path, caplog):
+    ResultsHook().after_val_epoch(runner, {'pascal_voc/mAP': np.float32(0.5), 'matrix': np.eye(2)})
+    written = json.loads((tmp_path / 'results.json').read_text())
+    assert written['pascal_voc/mAP'] == 0.5 and 'matrix' not in written
+    assert 'AP50' not in caplog.text
+
+
+def test_undefined_values_are_valid_json():
+    plain = plain_results({'coco/bbox_ring_precision': np.float64('nan'), 't': torch.tensor(0.25)})
+    assert plain == {'bbox_ring_precision': None, 't': 0.25}
+    json.loads(json.dumps(plain, allow_nan=False))
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
+    path = tmp_path / 'results.json'
+    write_json(path, {'bbox_mAP': 0.5})
+    with pytest.raises(TypeError):
+        write_json(path, {'bbox_mAP': object()})
+    assert json.loads(path.read_text()) == {'bbox_mAP': 0.5}
+    assert [entry.name for entry in tmp_path.iterdir()] == ['results.json']
+
+
+def test_per_class_results_get_their_own_table():
+    results = {'bbox_mAP': 0.5, 'bbox_ring_precision': 0.25, 'segm_mAP': 0.5, 'segm_ring_precision': None}
+    assert ['ring', '0.250', '-'] in [
+        [cell.strip() for cell in line.split('|')[1:-1]] for line in results_table(results).splitlines()
+    ]
+
+
+def test_per_class_results_of_boxes_and_masks_are_kept_apart(tmp_path):
+    tiny.write_dataset(tmp_path)
+    metric = PerClassCocoMetric(ann_file=str(tmp_path / 'annotations.json'), metric=['bbox', 'segm'])
+    metric.dataset_meta = dict(classes=tiny.CLASSES)
+    content = json.loads((tmp_path / 'annotations.json').read_text())
+    for image in content['images']:
+        metric.process({}, [perfect_boxes_empty_disc_masks(image, content['annotations'])])
+    metrics = metric.evaluate(size=len(content['images']))
+    assert metrics['coco/bbox_disc_precision'] == metrics['coco/bbox_box_precision'] == 1
+    assert metrics['coco/segm_disc_precision'] == 0
+    assert metrics['coco/segm_box_precision'] == 1
+    assert metrics['coco/segm_mAP'] == 0.5
+
+
+def perfect_boxes_empty_disc_masks(image, annotations):
+    found = [a for a in annotations if a['image_id'] == image['id'] and not a['iscrowd']]
+    boxes = torch.tensor([a['bbox'] for a in found]).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    masks = []
+    for a in found:
+        mask = to_mask(a['segmentation'], image['height'], image['width'])
+        if a['category_id'] == 1:
+            mask = np.zeros_like(mask)
+        masks.append(rle_codec.encode(np.asfortranarray(mask.astype(np.uint8))))
+    predicted = dict(
+        bboxes=boxes,
+        scores=torch.ones(len(found)),
+        labels=torch.tensor([a['category_id'] - 1 for a in found]),
+        masks=masks,
+    )
+    return dict(pred_instances=predicted, img_id=image['id'], ori_shape=(image['height'], image['width']))
+
+
+def test_a_quiet_loop_logs_by_the_clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr('mmdet_norms.engine.progress.time.monotonic', lambda: now[0])
+    hook = TimedLoggerHook(interval=50, max_quiet_s=10)
+    hook.before_val_epoch(None)
+    due = []
+    for index in range(60):
+        now[0] += 3.0
+        due.append(hook.every_n_inner_iters(index, 50))
+    assert [index for index, line in enumerate(due) if line][:3] == [3, 7, 11]
+    assert due[49]  # the stock rule still holds

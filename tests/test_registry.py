@@ -1,0 +1,128 @@
+"""Names: every norm resolves wherever mmcv looks for it, and a wrong name is told what to write."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mmcv.cnn import ConvModule, build_norm_layer
+from mmengine.config import Config
+from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import DefaultScope
+from torch import nn
+
+import mmdet_norms
+from mmdet_norms import NORM_LAYERS, layers
+
+PACKAGE = Path(mmdet_norms.__file__).parent
+
+
+@pytest.fixture(params=[None, 'mmdet'], ids=['no default scope', 'scope mmdet'])
+def scope(request):
+    if request.param is None:
+        yield
+        return
+    with DefaultScope.overwrite_default_scope(request.param):
+        yield
+
+
+def test_norm_layers_is_the_registry_that_mmcv_asks():
+    assert NORM_LAYERS is ROOT_MODELS
+
+
+@pytest.mark.parametrize('name', layers.__all__)
+def test_every_layer_builds_by_name(name, scope):
+    assert isinstance(build_norm_layer(dict(type=name), 64)[1], getattr(layers, name))
+
+
+def test_bnet_is_named_after_its_position_and_takes_requires_grad(scope):
+    name, layer = build_norm_layer(dict(type='BNET', kernel_size=5, requires_grad=False), 64, postfix=3)
+    assert name == 'bnet3' and layer.kernel_size == 5 and not any(p.requires_grad for p in layer.parameters())
+
+
+def test_bnet_goes_wherever_a_norm_cfg_is_accepted(scope):
+    from mmdet.models.backbones import ResNet
+    from mmdet.models.necks import FPN
+
+    norm_cfg = dict(type='BNET', kernel_size=3)
+    assert isinstance(ConvModule(3, 8, 1, norm_cfg=norm_cfg).norm, layers.BNET)
+    neck = FPN([8, 16], 8, num_outs=2, norm_cfg=norm_cfg)
+    assert sum(isinstance(m, layers.BNET) for m in neck.modules()) == 4
+    stock = ResNet(18, base_channels=4, norm_cfg=norm_cfg)
+    assert sum(isinstance(m, layers.BNET) for m in stock.modules()) == 20
+
+
+@pytest.mark.parametrize('wrong, hint', [('BNTE', "'BNET'"), ('bnet', "'BNET'"), ('bn', "'BN'"), ('Groupnorm', '')])
+def test_a_misspelt_name_is_answered_with_the_key_a_suggestion_and_all_names(wrong, hint, scope):
+    with pytest.raises(KeyError) as error:
+        build_norm_layer(dict(type=wrong), 64)
+    message = str(error.value)
+    assert f'norm_cfg.type={wrong!r}' in message and hint in message and 'BN, ' in message and 'BNET' in message
+    assert '\n' not in message and not message.startswith('"')
+
+
+def test_stock_norms_still_build(scope):
+    assert isinstance(build_norm_layer(dict(type='GN', num_groups=4), 8)[1], nn.GroupNorm)
+    assert isinstance(build_norm_layer(dict(type='BN'), 8)[1], nn.BatchNorm2d)
+
+
+def test_importing_twice_registers_once():
+    mmdet_norms.registry.register_norm_layers()
+    build_norm_layer(dict(type='BNET'), 8)
+
+
+@pytest.mark.parametrize('default_scope', ["default_scope = 'mmdet'\n", ''])
+def test_custom_imports_in_a_config_is_all_that_a_stock_tool_needs(tmp_path, default_scope):
+    config = tmp_path / 'config.py'
+    config.write_text(
+        default_scope + "custom_imports = dict(imports=['mmdet_norms'], allow_failed_imports=False)\n"
+        "norm_cfg = dict(type='BNET', kernel_size=7)\n"
+    )
+    code = (
+        'from mmengine.config import Config; from mmcv.cnn import build_norm_layer;'
+        f'cfg = Config.fromfile({str(config)!r}); print(build_norm_layer(cfg.norm_cfg, 4)[0])'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0 and done.stdout.split()[-1] == 'bnet', done.stderr
+
+
+def _imports(path: Path) -> set[str]:
+    """Absolute names of the modules that a file of the package imports."""
+    names = set()
+    package = ['mmdet_norms', *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            names.add('.'.join(base + ([node.module] if node.module else [])))
+    return names
+
+
+def test_layers_import_torch_and_each_other_only():
+    for path in (PACKAGE / 'layers').glob('*.py'):
+        for name in _imports(path):
+            top = name.split('.')[0]
+            assert name.startswith('mmdet_norms.layers') or top == 'torch' or top in sys.stdlib_module_names, (
+                f'{path.name} imports {name}'
+            )
+
+
+@pytest.mark.parametrize('below, above', [('registry.py', ('models', 'placement', 'engine', 'cli', 'datasets')),
+                                          ('models', ('placement', 'engine', 'cli', 'datasets')),
+                                          ('placement.py', ('models', 'registry', 'layers', 'engine', 'cli')),
+                                          ('engine', ('cli',)),
+                                          ('compat', ('layers', 'models', 'registry', 'placement', 'engine', 'cli'))])
+def test_imports_run_downwards(below, above):
+    where = PACKAGE / below
+    for path in where.rglob('*.py') if where.is_dir() else [where]:
+        for name in _imports(path):
+            assert not name.startswith(tuple(f'mmdet_norms.{module}' for module in above)), f'{path} imports {name}'
+
+
+def test_the_shapes_config_lists_the_classes_that_the_generator_draws():
+    from mmdet_norms.datasets.shapes import METAINFO
+
+    cfg = Config.fromfile(PACKAGE.parent / 'configs' / '_base_' / 'datasets' / 'shapes.py')
+    assert dict(cfg.metainfo) == METAINFO
