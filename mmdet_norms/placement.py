@@ -62,7 +62,7 @@ def apply_norm(model_cfg: Mapping, name: str) -> Mapping:
         ValueError: unknown name, or a backbone that has none of the positions; says what to write instead.
     """
     if name not in PLACEMENTS:
-        close = difflib.get_close_matches(str(name), PLACEMENTS, n=1)
+        close = difflib.get_close_matches(str(name).lower(), PLACEMENTS, n=1)
         hint = f' (did you mean {close[0]!r}?)' if close else ''
         raise ValueError(f'norm {name!r} is unknown{hint}; choose one of: {", ".join(PLACEMENTS)}')
     placement = PLACEMENTS[name]

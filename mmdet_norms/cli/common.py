@@ -6,7 +6,7 @@ import importlib.util
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmdet.registry import RUNNERS
@@ -15,7 +15,9 @@ from mmengine.config import Config, DictAction
 from mmengine.hub import get_config
 from mmengine.runner import Runner
 
+from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.compat.checkpoints import explain_refusal
+from mmdet_norms.datasets.locate import DataRootError, datasets, use_data_root
 from mmdet_norms.engine import end_processes, start_cpu_processes
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
@@ -54,7 +56,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--data-root',
         metavar='DIR',
-        help="read the data from here: replaces the config's data_root wherever it was used",
+        help="a folder in COCO format to read instead of the config's data_root; its file layout and classes are "
+        'taken from it',
     )
     parser.add_argument(
         '--cfg-options',
@@ -82,7 +85,7 @@ def load_config(args: argparse.Namespace) -> Config:
         except ValueError as error:
             raise UserError(f'--norm {args.norm}: {error}') from error
     if args.data_root is not None:
-        use_data_root(cfg, args.data_root)
+        move_data_root(cfg, args.data_root)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
@@ -99,7 +102,9 @@ def build_runner(cfg: Config) -> Runner:
         start_cpu_processes(cfg)
     except RuntimeError as error:
         raise UserError(str(error)) from error
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    mmcv_ops.announce()
+    return runner
 
 
 def run_with_checkpoint(run: Callable[[], object], checkpoint: str | None) -> None:
@@ -125,55 +130,24 @@ def read_config(name: str) -> Config:
     return Config.fromfile(name)
 
 
-def use_data_root(cfg: Config, root: str) -> None:
-    """Point datasets and evaluators at another folder.
-
-    By the time options are merged, a config has copied its ``data_root`` to where it is needed, so
-    that setting ``data_root`` by --cfg-options changes nothing.
-    """
-    old = cfg.get('data_root')
-    if not old:
-        raise UserError(
-            '--data-root: the config has no data_root to replace; set '
-            'train_dataloader.dataset.data_root and the like by --cfg-options'
-        )
-    old, new = old.rstrip('/'), root.rstrip('/')
-
-    def moved(node: object) -> object:
-        if isinstance(node, str):
-            return new + node[len(old) :] if node == old or node.startswith(f'{old}/') else node
-        if isinstance(node, dict):
-            return type(node)({key: moved(value) for key, value in node.items()})
-        return type(node)(map(moved, node)) if isinstance(node, (list, tuple)) else node
-
-    for split in ('train', 'val', 'test'):
-        for key in (f'{split}_dataloader', f'{split}_evaluator'):
-            if cfg.get(key) is not None:
-                cfg[key] = moved(cfg[key])
-    cfg.data_root = f'{new}/'
+def move_data_root(cfg: Config, root: str) -> None:
+    """``--data-root``: read another folder, and say what had to be adapted to it."""
+    try:
+        for note in use_data_root(cfg, root):
+            print(f'--data-root {root}: {note}')
+    except DataRootError as error:
+        raise UserError(f'--data-root: {error}') from error
 
 
 def require_annotations(cfg: Config, dataloader: str) -> None:
     """Raise if a dataset of ``cfg[dataloader]`` has a local annotation file that is not there."""
-    for dataset in _datasets((cfg.get(dataloader) or {}).get('dataset')):
+    for dataset in datasets((cfg.get(dataloader) or {}).get('dataset')):
         path = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
         if dataset.get('ann_file') and '://' not in path and not os.path.isfile(path):
             raise UserError(
                 f'{dataloader}: there is no annotation file {path}; give the data set with '
                 '--data-root DIR (for the generated one: python tools/make_shapes.py)'
             )
-
-
-def _datasets(node: object) -> Iterator[dict]:
-    """The datasets within wrappers such as RepeatDataset and ConcatDataset."""
-    if isinstance(node, (list, tuple)):
-        for entry in node:
-            yield from _datasets(entry)
-    elif isinstance(node, dict):
-        if 'ann_file' in node:
-            yield node
-        yield from _datasets(node.get('dataset'))
-        yield from _datasets(node.get('datasets'))
 
 
 def _packaged_config(name: str) -> Config:

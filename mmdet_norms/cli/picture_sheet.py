@@ -21,7 +21,7 @@ from mmdet_norms.engine.picture import (
     to_mask,
 )
 
-from .common import UserError, command, read_config, require_annotations, use_data_root
+from .common import UserError, command, move_data_root, read_config, require_annotations
 
 
 @command
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = read_config(args.config)
     if args.data_root is not None:
-        use_data_root(cfg, args.data_root)
+        move_data_root(cfg, args.data_root)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     require_annotations(cfg, 'test_dataloader')

@@ -19,7 +19,14 @@ from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from typing import NamedTuple
 
-import mmcv
+
+try:
+    import mmcv
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "mmdet_norms needs mmcv: pip install 'mmcv>=2.0.0,<2.2.0' (compiled ops) or 'mmcv-lite>=2.0.0,<2.2.0' "
+        '(no compiler needed), not both'
+    ) from error
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
@@ -31,8 +38,8 @@ EXT_NAME = 'mmcv._ext'
 NMS_BLOCK = 128
 # Non-zeros of the RoIAlign matrix held at a time; one takes about 100 bytes in temporaries.
 ROI_ALIGN_BUDGET = 4_000_000
-_REMEDY = ('For all ops replace mmcv-lite by the full mmcv: `pip uninstall mmcv-lite`, then '
-           '`pip install -U openmim && mim install "mmcv>=2.0.0rc4,<2.2.0"`.')
+_REMEDY = ("For all ops replace mmcv-lite by the full mmcv: `pip uninstall mmcv-lite`, then `pip install "
+           "'mmcv>=2.0.0,<2.2.0'` (a wheel for your torch and CUDA, or 10-40 minutes of building).")
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
@@ -340,7 +347,7 @@ class _PyTorchExt(types.ModuleType):
 
         def op(*args, **kwargs):
             if name in SUPPLIED:
-                _announce()
+                announce()
                 return SUPPLIED[name](*args, **kwargs)
             if name in ('get_compiler_version', 'get_compiling_cuda_version'):
                 return 'N/A'
@@ -354,8 +361,8 @@ class _PyTorchExt(types.ModuleType):
 
 
 @functools.cache
-def _announce() -> None:
-    """Log :func:`describe` on first use: once, on rank 0, not on a mere import."""
+def announce() -> None:
+    """Log :func:`describe`: once, on rank 0; at the start of a run or on first use, not on a mere import."""
     if os.environ.get('RANK', '0') == '0':
         print_log(describe(), logger='current', level=logging.INFO)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,6 @@ import tiny
 
 import mmdet_norms  # noqa: F401
 from mmdet_norms.cli import picture_sheet, test, train
-from mmdet_norms.cli.common import use_data_root
 
 ROOT = Path(__file__).resolve().parents[2]
 COCO_COLUMNS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
@@ -161,13 +161,13 @@ def test_processes_share_their_running_statistics_before_they_are_judged(config)
     assert [hook.type for hook in options_of(train, config).custom_hooks] == ['ResultsHook']
 
 
-def test_another_data_root_reaches_datasets_and_evaluators(config):
-    cfg = Config.fromfile(config)
-    old = cfg.data_root
-    use_data_root(cfg, '/elsewhere')
-    assert cfg.train_dataloader.dataset.data_root == '/elsewhere/'
-    assert cfg.test_evaluator.ann_file == '/elsewhere/annotations.json'
-    assert old.rstrip('/') not in json.dumps([cfg.val_dataloader, cfg.val_evaluator, cfg.test_dataloader])
+def test_another_data_root_reaches_datasets_and_evaluators(config, tmp_path, capsys):
+    old = Path(Config.fromfile(config).data_root)
+    new = shutil.copytree(old, tmp_path / 'elsewhere')
+    cfg = options_of(train, config, '--data-root', str(new))
+    assert cfg.train_dataloader.dataset.data_root.rstrip('/') == str(new)
+    assert cfg.test_evaluator.ann_file == str(new / 'annotations.json')
+    assert f'{old}/' not in json.dumps([cfg.val_dataloader, cfg.val_evaluator, cfg.test_dataloader])
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_another_data_root_reaches_datasets_and_evaluators(config):
         (['mmdet::nowhere/missing.py'], 'mmdet::nowhere/missing.py'),
         (['CONFIG', '--norm', 'bnet55'], 'bnet5'),
         (['CONFIG', '--resume', 'missing.pth'], 'missing.pth'),
-        (['CONFIG', '--data-root', '/missing'], '/missing/annotations.json'),
+        (['CONFIG', '--data-root', '/missing'], '/missing has no annotations for train'),
         (['CONFIG', '--launcher', 'pytorch', '--work-dir', 'WORK'], 'tools/dist_train.sh'),
     ],
 )
@@ -256,9 +256,8 @@ def test_the_stock_tools_resume_and_test_a_run_of_ours(trained, tmp_path):
     tool, arguments = tools / 'test.py', [dumped, tmp_path / 'epoch_6.pth', '--work-dir', tmp_path]
     if active() == 'compiled':
         run_script(tool, *arguments)
-    else:  # this tool imports mmcv.ops before it reads a config; see docs
-        run = 'import runpy, sys, mmdet_norms; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name="__main__")'
-        run_script('-c', run, tool, *arguments)
+    else:  # this tool imports mmcv.ops before it reads a config
+        run_script('-m', 'mmdet_norms', tool, *arguments)
 
 
 def test_the_tools_of_a_clone_start_from_anywhere(tmp_path):
