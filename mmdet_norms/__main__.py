@@ -1,7 +1,7 @@
 """``python -m mmdet_norms SCRIPT [arguments]``: run a script of stock mmdet with this package imported first.
 
-Beside a compiled mmcv no script needs this. With mmcv-lite, some of mmdet's scripts (``tools/test.py``) import mmcv's ops
-before they read the config that would have imported this package, which supplies them.
+Beside a compiled mmcv no script needs this. With mmcv-lite, some of mmdet's scripts (``tools/test.py``) import mmcv's
+ops before they read the config that would have imported this package, which supplies them.
 """
 
 import runpy

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -56,7 +57,8 @@ def apply_norm(model_cfg: Mapping, name: str) -> Mapping:
         name: a key of :data:`PLACEMENTS`.
 
     Returns:
-        A new config of the same type. Only the backbone's ``type``, ``norm_cfg`` and ``norm_at`` can differ.
+        A new config of the same type. Only the backbone's ``type`` and ``norm_at`` differ; where the backbone had
+        neither BN nor SyncBN, also ``norm_cfg``, ``norm_eval`` and ``frozen_stages``, with a warning.
 
     Raises:
         ValueError: unknown name, or a backbone that has none of the positions; says what to write instead.
@@ -81,13 +83,25 @@ def apply_norm(model_cfg: Mapping, name: str) -> Mapping:
         )
     backbone.pop('norm_at', None)
     if backbone.get('norm_cfg', BATCH_NORM)['type'] not in ('BN', 'SyncBN'):
-        backbone['norm_cfg'] = dict(BATCH_NORM)
+        _start_from_batch_norm(backbone, name)
     if placement.norm_at:
         backbone['type'] = HOSTS[stock]
         backbone['norm_at'] = copy.deepcopy(placement.norm_at)
     elif backbone['type'] != stock and not isinstance(backbone['type'], type):
         backbone['type'] = stock
     return model_cfg
+
+
+def _start_from_batch_norm(backbone: dict, name: str) -> None:
+    """A backbone of another norm has no running statistics, so none can be frozen: they must be learned."""
+    warnings.warn(
+        f'norm {name!r}: model.backbone.norm_cfg is {backbone["norm_cfg"]["type"]}, whose pretrained weights hold no '
+        'running statistics; using BN with norm_eval=False and frozen_stages=-1. Start from a config with BN to '
+        'fine-tune pretrained weights',
+        stacklevel=3,
+    )
+    backbone['norm_cfg'] = dict(BATCH_NORM)  # not update(): mmengine's ConfigDict would merge
+    backbone['norm_eval'], backbone['frozen_stages'] = False, -1
 
 
 def _stock_type(backbone_type) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mmdet_norms  # noqa: F401  (before any test imports mmdet's models, which need mmcv's ops)
+
 ROOT = Path(__file__).resolve().parents[1]
 # Numbers recorded from the published layers: a small copy in the repository, the full set beside the checkout.
 _GOLDEN = (ROOT / 'tests' / 'data' / 'golden', ROOT.parent / 'shared' / 'golden')

@@ -80,9 +80,11 @@ def test_a_norm_that_was_written_by_hand_is_replaced():
 
 
 @pytest.mark.parametrize('name', ['bn', 'bnet5'])
-def test_group_norm_in_the_backbone_becomes_batch_norm(name):
-    model = detector(norm_cfg=dict(type='GN', num_groups=32, requires_grad=True))
-    assert apply_norm(model, name) == apply_norm(detector(), name)
+def test_group_norm_in_the_backbone_becomes_batch_norm_with_statistics_to_learn(name):
+    model = detector(norm_cfg=dict(type='GN', num_groups=32, requires_grad=True), norm_eval=True, frozen_stages=1)
+    with pytest.warns(UserWarning, match='GN, whose pretrained weights hold no running statistics'):
+        result = apply_norm(model, name)
+    assert result == apply_norm(detector(norm_eval=False, frozen_stages=-1), name)
 
 
 @pytest.mark.parametrize('norm_cfg', [dict(type='SyncBN', requires_grad=True), dict(type='BN', requires_grad=False)])
@@ -122,7 +124,9 @@ def test_every_host_of_the_table_exists_and_is_a_twin_of_the_stock_one():
         assert issubclass(MODELS.get(ours), MODELS.get(stock))
 
 
-@pytest.mark.parametrize('name, suggestion', [('bnet-5', 'bnet5'), ('BNET5', 'bnet5'), ('bnett3', 'bnet3'), ('bnn', 'bn')])
+@pytest.mark.parametrize(
+    'name, suggestion', [('bnet-5', 'bnet5'), ('BNET5', 'bnet5'), ('bnett3', 'bnet3'), ('bnn', 'bn')]
+)
 def test_a_misspelt_name_is_told_the_closest_and_all_names(name, suggestion):
     with pytest.raises(ValueError) as error:
         apply_norm(detector(), name)

@@ -151,12 +151,16 @@ def require_annotations(cfg: Config, dataloader: str) -> None:
 
 
 def _packaged_config(name: str) -> Config:
-    package = name.split('::')[0]
-    if importlib.util.find_spec(package) is None:  # mmengine would try to install it
+    package, path = name.split('::', 1)
+    spec = importlib.util.find_spec(package)
+    if spec is None:  # mmengine would try to install it
         raise UserError(f'config {name}: the package {package} is not installed')
+    file = Path(spec.origin).parent / '.mim' / 'configs' / path
+    if file.is_file():  # without the metafile that get_config looks up, which not every config has
+        return Config.fromfile(file)
     try:
         return get_config(name)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise UserError(f'config {name}: {package} has no such config ({error})') from error
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from typing import NamedTuple
 
-
 try:
     import mmcv
 except ModuleNotFoundError as error:

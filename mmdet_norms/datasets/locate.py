@@ -130,7 +130,8 @@ def _fit_evaluators(cfg: Config, split: str, root: Path) -> None:
     dataset = next(datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset')), None)
     evaluators = cfg.get(f'{split}_evaluator')
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
-        if dataset is not None and evaluator and evaluator.get('ann_file') and not Path(evaluator['ann_file']).is_file():
+        stale = evaluator and evaluator.get('ann_file') and not Path(evaluator['ann_file']).is_file()
+        if dataset is not None and stale:
             evaluator['ann_file'] = str(root / dataset['ann_file'])
 
 

@@ -7,7 +7,7 @@ cut by the image border, and are seen under varying light, blur and noise.  A fe
 a crowd (one ``iscrowd=1`` region), a few hold nothing.
 
     >>> from mmdet_norms.datasets.shapes import METAINFO, make_shapes
-    >>> make_shapes('data/shapes', num_train=2000, num_val=200)
+    >>> make_shapes('data/shapes', num_train=1600, num_val=200)
 
 The folder is read by mmdet's ordinary ``CocoDataset``::
 
@@ -564,7 +564,7 @@ def _complete(root: Path, meta: dict) -> bool:
     return True
 
 
-def make_shapes(root: str | Path, num_train: int = 2000, num_val: int = 200,
+def make_shapes(root: str | Path, num_train: int = 1600, num_val: int = 200,
                 size: int | None = None, seed: int = 0, *, overwrite: bool = False,
                 config: ShapesConfig | None = None, progress: bool = False) -> Path:
     """Write the dataset: ``{train,val}/*.png``, ``annotations/{train,val}.json``, meta.json.
@@ -575,7 +575,7 @@ def make_shapes(root: str | Path, num_train: int = 2000, num_val: int = 200,
 
     Args:
         root: Folder to write; created with its parents.
-        num_train: Images in ``train``, at least 1.  2000 take about ten seconds and are more
+        num_train: Images in ``train``, at least 1.  1600 take about eight seconds and are more
             than a short training run sees twice.
         num_val: Images in ``val``, at least 1.
         size: Side of the images, px; short for ``config`` with another ``size``.
@@ -672,7 +672,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog='make_shapes', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='Generate the shapes dataset (COCO format) from a seed.')
     parser.add_argument('--out', default='data/shapes', metavar='DIR', help='folder to write')
-    parser.add_argument('--train', type=int, default=2000, metavar='N', help='train images')
+    parser.add_argument('--train', type=int, default=1600, metavar='N', help='train images')
     parser.add_argument('--val', type=int, default=200, metavar='N', help='val images')
     parser.add_argument('--size', type=int, default=defaults.size, metavar='PX',
                         help='side of the square images')

@@ -74,9 +74,11 @@ def _checked(norm_at: dict, num_stages: int) -> dict:
                 f'norm_at.{position} lists {len(per_stage)} norm_cfgs for a backbone of {num_stages} stages; '
                 'write one dict, or one (or None) per stage'
             )
-        wrong = next((c for c in per_stage if not (c is None or isinstance(c, dict) and 'type' in c)), None)
+        wrong = next((c for c in per_stage if not (c is None or (isinstance(c, dict) and 'type' in c))), None)
         if wrong is not None:
-            raise ValueError(f"norm_at.{position}={wrong!r} must be a norm_cfg such as dict(type='BNET', kernel_size=5)")
+            raise ValueError(
+                f"norm_at.{position}={wrong!r} must be a norm_cfg such as dict(type='BNET', kernel_size=5)"
+            )
         checked[position] = cfg if position == 'stem' else per_stage
     return checked
 

@@ -78,8 +78,8 @@ def test_datasets_inside_wrappers_move_too(tmp_path):
 
 
 @pytest.mark.parametrize('make, message', [
-    (lambda root: None, 'has no annotations for train, looked for annotations/train.json, '),
-    (lambda root: write_folder(root, 'annotations/{split}.json', 'elsewhere', ('cat',)), 'image train.jpg of .* is in none'),
+    (lambda root: None, r'has no annotations for train, looked for annotations/train\.json, '),
+    (lambda root: write_folder(root, 'annotations/{split}.json', 'nowhere', ('cat',)), r'image train.jpg of .* is in'),
 ])
 def test_a_folder_without_the_data_is_one_error_that_says_what_was_looked_for(tmp_path, make, message):
     make(tmp_path)
@@ -88,7 +88,7 @@ def test_a_folder_without_the_data_is_one_error_that_says_what_was_looked_for(tm
 
 
 def test_a_config_without_data_root_says_what_to_set():
-    with pytest.raises(DataRootError, match='set train_dataloader.dataset.data_root'):
+    with pytest.raises(DataRootError, match=r'set train_dataloader\.dataset\.data_root'):
         use_data_root(Config(dict(model=dict())), '.')
 
 

@@ -11,4 +11,5 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=10, norm_type=2))
+randomness = dict(seed=0)
 auto_scale_lr = dict(enable=False, base_batch_size=8)
