@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._args import check_number, reject_unknown
+from ._recompute import run_batch_norm
 
 _STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
@@ -53,7 +54,9 @@ class BNET(nn.Module):
 
     Shapes: x and y ``(N, C, H, W)``; ``bnconv.weight`` ``(C, 1, k, k)`` and ``bnconv.bias`` ``(C,)``, which replace
     batch norm's weight and bias; ``running_mean``, ``running_var`` ``(C,)``. N = 0 passes through and leaves the
-    running statistics as they are. Statistics are accumulated in fp32 for fp16/bf16 inputs; y has the dtype of x.
+    running statistics as they are; so does a batch with one value per channel, which has no variance and is normalized
+    with the running statistics. A forward repeated by activation checkpointing counts once. Statistics are accumulated
+    in fp32 for fp16/bf16 inputs; y has the dtype of x.
 
     The layer starts as the identity transform (centre tap 1, the rest 0), so a network that swaps BN for BNET starts as
     the same function. ``zero_init_residual`` of a ResNet zeroes the taps, as it zeroes BN's weight.
@@ -105,7 +108,7 @@ class BNET(nn.Module):
         self._register_state_dict_hook(_publish_keys)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bnconv(self.bn(x))
+        return self.bnconv(run_batch_norm(self.bn, x))
 
     def extra_repr(self) -> str:
         return f'{self.num_features}, kernel_size={self.kernel_size}'

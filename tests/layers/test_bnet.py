@@ -286,6 +286,12 @@ class TestSituations:
         assert y.shape == (0, 4, 6, 5) and torch.equal(layer.bn.running_mean, mean)
         assert layer.bnconv.weight.grad.abs().max() == 0
 
+    def test_one_value_per_channel_is_normalized_with_the_running_statistics(self):
+        layer = random_bnet(4, dtype=torch.float32)
+        x, before = torch.randn(1, 4, 1, 1), copy.deepcopy(layer.state_dict())
+        torch.testing.assert_close(layer.train()(x), layer.eval()(x))
+        assert all(torch.equal(v, layer.state_dict()[k]) for k, v in before.items())
+
     def test_channels_last_and_strided_inputs_give_the_same_result(self):
         layer = random_bnet(4, dtype=torch.float32).eval()
         x = torch.randn(2, 4, 6, 5)
@@ -305,13 +311,15 @@ class TestSituations:
         assert torch.equal(layer.bn.running_mean, mean) and layer.bnconv.weight.grad.abs().sum() > 0
 
     @pytest.mark.parametrize('reentrant', [True, False])
-    def test_activation_checkpointing_gives_the_same_output_and_gradients(self, reentrant):
+    def test_activation_checkpointing_gives_the_same_gradients_and_statistics(self, reentrant):
         plain = random_bnet(4, dtype=torch.float32)
         saved = copy.deepcopy(plain)
         x1 = torch.randn(2, 4, 6, 6, requires_grad=True)
         x2 = x1.detach().clone().requires_grad_()
         plain(x1).square().sum().backward()
         checkpoint(saved, x2, use_reentrant=reentrant).square().sum().backward()
+        for ours, theirs in zip(saved.bn.buffers(), plain.bn.buffers()):
+            assert torch.equal(ours, theirs)
         torch.testing.assert_close(x1.grad, x2.grad)
         torch.testing.assert_close(plain.bnconv.weight.grad, saved.bnconv.weight.grad)
 
