@@ -7,8 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requi
 DEMO_CONFIG := configs/demo/mask-rcnn_r50_fpn_bnet5_shapes.py
 DEMO_DIR := work_dirs/demo
 
-# Threads that spin while they wait cost a factor of ten where something else uses a core.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that spin for long while they wait cost a factor of ten where something else uses a core.
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: help install data demo test lint clean
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 # lets the script run from a checkout in which the package is not installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# CPU threads that spin while they wait cost a factor of ten where something else uses a core
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+# CPU threads that spin for long while they wait cost a factor of ten where something else uses a core
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 from mmdet_norms.cli.picture_sheet import main
 

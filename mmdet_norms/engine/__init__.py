@@ -1,11 +1,13 @@
-"""What the package adds to mmengine's runner: results, progress, CPU processes."""
+"""What the package adds to mmengine's runner: results, progress, CPU processes, memory format."""
 
 from .dist import CPUAmpOptimWrapper, end_processes, start_cpu_processes
+from .memory_format import ChannelsLastHook
 from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
 
 __all__ = [
     'CPUAmpOptimWrapper',
+    'ChannelsLastHook',
     'PerClassCocoMetric',
     'ResultsHook',
     'TimedLoggerHook',
