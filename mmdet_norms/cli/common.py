@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> None:
+        # mmengine reads configs of other packages through it; setuptools is pinned for that
+        warnings.filterwarnings('ignore', message='pkg_resources is deprecated', category=UserWarning)
         try:
             main(argv)
         except UserError as error:

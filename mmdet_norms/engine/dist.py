@@ -6,6 +6,7 @@ module supplies the CPU answer to each, so that a distributed configuration can 
 anywhere. With a GPU present nothing here acts.
 """
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -55,6 +56,7 @@ def start_cpu_processes(cfg: Config) -> None:
 def end_processes() -> None:
     """Leave the process group, if there is one; torch warns about one left open at exit."""
     if torch_dist.is_available() and torch_dist.is_initialized():
+        gc.collect()  # runner and model refer to each other; a DDP model freed after its group can hang
         torch_dist.destroy_process_group()
 
 

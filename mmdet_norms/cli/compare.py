@@ -1,0 +1,52 @@
+"""``tools/compare.py``: the results of one or several runs in one table."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .common import UserError, command
+
+_COLUMNS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog='tools/compare.py', description='Compare the results of runs.')
+    parser.add_argument('runs', nargs='+', help='work dirs, or results.json files in them')
+    args = parser.parse_args(argv)
+    results = {name: read(name) for name in dict.fromkeys(args.runs)}
+    table = Table(title='average precision', title_justify='left')
+    table.add_column('run')
+    kinds = [kind for kind in ('bbox', 'segm') if any(f'{kind}_mAP' in r for r in results.values())]
+    for kind in kinds:
+        for column in _COLUMNS:
+            table.add_column(f'{kind} {column.removeprefix("mAP").strip("_")}'.strip(), justify='right')
+    for name, result in results.items():
+        table.add_row(name, *(_number(result.get(f'{kind}_{column}')) for kind in kinds for column in _COLUMNS))
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=200).print(table)
+
+
+def read(name: str) -> dict:
+    """The results of a run: ``results.json``, or the work dir that holds it."""
+    path = Path(name)
+    path = path / 'results.json' if path.is_dir() else path
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f'there is no {path}; tools/train.py and tools/test.py write it into the work dir') from None
+    except ValueError as error:
+        raise UserError(f'{path} is not a results.json ({error})') from error
+
+
+def _number(value: float | None) -> str:
+    return '-' if value is None or value < 0 else f'{value:.3f}'
+
+
+if __name__ == '__main__':
+    main()
