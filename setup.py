@@ -11,7 +11,7 @@ exec((here / 'mmdet_norms' / 'version.py').read_text(), version)
 setup(
     name='mmdet_norms',
     version=version['__version__'],
-    description='Normalization layers (BNET-k and more) for object detectors, by name, on stock mmdetection 3.x',
+    description='Normalization layers (BNET-k, CBN, MABN, AN) for object detectors, by name, on stock mmdetection 3.x',
     long_description=(here / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',

@@ -19,7 +19,9 @@ mmcv 1.x called it ``NORM_LAYERS``; since mmcv 2 it is mmengine's root ``MODELS`
 """
 
 _STOCK_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
-_OUR_NORMS = tuple(getattr(layers, name) for name in layers.__all__)
+_OUR_NORMS = tuple(layers.NORMS.values())
+# mmcv registers torch's classes under these names; ours take the same arguments and more situations.
+_REPLACED = ('GN', 'SyncBN')
 
 
 class UnknownNormError(KeyError):
@@ -68,7 +70,9 @@ class _NormLookup:
             yield _NormLookup(registry)
 
     def get(self, name):
-        layer = self._registry.get(name)
+        # Ours first: in its own scope, mmdet has a FrozenBN that would hide the root's.
+        layer = layers.NORMS.get(name) if isinstance(name, str) else None
+        layer = layer or self._registry.get(name)
         if layer is None:
             raise explain_unknown(name)
         return layer
@@ -76,8 +80,10 @@ class _NormLookup:
 
 def register_norm_layers() -> None:
     """Register every layer of the package under its class name. Safe to call again."""
-    for layer in _OUR_NORMS:
-        if NORM_LAYERS.module_dict.get(layer.__name__) is not layer:
-            NORM_LAYERS.register_module(module=layer)
+    for name, layer in layers.NORMS.items():
+        if NORM_LAYERS.module_dict.get(name) is not layer:
+            NORM_LAYERS.register_module(name=name, module=layer, force=name in _REPLACED)
+    if 'CenConv' not in NORM_LAYERS.module_dict:
+        NORM_LAYERS.register_module(name='CenConv', module=layers.CenConv2d)
     if not isinstance(mmcv_norm.MODELS, _NormLookup):
         mmcv_norm.MODELS = _NormLookup(mmcv_norm.MODELS)

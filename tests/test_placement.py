@@ -11,6 +11,8 @@ from mmdet_norms import PLACEMENTS, apply_norm
 from mmdet_norms.layers import BNET
 from mmdet_norms.placement import HOSTS
 
+IN_BACKBONE = ('bn', 'bnet3', 'bnet5', 'bnet7', 'an')  # these leave neck and heads alone
+
 
 def detector(**backbone):
     backbone = dict(type='ResNet', depth=50, norm_cfg=dict(type='BN', requires_grad=True), frozen_stages=1) | backbone
@@ -60,8 +62,8 @@ def test_applying_a_name_twice_is_applying_it_once(name):
     assert apply_norm(once, name) == once
 
 
-@pytest.mark.parametrize('first', PLACEMENTS)
-@pytest.mark.parametrize('second', PLACEMENTS)
+@pytest.mark.parametrize('first', IN_BACKBONE)
+@pytest.mark.parametrize('second', IN_BACKBONE)
 @pytest.mark.parametrize('backbone', HOSTS)
 def test_the_last_name_wins_on_every_host(backbone, first, second):
     model = detector(type=backbone)

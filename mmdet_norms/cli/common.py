@@ -190,6 +190,7 @@ def _add_hooks(cfg: Config) -> None:
     logger = cfg.get('default_hooks', {}).get('logger')
     if logger is not None and logger.get('type') == 'LoggerHook':
         logger.type = 'TimedLoggerHook'
+    add_hook(cfg, 'NormHook')
     add_hook(cfg, 'ResultsHook')
 
 

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     results = {name: read(name) for name in dict.fromkeys(args.runs)}
     table = Table(title='average precision', title_justify='left')
-    table.add_column('run')
+    table.add_column('run', no_wrap=True)
     kinds = [kind for kind in ('bbox', 'segm') if any(f'{kind}_mAP' in r for r in results.values())]
     for kind in kinds:
         for column in _COLUMNS:
@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, result in results.items():
         table.add_row(name, *(_number(result.get(f'{kind}_{column}')) for kind in kinds for column in _COLUMNS))
     console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
+    if not console.is_terminal:
+        console = Console(width=120 + max(map(len, results)))
+    console.print(table)
 
 
 def read(name: str) -> dict:

@@ -2,12 +2,14 @@
 
 from .dist import CPUAmpOptimWrapper, end_processes, start_cpu_processes
 from .memory_format import ChannelsLastHook
+from .norms import NormHook
 from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
 
 __all__ = [
     'CPUAmpOptimWrapper',
     'ChannelsLastHook',
+    'NormHook',
     'PerClassCocoMetric',
     'ResultsHook',
     'TimedLoggerHook',

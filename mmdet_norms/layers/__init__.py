@@ -1,5 +1,32 @@
 """What a norm is: one method per file, importing torch only."""
 
+from .an import AN
+from .batch_renorm import BRN
 from .bnet import BNET
+from .cbn import CBN, link_convs
+from .frozen_bn import FrozenBN
+from .group_norm import GN
+from .layer_norm import LN2d
+from .mabn import MABN, CenConv2d, warn_if_uncentred
+from .switch_norm import SN
+from .sync_bn import SyncBN
 
-__all__ = ['BNET']
+NORMS = {cls.__name__: cls for cls in (AN, BNET, BRN, CBN, FrozenBN, GN, LN2d, MABN, SN, SyncBN)}
+"""The norm layers by the name that ``norm_cfg.type`` takes."""
+
+__all__ = [
+    'AN',
+    'BNET',
+    'BRN',
+    'CBN',
+    'GN',
+    'MABN',
+    'NORMS',
+    'SN',
+    'CenConv2d',
+    'FrozenBN',
+    'LN2d',
+    'SyncBN',
+    'link_convs',
+    'warn_if_uncentred',
+]

@@ -1,0 +1,66 @@
+"""What CBN and MABN need of a run, and warnings where a setting defeats a method."""
+
+import warnings
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from ..layers import CBN, MABN, link_convs, warn_if_uncentred
+
+
+@HOOKS.register_module()
+class NormHook(Hook):
+    """Prepare the norms of a model for training; ``tools/train.py`` adds it to every run.
+
+    * CBN: links each layer to its convolution (activation checkpointing and compilation need it) and turns a burn-in
+      in epochs, ``burnin='8e'``, into iterations of this run's data loader.
+    * Warns of settings that defeat a method: ``norm_eval=True`` or ``frozen_stages`` over CBN or MABN in the backbone,
+      MABN behind a convolution that is not centred, CBN with gradient accumulation.
+
+    In a config for mmdet's own tools: ``custom_hooks=[dict(type='NormHook')]``.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Called when the data loader and the optimizer exist, before the first iteration."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        link_convs(model)
+        warn_if_uncentred(model)
+        layers = [module for module in model.modules() if isinstance(module, CBN)]
+        for layer in layers:
+            layer.resolve_burnin(len(runner.train_dataloader))
+        accumulated = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        if layers and accumulated > 1:
+            warnings.warn(
+                f'optim_wrapper.accumulative_counts={accumulated}: every accumulated batch is an iteration of CBN, and '
+                'batches with the same weights need no compensation; CBN averages the statistics of the last '
+                f'{layers[0].buffer_num + 1} of them. Set accumulative_counts=1, or use a larger batch norm instead',
+                stacklevel=2,
+            )
+        for message in defeated(model):
+            warnings.warn(message, stacklevel=2)
+
+
+def defeated(model: nn.Module) -> list[str]:
+    """Messages about ``norm_eval`` and ``frozen_stages`` over CBN and MABN in the backbone of ``model``."""
+    backbone = getattr(model, 'backbone', None)
+    if backbone is None:
+        return []
+    kinds = sorted({type(m).__name__ for m in backbone.modules() if isinstance(m, (CBN, MABN))})
+    if not kinds:
+        return []
+    messages = []
+    names = ' and '.join(kinds)
+    if getattr(backbone, 'norm_eval', False):
+        messages.append(
+            f'backbone.norm_eval=True freezes batch norm statistics, but {names} keep using those of the batch, which '
+            'is what these methods are about; write norm_eval=False, so that the config says what happens'
+        )
+    if getattr(backbone, 'frozen_stages', -1) >= 0:
+        messages.append(
+            f'backbone.frozen_stages={backbone.frozen_stages} keeps {names} of these stages at running statistics; '
+            'without pretrained weights for them write frozen_stages=-1'
+        )
+    return messages

@@ -1,0 +1,192 @@
+"""Batch renormalization: training normalizes, up to a bounded correction, as inference will."""
+
+from collections import deque
+
+import torch
+from torch import Tensor, nn
+
+from ._args import check_number, reject_unknown
+from ._recompute import in_backward
+
+_REMEMBERED_CALLS = 32  # covers a head shared by all levels of a pyramid, several times over
+
+
+class WithBatchNorm(nn.Module):
+    """Base of norms that keep running statistics in a child ``bn`` and save them as a plain batch norm would.
+
+    The child is what ``norm_eval``, SyncBN conversion and precise-BN tools find. It says whether batch statistics
+    (``bn.training``) or the running ones are to be used.
+    """
+
+    def __init__(self, bn: nn.BatchNorm2d):
+        super().__init__()
+        self.num_features = bn.num_features
+        self.bn = bn
+        self._register_state_dict_hook(_publish_keys)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor | None) -> None:
+        """Move the running statistics towards this batch's; ``var=None`` leaves the variance."""
+        bn = self.bn
+        bn.num_batches_tracked.add_(1)
+        factor = 1 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
+        bn.running_mean.add_((mean - bn.running_mean) * factor)
+        if var is not None:
+            bn.running_var.add_((var - bn.running_var) * factor)
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        for name, value in self.bn.state_dict().items():
+            if prefix + name in state:
+                state[f'{prefix}bn.{name}'] = state.pop(prefix + name)
+            elif f'{prefix}bn.{name}' not in state:
+                # Report the key as users know it; the child then finds its own value.
+                state[f'{prefix}bn.{name}'] = value
+                if strict and name != 'num_batches_tracked':
+                    missing.append(prefix + name)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def _publish_keys(module: WithBatchNorm, state: dict, prefix: str, metadata) -> None:
+    """Save the child's values under the names of a plain batch norm. Also called by mmengine's own saving code."""
+    for name in module.bn.state_dict():
+        state[prefix + name] = state.pop(f'{prefix}bn.{name}')
+
+
+class BRN(WithBatchNorm):
+    r"""Batch renormalization.
+
+    .. math::
+        \hat x = \frac{x - \mu_B}{\sigma_B}\, r + d, \qquad y = \gamma \hat x + \beta, \qquad
+        r = \mathrm{clip}_{[1/r_{max},\, r_{max}]}\!\left(\frac{\sigma_B}{\sigma}\right), \qquad
+        d = \mathrm{clip}_{[-d_{max},\, d_{max}]}\!\left(\frac{\mu_B - \mu}{\sigma}\right)
+
+    per channel over ``(N, H, W)``, with :math:`\sigma^2` the (biased) variance plus :math:`\epsilon`; :math:`\mu`,
+    :math:`\sigma` are the running ones *before* this batch. r and d count as constants in the backward pass. Where
+    neither clips, :math:`\hat x = (x - \mu) / \sigma`: what eval computes.
+
+    Schedule, in training batches counted by ``num_batches_tracked``: the first ``warmup_iters`` are batch norm (r = 1,
+    d = 0); then the limits grow linearly from 1 and 0, that of r up to ``r_max`` at ``r_iters``, that of d up to
+    ``d_max`` at ``d_iters``. The defaults are the paper's; a schedule shorter than 40k iterations needs shorter ones.
+
+    Eval is plain batch norm. The running variance is batch norm's (an average of unbiased variances; the paper averages
+    standard deviations), so that a batch norm checkpoint loads as the identical eval function. It also brings its
+    count: a layer that loads one with ``num_batches_tracked`` past the warm-up starts with the full limits, as its
+    statistics are good.
+
+    Shapes: x and y ``(N, C, H, W)``; ``weight``, ``bias``, ``running_*`` ``(C,)``. N = 0 passes through and changes no
+    state. A single value per channel gives :math:`\gamma d + \beta` and leaves the running variance, of which it says
+    nothing. Statistics in fp32 for fp16/bf16 inputs; y has the dtype and layout of x. No host sync.
+
+    Under activation checkpointing the recomputed forward finds r and d of the original one (the last 32 calls are
+    remembered) and does not update the statistics a second time.
+
+    ``norm_eval`` makes it plain batch norm with running statistics, which defeats the method.
+
+    Args:
+        num_features: C.
+        r_max: limit of r, at least 1. Default 3.
+        d_max: limit of d, at least 0. Default 5. With ``r_max=1, d_max=0`` the layer is batch norm.
+        warmup_iters: training batches that are plain batch norm. Default 5000.
+        r_iters: when ``r_max`` is reached. Default 40000.
+        d_iters: when ``d_max`` is reached. Default 25000.
+        eps: added to the variance inside the root. Default 1e-5.
+        momentum: weight of the newest batch in the running statistics (torch's convention); ``None`` averages over
+            all batches. Default 0.01, as published: the running statistics take part in training, so they must be
+            steady.
+
+    Raises:
+        ValueError: a number out of range, or ``r_iters`` or ``d_iters`` below ``warmup_iters``.
+        TypeError: an unknown key.
+
+    Source: Ioffe, "Batch Renormalization", arXiv:1702.03275, sections 3 and 4.1.
+    """
+
+    _abbr_ = 'bn'  # the attribute name in host models: batch norm's, so that its checkpoints load by key
+
+    def __init__(
+        self,
+        num_features: int,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        warmup_iters: int = 5000,
+        r_iters: int = 40000,
+        d_iters: int = 25000,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        **unknown,
+    ):
+        reject_unknown(type(self), unknown)
+        check_number(type(self), 'eps', eps, 0)
+        if momentum is not None:
+            check_number(type(self), 'momentum', momentum, 0, 1)
+        _check_at_least('r_max', r_max, 1, (int, float))
+        _check_at_least('d_max', d_max, 0, (int, float))
+        _check_at_least('warmup_iters', warmup_iters, 0, int)
+        _check_at_least('r_iters', r_iters, warmup_iters, int, ' (warmup_iters)')
+        _check_at_least('d_iters', d_iters, warmup_iters, int, ' (warmup_iters)')
+        super().__init__(nn.BatchNorm2d(num_features, eps=eps, momentum=momentum))
+        self.r_max, self.d_max = r_max, d_max
+        self.warmup_iters, self.r_iters, self.d_iters = warmup_iters, r_iters, d_iters
+        self._recent = deque(maxlen=_REMEMBERED_CALLS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bn = self.bn
+        if not bn.training:
+            return bn(x)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        weight, bias = bn.weight.to(dtype), bn.bias.to(dtype)
+        if not x.numel():
+            return (x * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)).to(x.dtype)
+        count = x.numel() // x.shape[1]
+        with torch.no_grad():
+            var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
+            repeats = in_backward()
+            r, d = (repeats and self._recall(mean)) or self._correction(mean, var)
+        # Renormalization is affine, so it can share the step of weight and bias.
+        # torch.batch_norm, since F.batch_norm refuses a single value per channel.
+        weight, bias = weight * r, weight * d + bias
+        y = torch.batch_norm(x, weight, bias, None, None, True, 0.0, bn.eps, torch.backends.cudnn.enabled)
+        if not repeats:
+            if not torch.compiler.is_compiling():
+                self._recent.appendleft((mean, r, d))
+            self._update(mean, var * (count / (count - 1)) if count > 1 else None)
+        return y
+
+    def limits(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """r_max and d_max of the coming training batch, as tensors on the layer's device."""
+        done = self.bn.num_batches_tracked.to(dtype) - self.warmup_iters
+        grown_r = (done / max(self.r_iters - self.warmup_iters, 1)).clamp(0, 1)
+        grown_d = (done / max(self.d_iters - self.warmup_iters, 1)).clamp(0, 1)
+        return 1 + (self.r_max - 1) * grown_r, self.d_max * grown_d
+
+    def _correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        bn = self.bn
+        r_max, d_max = self.limits(mean.dtype)
+        sigma = torch.sqrt(bn.running_var.to(mean.dtype) + bn.eps)
+        r = torch.sqrt(var + bn.eps) / sigma
+        d = (mean - bn.running_mean) / sigma
+        return torch.clamp(r, 1 / r_max, r_max), torch.clamp(d, -d_max, d_max)
+
+    def _recall(self, mean: Tensor) -> tuple[Tensor, Tensor] | None:
+        """r and d of the call that had this batch mean: the newest such call, found without a host sync."""
+        calls = [call for call in self._recent if call[0].device == mean.device]
+        if not calls:  # a forward that only looks like a recomputation
+            return None
+        means, rs, ds = (torch.stack(values) for values in zip(*calls))
+        row = (means - mean).abs().sum(1).argmin(keepdim=True)
+        return rs.index_select(0, row)[0], ds.index_select(0, row)[0]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {'_recent': deque(maxlen=_REMEMBERED_CALLS)}  # copies and pickles need no such memory
+
+    def extra_repr(self) -> str:
+        return (
+            f'r_max={self.r_max}, d_max={self.d_max}, warmup_iters={self.warmup_iters}, '
+            f'r_iters={self.r_iters}, d_iters={self.d_iters}'
+        )
+
+
+def _check_at_least(key: str, value, low: float, types, name: str = '') -> None:
+    if isinstance(value, bool) or not isinstance(value, types) or not low <= value < float('inf'):
+        kind = 'an integer' if types is int else 'a number'
+        raise ValueError(f"norm_cfg of type 'BRN': {key}={value!r} must be {kind} of at least {low:g}{name}")

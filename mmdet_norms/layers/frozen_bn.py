@@ -1,0 +1,83 @@
+"""Frozen batch norm: the fixed affine map that a pretrained batch norm becomes when it is no longer trained."""
+
+import torch
+from torch import Tensor, nn
+
+from ._args import check_number, reject_unknown
+
+
+class FrozenBN(nn.Module):
+    r"""Batch norm whose statistics *and* affine pair never change.
+
+    .. math::
+        y_c = s_c x_c + t_c, \qquad s_c = \frac{\gamma_c}{\sqrt{\mathrm{running\_var}_c + \epsilon}}, \qquad
+        t_c = \beta_c - s_c\,\mathrm{running\_mean}_c
+
+    Shapes: x and y ``(N, C, H, W)``, N = 0 included; ``weight``, ``bias``, ``running_mean``, ``running_var`` ``(C,)``.
+    The same in ``train()`` and ``eval()``. Computed in fp32 for fp16/bf16 inputs; y has the dtype and layout of x.
+
+    All values are buffers, not frozen parameters: ``norm_cfg``'s ``requires_grad=True`` (mmcv's default, set on every
+    parameter) cannot thaw them, optimizers, ``paramwise_cfg`` and DDP's check for unused parameters never see them.
+    And it is no subclass of ``BatchNorm2d``, which SyncBN conversion would replace by a norm that trains.
+
+    State dict: the keys of a plain batch norm, so checkpoints go both ways under the same name (``bn1``).
+    Where a checkpoint holds only ``weight`` and ``bias`` (statistics already folded in), the layer becomes exactly that
+    affine map. ``num_batches_tracked`` is carried along; a checkpoint may lack it.
+
+    It is meant for pretrained weights. In a ResNet from scratch, ``zero_init_residual`` zeroes the last norm of
+    every block, which here would stay zero: turn it off.
+
+    Args:
+        num_features: C.
+        eps: added to the variance inside the root. Default 1e-5, batch norm's.
+
+    Raises:
+        ValueError: ``eps`` out of range.
+        TypeError: an unknown key.
+
+    Source: Ioffe and Szegedy, arXiv:1502.03167, section 3.1 (batch norm at inference); frozen in detectors since
+    He et al., arXiv:1512.03385, appendix A.
+    """
+
+    _abbr_ = 'bn'  # the attribute name in host models: batch norm's, so that its checkpoints load by key
+
+    def __init__(self, num_features: int, eps: float = 1e-5, **unknown):
+        super().__init__()
+        reject_unknown(type(self), unknown)
+        check_number(type(self), 'eps', eps, 0)
+        self.num_features = num_features
+        self.eps = eps
+        self.register_buffer('weight', torch.ones(num_features))
+        self.register_buffer('bias', torch.zeros(num_features))
+        self.register_buffer('running_mean', torch.zeros(num_features))
+        self.register_buffer('running_var', torch.ones(num_features))
+        self.register_buffer('num_batches_tracked', torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _affine(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
+
+    def to_batch_norm(self) -> nn.BatchNorm2d:
+        """The same function as a ``BatchNorm2d`` in eval mode without gradients, for tools that fold BN into convs."""
+        bn = nn.BatchNorm2d(self.num_features, eps=self.eps).to(self.weight.device, self.weight.dtype)
+        bn.load_state_dict(self.state_dict())
+        return bn.requires_grad_(False).eval()
+
+    def extra_repr(self) -> str:
+        return f'{self.num_features}, eps={self.eps}'
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        has_affine = prefix + 'weight' in state or prefix + 'bias' in state
+        if has_affine and prefix + 'running_mean' not in state and prefix + 'running_var' not in state:
+            state[prefix + 'running_mean'] = torch.zeros_like(self.running_mean)
+            state[prefix + 'running_var'] = torch.ones_like(self.running_var) - self.eps
+        state.setdefault(prefix + 'num_batches_tracked', self.num_batches_tracked)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+
+
+@torch.fx.wrap  # symbolic tracing, as conv-BN fusion does it, cannot look into dtypes
+def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale = weight.to(dtype) * torch.rsqrt(var.to(dtype) + eps)
+    shift = bias.to(dtype) - mean.to(dtype) * scale
+    # Not F.batch_norm: it would keep x for the backward pass, and that needs only the scale.
+    return (x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)

@@ -1,0 +1,61 @@
+"""Group normalization with a default number of groups, fp32 statistics and the layout of its input."""
+
+import torch
+from torch import Tensor, nn
+
+from ._args import check_number, reject_unknown
+
+
+class GN(nn.GroupNorm):
+    r"""Group norm: statistics per sample over a group of channels and all positions.
+
+    .. math::
+        y_c = \gamma_c \frac{x_c - \mathrm E_g[x]}{\sqrt{\mathrm{Var}_g[x] + \epsilon}} + \beta_c
+
+    with mean and biased variance over the ``C / num_groups`` channels of c's group and ``(H, W)``, per sample. The same
+    in training and eval; nothing depends on the batch.
+
+    Shapes: x and y ``(N, C, H, W)``, N = 0 included; ``weight``, ``bias`` ``(C,)``. State dict as ``nn.GroupNorm``'s.
+
+    Beyond ``nn.GroupNorm``: fp16/bf16 inputs get fp32 statistics and y keeps their dtype (under autocast, torch
+    returns fp32); y keeps a channels_last layout, whose kernel on CPUs loses all digits when a mean is large
+    compared with the deviation, and is therefore not used; a group of one value gives ``bias`` instead of an error.
+
+    Args:
+        num_features: C.
+        num_groups: must divide C. Default 32, the paper's.
+        eps: added to the variance inside the root. Default 1e-5, as published.
+        affine: with weight and bias. Default True.
+
+    Raises:
+        ValueError: ``num_groups`` does not divide C (the message lists what does); ``eps`` out of range.
+        TypeError: an unknown key.
+
+    Source: Wu and He, arXiv:1803.08494, section 3.
+    """
+
+    def __init__(self, num_features: int, num_groups: int = 32, eps: float = 1e-5, affine: bool = True, **unknown):
+        reject_unknown(type(self), unknown)
+        check_number(type(self), 'eps', eps, 0)
+        is_count = isinstance(num_groups, int) and not isinstance(num_groups, bool) and num_groups > 0
+        if not is_count or num_features % num_groups:
+            divisors = ', '.join(str(d) for d in range(1, num_features + 1) if num_features % d == 0)
+            raise ValueError(
+                f"norm_cfg of type 'GN': num_groups={num_groups!r} must divide the {num_features} channels of the "
+                f'layer; write one of: {divisors}'
+            )
+        super().__init__(num_groups, num_features, eps=eps, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+@torch.fx.wrap  # symbolic tracing, as conv-BN fusion does it, cannot look into dtypes and layouts
+def group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``F.group_norm`` with fp32 statistics, the dtype and layout of x, and no error for single values."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+    y = torch.group_norm(x.to(dtype).contiguous(), num_groups, weight, bias, eps).to(x.dtype)
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return y.contiguous(memory_format=torch.channels_last)
+    return y

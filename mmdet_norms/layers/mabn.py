@@ -1,0 +1,486 @@
+"""MABN: batch norm for small batches, by moving averages of the statistics in both passes; and its convolution.
+
+Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization", ICLR 2020,
+https://arxiv.org/abs/2001.06838.
+"""
+
+import itertools
+import warnings
+import weakref
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ._args import check_number, reject_unknown
+
+_FIX = "write conv_cfg=dict(type='CenConv') beside norm_cfg=dict(type='MABN')"
+# Calls of one module that may lie between a forward and its recomputation by activation checkpointing: a head shared
+# by 5 levels makes 5. A record is three vectors, less than the two windows take anyway.
+_MAX_CALLS = 32
+_WINDOWS = ('iters', 'buffer_x2', 'buffer_gz')
+_UNSAVED = ('_handle', '_calls', '_replays')
+_HANDLES = itertools.count()
+_LAYERS: 'weakref.WeakValueDictionary[int, MABN]' = weakref.WeakValueDictionary()
+
+
+class _Call(NamedTuple):
+    """What one training forward computed: moment of the batch, moment used, renorm factor (C,); iteration (1,)."""
+
+    batch: Tensor
+    used: Tensor
+    renorm: Tensor
+    t: Tensor
+
+
+def _single(t: Tensor, window: int, warmup_iters: int) -> Tensor:
+    """Whether iteration t uses its own statistics alone. The one ``<=`` and the one ``<`` are as published."""
+    return (t <= window) | (t < warmup_iters)
+
+
+def _push(window: Tensor, t: Tensor, row: Tensor) -> None:
+    """Write ``row`` (C,) over the oldest row of ``window`` (m, C).
+
+    Not where it is inf or nan: an overflow in fp16, for which a loss scaler skips the step, would stay for m steps,
+    and the scaler would halve its scale in each.
+    """
+    slot = t % len(window)
+    row = row.to(window.dtype)
+    window.index_copy_(0, slot, torch.where(row.isfinite(), row, window.index_select(0, slot)))
+
+
+def _compiled_call(
+    batch: Tensor, iters: Tensor, buffer_x2: Tensor, running_var: Tensor, handle: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:meth:`MABN._call` for compiled code, on copies, because the compiler reuses the memory of its tensors."""
+    call = _LAYERS[int(handle)]._call(batch.clone(), iters, buffer_x2, running_var)
+    return call.used.clone(), call.renorm.clone(), call.t.clone()
+
+
+if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
+    # Opaque to the compiler. It would compute renorm a second time in the backward, from the running_var that the
+    # forward has overwritten by then, and could not tell a forward from its recomputation by checkpointing.
+    _compiled_call = torch.library.custom_op(
+        'mmdet_norms::mabn_call', _compiled_call, mutates_args=('iters', 'buffer_x2', 'running_var')
+    )
+
+    @_compiled_call.register_fake
+    def _(batch, iters, buffer_x2, running_var, handle):
+        return torch.empty_like(batch), torch.empty_like(batch), torch.empty_like(iters)
+else:
+    _compiled_call = torch.compiler.disable(_compiled_call)
+
+
+class _Normalize(torch.autograd.Function):
+    """``y = weight * renorm * x / sqrt(moment + eps) + bias`` with MABN's backward. Saves x and vectors only."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, moment, renorm, t, buffer_gz, warmup_iters, eps):
+        ctx.save_for_backward(x, weight, moment, renorm, t)
+        # Not saved for backward: each call writes it, and autograd would refuse the calls made before.
+        ctx.buffer_gz = buffer_gz
+        ctx.warmup_iters, ctx.eps, ctx.bias_dtype = warmup_iters, eps, bias.dtype
+        scale, shift = weight.to(moment.dtype) * renorm, bias.to(moment.dtype)
+        return F.batch_norm(x, torch.zeros_like(moment), moment, scale, shift, False, 0.0, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, moment, renorm, t = ctx.saved_tensors
+        buffer_gz, inverse = ctx.buffer_gz, (moment + ctx.eps).rsqrt()
+        scale = weight.to(moment.dtype) * renorm * inverse
+        wide = grad.to(moment.dtype)
+        product = (wide * x).sum((0, 2, 3))
+        psi = scale * product * (x.shape[1] / x.numel())
+        _push(buffer_gz, t, psi)
+        average = buffer_gz.to(psi.dtype).mean(0)
+        p = torch.where(_single(t, len(buffer_gz), ctx.warmup_iters), psi, average)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad * _per_channel(scale) - x * _per_channel(inverse.square() * p)).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (renorm * inverse * product).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = wide.sum((0, 2, 3)).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
+
+
+def _per_channel(vector: Tensor) -> Tensor:
+    return vector.view(1, -1, 1, 1)
+
+
+class MABN(nn.Module):
+    r"""Moving average batch normalization: no mean, second moments averaged over a window of iterations.
+
+    With :math:`\chi_t = \mathrm E[x^2]` per channel over ``(N, H, W)``, m the window, t the iteration (from 1),
+
+    .. math::
+        v &= \chi_t \text{ if } t \le m \text{ or } t < \text{warmup\_iters, else } \tfrac1m \textstyle\sum_{i<m}
+             \chi_{t-i} \\
+        r &= 1 \text{ if } t \le \max(1000, \text{warmup\_iters}), \text{ else }
+             \mathrm{clip}(\sqrt{v + \epsilon} / \sqrt{\rho + \epsilon},\ 1/5,\ 5) \\
+        z &= x / \sqrt{v + \epsilon}, \qquad y = \gamma\, r z + \beta, \qquad
+        \rho \leftarrow \text{momentum} \cdot \rho + (1 - \text{momentum})\, v
+
+    where :math:`\rho` is ``running_var``, in r still that of the iteration before. Backward, with upstream gradient g,
+
+    .. math::
+        \psi_t = \mathrm E[\gamma r g z], \qquad p = \psi_t \text{ or the mean of the last m, as for } v, \qquad
+        \frac{\partial L}{\partial x} = \frac{\gamma r g - z p}{\sqrt{v + \epsilon}}
+
+    and :math:`\partial L / \partial \gamma = \sum g r z`, :math:`\partial L / \partial \beta = \sum g`. While a single
+    batch is used and r = 1 this is the exact gradient; afterwards, by design, the derivative of nothing. Eval:
+    :math:`y = \gamma x / \sqrt{\rho + \epsilon} + \beta`, a batch norm with mean 0 (:meth:`to_batch_norm`).
+
+    No mean is subtracted: the convolution in front has to supply outputs without one, see :class:`CenConv2d`. A
+    convolution whose weight is used as it is makes the layer warn at its first training forward.
+
+    Shapes: x and y ``(N, C, H, W)``, any N >= 0, H, W; N = 0 passes through and is no iteration. State, with the
+    published names and shapes: ``weight``, ``bias`` ``(C,)``; ``running_var`` ``(1, C, 1, 1)``, 1 at the start;
+    ``iters`` ``(1,)`` int64; ``buffer_x2``, ``buffer_gz`` ``(m, C)``, row ``t mod m`` from the forward and the
+    backward of iteration t. Statistics are computed in fp32 for fp16/bf16 inputs; y has the dtype and layout of x.
+
+    What counts as an iteration:
+
+    * Every training forward of the module, with or without grad, with or without backward: each micro-step of
+      gradient accumulation, each call of a shared head. The backward of a call writes the row of *that* call and
+      averages the rows as they then stand: with several calls before one backward the later calls' rows are new and
+      the earlier calls' rows are still those of m iterations ago.
+    * Not the recomputation by activation checkpointing (a training forward inside a backward pass): it takes the
+      statistics of the call that saw the same batch moment, so outputs, gradients and state are those without
+      checkpointing, reentrant or not. At most 32 calls of the module may come in between. Two calls with
+      one and the same input inside one checkpointed function may exchange their statistics.
+
+    Every process of distributed training keeps its own statistics, as published (``broadcast_buffers=False``, which is
+    mmengine's default); the checkpoint holds those of rank 0.
+
+    With a loss scaler ``buffer_gz`` is in scaled units: after a change of the scale the window mixes two for m
+    iterations unless ``buffer_gz`` is multiplied by new / old. Inf and nan never enter windows or ``running_var``.
+
+    ``load_state_dict`` takes, besides its own and the published files:
+
+    * ``running_var`` of shape ``(C,)``.
+    * Windows of another length: the newest rows are kept; where the new window is longer, their mean fills it.
+    * A batch norm (``running_mean``, no ``iters``): in eval mode the identical function of the same input, with
+      ``bias - weight * running_mean / sqrt(running_var + eps)`` as bias, the batch norm's eps assumed equal. ``iters``
+      and both windows start from 0, which a warning says. In training mode x is divided by its second moment
+      about 0, so the functions agree as far as its mean is 0. A weight that was trained uncentred gives another x when
+      it is loaded into a :class:`CenConv2d`; the authors found such weights to train badly.
+    * A state without complete windows, such as the authors' ImageNet models: ``iters`` and windows restart from 0.
+
+    Args:
+        num_features: C.
+        B: images per process. Default 2, as published.
+        real_B: the batch size to imitate, a multiple of B. Default 32, as published: a window of 16.
+        warmup_iters: iterations before which the window is not used. Default 100, as published; more if the loss
+            diverges at the start.
+        momentum: weight of the **old** value in ``running_var``, unlike torch's. Default 0.98, as published.
+        eps: added inside the roots. Default 1e-5, as published.
+        buffer_size: m, in place of B and real_B.
+
+    The delay of 1000 iterations before r is used and its limits [1/5, 5], which keep training and eval statistics
+    from parting while the former still move fast, are fixed as published: ``RENORM_DELAY`` and ``RENORM_LIMITS``.
+
+    Raises:
+        ValueError: an argument out of range; real_B no multiple of B; buffer_size given with B or real_B; an input
+            that is not ``(N, C, H, W)``.
+        TypeError: an unknown key.
+
+    Source: Yan et al., arXiv:2001.06838, sections 4 and 5.
+    """
+
+    # As batch norm: the published backbone keys (layer1.0.bn1.weight) and those of any batch norm model fit unchanged.
+    _abbr_ = 'bn'
+    RENORM_DELAY = 1000
+    RENORM_LIMITS = (1 / 5, 5.0)
+
+    def __init__(
+        self,
+        num_features: int,
+        B: int | None = None,
+        real_B: int | None = None,
+        warmup_iters: int = 100,
+        momentum: float = 0.98,
+        eps: float = 1e-5,
+        buffer_size: int | None = None,
+        **unknown,
+    ):
+        super().__init__()
+        reject_unknown(type(self), unknown)
+        check_number(type(self), 'eps', eps, 0)
+        check_number(type(self), 'momentum', momentum, 0, 1)
+        _check_count('warmup_iters', warmup_iters, 0)
+        self.num_features = num_features
+        self.buffer_size = _window(B, real_B, buffer_size)
+        self.warmup_iters = warmup_iters
+        self.momentum = momentum
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer('running_var', torch.ones(1, num_features, 1, 1))
+        self.register_buffer('iters', torch.zeros(1, dtype=torch.int64))
+        self.register_buffer('buffer_x2', torch.zeros(self.buffer_size, num_features))
+        self.register_buffer('buffer_gz', torch.zeros(self.buffer_size, num_features))
+        self._register()
+        self._forget_calls()
+        self._conv_checked = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.num_features:
+            raise ValueError(f'MABN({self.num_features}) takes (N, {self.num_features}, H, W), not {tuple(x.shape)}')
+        if not self.training or x.numel() == 0:
+            moment = self.running_var.flatten().to(_statistics_dtype(x))
+            weight, bias = self.weight.to(moment.dtype), self.bias.to(moment.dtype)
+            return F.batch_norm(x, torch.zeros_like(moment), moment, weight, bias, False, 0.0, self.eps)
+        if not (self._conv_checked or torch.compiler.is_compiling()) and x.grad_fn is not None:
+            self._conv_checked = True
+            if _made_with_weight_as_is(x):
+                warnings.warn(f'MABN subtracts no mean, but the convolution in front of it does not centre its weight; '
+                              f'{_FIX}', stacklevel=2)
+        call = self._statistics(x.detach())
+        return _Normalize.apply(
+            x, self.weight, self.bias, call.used, call.renorm, call.t, self.buffer_gz, self.warmup_iters, self.eps
+        )
+
+    @torch.no_grad()
+    def _statistics(self, x: Tensor) -> _Call:
+        batch = x.to(_statistics_dtype(x)).square().mean((0, 2, 3))
+        state = self.iters, self.buffer_x2, self.running_var
+        if torch.compiler.is_compiling():
+            return _Call(batch, *_compiled_call(batch, *state, self._handle))
+        return self._call(batch, *state)
+
+    def _call(self, batch: Tensor, *state: Tensor) -> _Call:
+        """What to normalize with, given the moment of the batch: a new iteration, or an old one recomputed."""
+        if self._calls and torch._C._current_graph_task_id() != -1:
+            return self._recall(batch)
+        call = self._advance(batch, *state)
+        self._calls.append(call)
+        self._replays = None
+        return call
+
+    def _advance(self, batch: Tensor, iters: Tensor, buffer_x2: Tensor, running_var: Tensor) -> _Call:
+        iters += 1
+        t = iters.clone()
+        _push(buffer_x2, t, batch)
+        average = buffer_x2.to(batch.dtype).mean(0)
+        used = torch.where(_single(t, self.buffer_size, self.warmup_iters), batch, average)
+        old = running_var.flatten().to(batch.dtype)
+        renorm = ((used + self.eps).sqrt() / (old + self.eps).sqrt()).clamp(*self.RENORM_LIMITS)
+        renorm = torch.where(t <= max(self.RENORM_DELAY, self.warmup_iters), torch.ones_like(renorm), renorm)
+        new = self.momentum * old + (1 - self.momentum) * used
+        running_var.copy_(_per_channel(torch.where(new.isfinite(), new, old)))
+        return _Call(batch, used, renorm, t)
+
+    def _recall(self, batch: Tensor) -> _Call:
+        """The call that is being recomputed, found without looking at a value on the host.
+
+        Calls with equal moments, such as those of one input given twice, are taken from the latest on, as backward
+        passes meet them.
+        """
+        calls = _Call(*map(torch.stack, zip(*self._calls)))
+        if self._replays is None:
+            self._replays = torch.zeros(len(self._calls), dtype=torch.int64, device=batch.device)
+        distance = (calls.batch - batch).abs().sum(1)
+        age = torch.arange(len(self._calls), device=batch.device)
+        order = age - len(self._calls) * self._replays
+        best = torch.where(distance <= distance.min(), order, torch.full_like(order, -(2**62))).argmax(0, keepdim=True)
+        self._replays.index_add_(0, best, torch.ones_like(best))
+        return _Call(*(stack.index_select(0, best)[0] for stack in calls))
+
+    def _register(self) -> None:
+        # A tensor, because the compiler would make one graph per number; on the CPU, so reading it waits for nothing.
+        self._handle = torch.tensor(next(_HANDLES), device='cpu')
+        _LAYERS[int(self._handle)] = self
+
+    def _forget_calls(self) -> None:
+        self._calls: deque[_Call] = deque(maxlen=_MAX_CALLS)
+        self._replays: Tensor | None = None
+
+    def _apply(self, fn, recurse=True):
+        self._forget_calls()  # they would stay behind on the old device
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key not in _UNSAVED}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._register()
+        self._forget_calls()
+
+    def to_batch_norm(self) -> nn.BatchNorm2d:
+        """A batch norm that is this layer in eval mode: mean 0, variance ``running_var``. In eval mode."""
+        norm = nn.BatchNorm2d(self.num_features, eps=self.eps, momentum=1 - self.momentum)
+        norm = norm.to(self.weight.device, self.weight.dtype)
+        with torch.no_grad():
+            norm.weight.copy_(self.weight)
+            norm.bias.copy_(self.bias)
+            norm.running_var.copy_(self.running_var.flatten())
+        return norm.eval()
+
+    def extra_repr(self) -> str:
+        return (
+            f'{self.num_features}, buffer_size={self.buffer_size}, warmup_iters={self.warmup_iters}, '
+            f'momentum={self.momentum}, eps={self.eps}'
+        )
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        self._forget_calls()
+        mean = state.get(prefix + 'running_mean')
+        if mean is not None and mean.shape == self.weight.shape and prefix + 'iters' not in state:
+            self._take_batch_norm(state, prefix)
+        var = state.get(prefix + 'running_var')
+        if var is not None and var.shape == self.weight.shape:
+            state[prefix + 'running_var'] = _per_channel(var)
+        if any(prefix + name in state for name in ('weight', 'bias', 'running_var')):
+            self._take_windows(state, prefix, missing if strict else [])
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+
+    def _take_batch_norm(self, state, prefix) -> None:
+        mean = state.pop(prefix + 'running_mean').double()
+        state.pop(prefix + 'num_batches_tracked', None)
+        weight, bias, var = (state.get(prefix + name) for name in ('weight', 'bias', 'running_var'))
+        if weight is not None and bias is not None and var is not None:
+            shift = weight.double() * mean / (var.double().flatten() + self.eps).sqrt()
+            state[prefix + 'bias'] = (bias.double() - shift).to(bias.dtype)
+        for name in _WINDOWS:
+            state[prefix + name] = torch.zeros_like(getattr(self, name))
+        warnings.warn('MABN loaded a batch norm: its mean went into the bias (the same function in eval mode); iters, '
+                      'buffer_x2 and buffer_gz start from 0', stacklevel=2)
+
+    def _take_windows(self, state, prefix, missing) -> None:
+        absent = [name for name in _WINDOWS if prefix + name not in state]
+        if absent:  # a counter past the warm-up would average rows that were never written
+            missing += [prefix + name for name in absent]
+            for name in _WINDOWS:
+                state[prefix + name] = torch.zeros_like(getattr(self, name))
+            return
+        for name in ('buffer_x2', 'buffer_gz'):
+            rows = state[prefix + name]
+            if rows.dim() == 2 and rows.shape[1] == self.num_features and len(rows) != self.buffer_size:
+                state[prefix + name] = _resize(rows, int(state[prefix + 'iters']), self.buffer_size)
+                warnings.warn(f'MABN loaded a window of {len(rows)} iterations into one of {self.buffer_size}: the '
+                              'newest rows are kept', stacklevel=2)
+
+
+def _resize(rows: Tensor, t: int, size: int) -> Tensor:
+    """Re-slot the newest rows of a window after iteration t into one of ``size`` rows, filled up with their mean."""
+    newest = range(t, max(t - min(len(rows), size), 0), -1)
+    resized = rows.new_zeros(size, rows.shape[1])
+    if newest:
+        kept = rows[[i % len(rows) for i in newest]]
+        resized += kept.mean(0)
+        resized[[i % size for i in newest]] = kept
+    return resized
+
+
+def _window(B: int | None, real_B: int | None, buffer_size: int | None) -> int:
+    if buffer_size is not None:
+        _check_count('buffer_size', buffer_size, 1)
+        if B is not None or real_B is not None:
+            raise ValueError(
+                f"norm_cfg of type 'MABN': buffer_size={buffer_size} stands in place of B={B} and real_B={real_B}; "
+                'write one or the other'
+            )
+        return buffer_size
+    B, real_B = 2 if B is None else B, 32 if real_B is None else real_B
+    _check_count('B', B, 1)
+    _check_count('real_B', real_B, 1)
+    if real_B % B:
+        raise ValueError(
+            f"norm_cfg of type 'MABN': real_B={real_B} is no multiple of B={B}; the window is real_B / B iterations"
+        )
+    return real_B // B
+
+
+def _check_count(key: str, value, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"norm_cfg of type 'MABN': {key}={value!r} must be an integer of at least {low}")
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class CenConv2d(nn.Conv2d):
+    r"""Convolution with a centred weight: ``conv2d(x, W - mean(W), bias)``, the mean per output channel.
+
+    The mean is over ``(C_in / groups, kh, kw)``, so a constant added to all inputs of an output pixel cancels, and the
+    outputs need no mean subtracted by the norm behind. The parameter stays uncentred and is centred in each forward,
+    gradients included (:math:`dW = dW_c - \overline{dW_c}`): any weights may be loaded, the bias stays as it is.
+
+    Arguments, shapes and state dict are those of ``torch.nn.Conv2d``, N = 0 included. Centring is computed in fp32 (or
+    fp64), under autocast too. Tools that read ``weight`` themselves get it uncentred: give them :meth:`to_conv2d`.
+
+    Source: Yan et al., arXiv:2001.06838, section 4.3.
+    """
+
+    def centred_weight(self) -> Tensor:
+        """The weight in use, in the dtype of the parameter."""
+        weight = self.weight.to(_statistics_dtype(self.weight))
+        return (weight - weight.mean((1, 2, 3), keepdim=True)).to(self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.centred_weight(), self.bias)
+
+    @torch.no_grad()
+    def to_conv2d(self) -> nn.Conv2d:
+        """A plain convolution of the same function, for deployment: the weight is centred once."""
+        conv = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.groups, self.bias is not None, self.padding_mode, self.weight.device, self.weight.dtype,
+        )
+        conv.weight.copy_(self.centred_weight())
+        if self.bias is not None:
+            conv.bias.copy_(self.bias)
+        return conv.train(self.training)
+
+
+def warn_if_uncentred(model: nn.Module) -> list[str]:
+    """Warn, once for the whole model, of MABN layers behind a convolution that is no :class:`CenConv2d`.
+
+    A convolution is in front of an MABN if it is the last sibling before it with a weight of convolution shape, as in
+    ``ConvModule``, ResNet blocks and ``nn.Sequential``. Layers for which none is found are passed over. The layers
+    looked at do not warn again in their first forward.
+
+    Returns:
+        Names of the MABN layers, empty if all is well.
+    """
+    found = []
+    for path, module in model.named_modules():
+        conv = None
+        for name, child in module.named_children():
+            if isinstance(child, MABN):
+                if conv is not None and not _norm_first(module):
+                    child._conv_checked = True
+                    if not isinstance(conv, CenConv2d):
+                        found.append(f'{path}.{name}'.lstrip('.'))
+                conv = None
+            elif getattr(child, 'weight', None) is not None and child.weight.dim() > 2:
+                conv = child
+    if found:
+        more = f' and {len(found) - 5} more' if len(found) > 5 else ''
+        warnings.warn(f'MABN subtracts no mean, but the convolutions in front of {", ".join(found[:5])}{more} do not '
+                      f'centre their weights; {_FIX}', stacklevel=2)
+    return found
+
+
+def _norm_first(module: nn.Module) -> bool:
+    """Whether it is a ConvModule that applies its norm before its convolution."""
+    order = getattr(module, 'order', ())
+    return 'norm' in order and 'conv' in order and order.index('norm') < order.index('conv')
+
+
+def _made_with_weight_as_is(x: Tensor) -> bool:
+    """Whether x comes right from a convolution with a trainable parameter as its weight. Reads the graph, no values."""
+    node = x.grad_fn
+    if not type(node).__name__.startswith('ConvolutionBackward') or len(node.next_functions) < 2:
+        return False
+    weight = node.next_functions[1][0]
+    while type(weight).__name__ == 'ToCopyBackward0':  # autocast
+        weight = weight.next_functions[0][0]
+    return type(weight).__name__ == 'AccumulateGrad'

@@ -1,0 +1,123 @@
+"""Switchable normalization: a learned mix of instance, layer and batch statistics."""
+
+import torch
+from torch import Tensor, nn
+
+from ._args import check_number, reject_unknown
+from ._recompute import in_backward
+from .batch_renorm import WithBatchNorm
+
+
+class SN(WithBatchNorm):
+    r"""Switchable norm.
+
+    .. math::
+        y_c = \gamma_c \frac{x_c - \sum_k w_k \mu_k}{\sqrt{\sum_k w'_k \sigma_k^2 + \epsilon}} + \beta_c,
+        \qquad k \in \{\mathrm{IN}, \mathrm{LN}, \mathrm{BN}\}
+
+    with :math:`w = \mathrm{softmax}(\texttt{mean\_weight})`, :math:`w' = \mathrm{softmax}(\texttt{var\_weight})`, and
+    mean and biased variance over (H, W) for IN, (C, H, W) for LN, (N, H, W) for BN. In eval, BN's are the running ones;
+    IN's and LN's are always the sample's, so eval cannot be folded into a convolution.
+
+    Shapes: x and y ``(N, C, H, W)``; ``weight``, ``bias``, ``running_mean``, ``running_var`` ``(C,)``; ``mean_weight``,
+    ``var_weight`` ``(3,)`` in the order IN, LN, BN, both starting as an even mix. N = 0 passes through and changes no
+    state. N = 1 and 1x1 maps are finite: the published code takes IN's variance as unbiased, which is NaN for 1x1.
+    Statistics in fp32 for fp16/bf16 inputs; y has the dtype and layout of x.
+
+    State dict: the published keys ``weight, bias, mean_weight, var_weight, running_mean, running_var``, in the shapes
+    above or in the published ``(1, C, 1, 1)``, plus ``num_batches_tracked``. Of a batch norm checkpoint it takes
+    everything; ``mean_weight`` and ``var_weight`` are reported missing and keep their values, so the function differs
+    (it would be the same only with all weight on BN, where the softmax has no gradient to learn from).
+
+    The BN statistics live in a child module ``bn`` (without affine): ``norm_eval`` and precise-BN tools find it there.
+    With ``norm_eval``, the running statistics are the BN part also in training.
+
+    Args:
+        num_features: C.
+        eps: added to the mixed variance inside the root. Default 1e-5, as published.
+        momentum: weight of the newest batch in the running statistics (torch's convention); ``None`` averages over
+            all batches. Default 0.1, the published 0.9 for the old value.
+
+    Raises:
+        ValueError: ``eps`` or ``momentum`` out of range.
+        TypeError: an unknown key.
+
+    Source: Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", arXiv:1806.10779,
+    section 3.
+    """
+
+    _abbr_ = 'sn'
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, **unknown):
+        reject_unknown(type(self), unknown)
+        check_number(type(self), 'eps', eps, 0)
+        if momentum is not None:
+            check_number(type(self), 'momentum', momentum, 0, 1)
+        super().__init__(nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False))
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.mean_weight = nn.Parameter(torch.ones(3))
+        self.var_weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bn = self.bn
+        use_batch = bn.training and x.numel() > 0
+        learned = (self.weight, self.bias, self.mean_weight, self.var_weight)
+        result = _switch_norm(x, *learned, bn.running_mean, bn.running_var, use_batch, self.eps)
+        if use_batch and not in_backward():
+            self._update(result[1].detach().flatten(), result[2].detach().flatten())
+        return result[0]
+
+    def extra_repr(self) -> str:
+        return f'{self.num_features}, eps={self.eps}, momentum={self.bn.momentum}'
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            value = state.get(prefix + name)
+            if value is not None and value.dim() > 1 and value.numel() == self.num_features:
+                state[prefix + name] = value.flatten()
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+@torch.fx.wrap  # symbolic tracing, as conv-BN fusion does it, cannot look into dtypes
+def _switch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    use_batch: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the mean and variance that were used as BN's."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = x.to(dtype)
+    # LN's and BN's statistics follow from IN's; as deviations of means, not as E[x^2] - E[x]^2, which cancels.
+    if x.numel():
+        var_in, mean_in = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
+    else:
+        var_in = mean_in = wide.sum((2, 3), keepdim=True)  # empty too; var_mean would warn
+    mean_ln, var_ln = _pool(mean_in, var_in, 1)
+    if use_batch:
+        mean_bn, var_bn = _pool(mean_in, var_in, 0)
+    else:
+        mean_bn, var_bn = (statistic.to(dtype).view(1, -1, 1, 1) for statistic in (running_mean, running_var))
+    mean = _mix(mean_weight.to(dtype), mean_in, mean_ln, mean_bn)
+    var = _mix(var_weight.to(dtype), var_in, var_ln, var_bn)
+    scale = weight.to(dtype).view(1, -1, 1, 1) * torch.rsqrt(var + eps)
+    y = (wide - mean) * scale + bias.to(dtype).view(1, -1, 1, 1)
+    return y.to(x.dtype), mean_bn, var_bn
+
+
+def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the union of equally large sets along ``dim``."""
+    pooled = mean.mean(dim, keepdim=True)
+    return pooled, var.mean(dim, keepdim=True) + (mean - pooled).square().mean(dim, keepdim=True)
+
+
+def _mix(logits: Tensor, *statistics: Tensor) -> Tensor:
+    weights = torch.softmax(logits, 0)
+    return sum(weight * statistic for weight, statistic in zip(weights, statistics))

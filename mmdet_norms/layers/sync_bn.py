@@ -1,0 +1,189 @@
+"""Synchronized batch norm that also runs where nothing can be synchronized."""
+
+import logging
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ._args import check_number, reject_unknown
+from ._recompute import in_backward, statistics_kept
+
+_LOG = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+class SyncBN(nn.SyncBatchNorm):
+    r"""Batch norm over the union of all processes' batches.
+
+    .. math::
+        y_c = \gamma_c \frac{x_c - \mathrm E[x_c]}{\sqrt{\mathrm{Var}[x_c] + \epsilon}} + \beta_c
+
+    with mean and biased variance over ``(N, H, W)`` of all processes together in training, the running ones in eval.
+
+    Which statistics it uses in training:
+
+    - one process, or no process group: those of the batch, i.e. ``nn.BatchNorm2d`` bit for bit, on any device. One
+      log line per process says so;
+    - several processes, GPU: those of all, by ``nn.SyncBatchNorm``, whose kernels are faster;
+    - several processes, CPU or another device that ``nn.SyncBatchNorm`` refuses: the same computation here, on any
+      backend (gloo). Exact for batches of different sizes.
+
+    A process may have N = 0: it takes part in the exchange, returns an empty map and has zero gradients. If all have,
+    the state stays as it is (on GPUs, torch's kernels still move the running statistics towards 0 then). Which
+    collectives run never depends on values or sizes. Two values per channel in all processes together are the
+    minimum; with one, the local norm raises torch's ``ValueError`` and the synchronized one returns ``bias``.
+
+    Under activation checkpointing the recomputed forward does not update the running statistics a second time.
+
+    Shapes: x and y ``(N, C, H, W)`` (or any ``(N, C, ...)``); ``weight``, ``bias``, ``running_*`` ``(C,)``. State dict
+    and type as ``nn.SyncBatchNorm``: ``revert_sync_batchnorm``, ``norm_eval`` and conv-BN fusion know it. mmengine's
+    runner replaces it by a plain batch norm, with a warning of its own, if training is not distributed.
+
+    Args:
+        num_features: C.
+        eps: added to the variance inside the root. Default 1e-5.
+        momentum: weight of the newest batch in the running statistics; ``None`` averages over all. Default 0.1.
+        affine: with weight and bias. Default True.
+        track_running_stats: keep running statistics; without them eval uses the batch's. Default True.
+        process_group: whose batches form the union. Default ``None``: all processes.
+
+    Raises:
+        ValueError: ``eps`` or ``momentum`` out of range; one value per channel in local training.
+        TypeError: an unknown key.
+
+    Source: Peng et al., "MegDet", arXiv:1711.07240, section 3.3.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group=None,
+        **unknown,
+    ):
+        reject_unknown(type(self), unknown)
+        check_number(type(self), 'eps', eps, 0)
+        if momentum is not None:
+            check_number(type(self), 'momentum', momentum, 0, 1)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            # As torch does it, but without looking at x, so that symbolic tracing passes through.
+            running = (self.running_mean, self.running_var)
+            return F.batch_norm(x, *running, self.weight, self.bias, running[0] is None, 0.0, self.eps)
+        self._check_input_dim(x)
+        with statistics_kept(self) if in_backward() else nullcontext():
+            if self._world_size() <= 1:
+                _say_once('SyncBN: training is not distributed, so it acts as BN on the batch of this process')
+                return self._local(x)
+            if x.device.type in _served_by_torch():
+                return self._synced_by_torch(x)
+            return self._synced(x)
+
+    def _world_size(self) -> int:
+        if not (dist.is_available() and dist.is_initialized()):
+            return 1
+        return dist.get_world_size(self.process_group)
+
+    def _local(self, x: Tensor) -> Tensor:
+        tracks = self.track_running_stats and x.numel() > 0
+        factor = 0.0
+        if tracks:
+            factor = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked + 1)
+        mean, var = (self.running_mean, self.running_var) if tracks else (None, None)
+        y = F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
+        if tracks:  # not before: a batch that is refused leaves no trace
+            self.num_batches_tracked.add_(1)
+        return y
+
+    def _synced_by_torch(self, x: Tensor) -> Tensor:
+        # Peers exchange fp32 numbers; for an empty half input torch would send half ones, which hangs or corrupts.
+        wide = x if x.numel() else x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return super().forward(wide).to(x.dtype)
+
+    def _synced(self, x: Tensor) -> Tensor:
+        y, mean, var, count = _SyncedBatchNorm.apply(
+            x, self.weight, self.bias, self.eps, self.process_group, self._world_size()
+        )
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(count > 0)
+                batches = self.num_batches_tracked.clamp(min=1).to(mean.dtype)
+                factor = torch.full_like(batches, self.momentum) if self.momentum is not None else 1 / batches
+                self.running_mean.add_((mean - self.running_mean) * factor * (count > 0))
+                unbiased = var * count / (count - 1).clamp(min=1)
+                self.running_var.add_((unbiased - self.running_var) * factor * (count > 1))
+        return y
+
+
+def _served_by_torch() -> tuple[str, ...]:
+    """Device types on which ``nn.SyncBatchNorm`` synchronizes."""
+    return ('cuda', 'hpu', 'xpu', torch._C._get_privateuse1_backend_name())
+
+
+def _say_once(line: str) -> None:
+    if not torch.compiler.is_compiling() and line not in _said:
+        _said.add(line)
+        _LOG.warning(line)
+
+
+class _SyncedBatchNorm(torch.autograd.Function):
+    """Batch norm over all processes with one all_gather forward and one all_reduce backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, group, world_size):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dims, shape = _dims_and_shape(x)
+        wide, channels = x.to(dtype), x.shape[1]
+        local = wide.new_zeros(2 * channels + 1)
+        if x.numel():
+            var, mean = torch.var_mean(wide, dims, correction=0)
+            count = x.numel() // channels
+            local = torch.cat([mean, var * count, mean.new_tensor([count])])
+        gathered = [torch.empty_like(local) for _ in range(world_size)]
+        dist.all_gather(gathered, local, group)
+        means, squares, counts = torch.stack(gathered).split([channels, channels, 1], dim=1)
+        # Deviations from the common mean, not E[x^2] - E[x]^2, which cancels for large means.
+        count = counts.sum()
+        mean = (means * counts).sum(0) / count.clamp(min=1)
+        var = (squares + counts * (means - mean).square()).sum(0) / count.clamp(min=1)
+        rstd = torch.rsqrt(var + eps)
+        y = (wide - mean.view(shape)) * rstd.view(shape)
+        if weight is not None:
+            y = y * weight.to(dtype).view(shape) + bias.to(dtype).view(shape)
+        ctx.save_for_backward(x, weight, mean, rstd, count)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean, var, count)
+        return y.to(x.dtype), mean, var, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        x, weight, mean, rstd, count = ctx.saved_tensors
+        dims, shape = _dims_and_shape(x)
+        wide = grad.to(mean.dtype)
+        normalized = (x.to(mean.dtype) - mean.view(shape)) * rstd.view(shape)
+        grad_bias, grad_weight = wide.sum(dims), (wide * normalized).sum(dims)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            total = torch.cat([grad_bias, grad_weight])
+            dist.all_reduce(total, group=ctx.group)
+            mean_grad, mean_projection = (total / count.clamp(min=1)).view(2, *shape)
+            scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
+            grad_x = (wide - mean_grad - normalized * mean_projection) * scale.view(shape)
+            grad_x = grad_x.to(x.dtype)
+        if weight is None:
+            return grad_x, None, None, None, None, None
+        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None
+
+
+def _dims_and_shape(x: Tensor) -> tuple[list[int], tuple[int, ...]]:
+    return [0, *range(2, x.dim())], (1, -1) + (1,) * (x.dim() - 2)

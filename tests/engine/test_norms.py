@@ -1,0 +1,65 @@
+"""The hook that prepares CBN and MABN, and its warnings."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+from mmcv.cnn import ConvModule
+from mmdet.registry import MODELS
+from torch import nn
+
+from mmdet_norms.engine.norms import NormHook, defeated
+
+
+def runner(model, length=25, accumulative_counts=1):
+    return SimpleNamespace(
+        model=model,
+        train_dataloader=range(length),
+        optim_wrapper=SimpleNamespace(_accumulative_counts=accumulative_counts),
+    )
+
+
+def conv(norm_cfg, **kwargs):
+    return ConvModule(4, 8, 3, norm_cfg=norm_cfg, **kwargs)
+
+
+def test_a_burn_in_of_epochs_becomes_iterations_of_the_loader_and_layers_learn_their_names():
+    model = nn.Sequential(conv(dict(type='CBN', burnin='8e')), conv(dict(type='CBN', burnin=5)))
+    NormHook().before_train(runner(model))
+    assert [m.norm.burnin_iters for m in model] == [200, 5]
+    assert [m.norm.name for m in model] == ['0.bn', '1.bn']
+
+
+def test_mabn_behind_an_uncentred_convolution_is_named_with_the_fix():
+    with pytest.warns(UserWarning, match=r"0\.bn.*CenConv"):
+        NormHook().before_train(runner(nn.Sequential(conv(dict(type='MABN')))))
+
+
+def test_nothing_is_said_where_nothing_is_wrong():
+    model = nn.Sequential(conv(dict(type='MABN'), conv_cfg=dict(type='CenConv')), conv(dict(type='CBN')),
+                          conv(dict(type='BN')))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        NormHook().before_train(runner(model))
+
+
+def test_gradient_accumulation_over_cbn_is_named():
+    with pytest.warns(UserWarning, match='accumulative_counts=4: every accumulated batch is an iteration of CBN'):
+        NormHook().before_train(runner(nn.Sequential(conv(dict(type='CBN'))), accumulative_counts=4))
+
+
+@pytest.mark.parametrize('norm, conv_cfg', [('CBN', None), ('MABN', dict(type='CenConv'))])
+def test_norm_eval_and_frozen_stages_over_a_method_they_defeat_are_named(norm, conv_cfg):
+    def detector(**kwargs):
+        cfg = dict(type='ResNet', depth=18, base_channels=4, norm_cfg=dict(type=norm), conv_cfg=conv_cfg)
+        return SimpleNamespace(backbone=MODELS.build(dict(cfg, **kwargs)))
+
+    messages = defeated(detector(norm_eval=True, frozen_stages=1))
+    assert f'norm_eval=True freezes batch norm statistics, but {norm} keep' in messages[0]
+    assert 'frozen_stages=1' in messages[1]
+    assert defeated(detector(norm_eval=False)) == []
+
+
+def test_batch_norm_with_norm_eval_is_nothing_to_warn_of():
+    backbone = MODELS.build(dict(type='ResNet', depth=18, base_channels=4, norm_eval=True, frozen_stages=1))
+    assert defeated(SimpleNamespace(backbone=backbone)) == []

@@ -1,0 +1,839 @@
+"""AN against a literal float64 oracle, the published numbers, and the states a layer lives through."""
+
+import copy
+import io
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmcv.cnn import ConvModule, build_norm_layer, fuse_conv_bn
+from mmengine.model import revert_sync_batchnorm
+from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval_for_single_model
+from torch import nn
+from torch.fx.experimental.optimization import fuse as fx_fuse
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from mmdet_norms.layers.an import AN
+
+ROOT = Path(__file__).resolve().parents[2]
+BOTH = pytest.mark.parametrize('norm', ['BN', 'GN'])
+
+
+def hsigmoid(t):
+    return min(max(t + 3, 0), 6) / 6
+
+
+def oracle(layer, x, training):
+    """The formula, one number at a time, in float64. Returns y and the attention weights (N, K)."""
+    state = {key: value.double().numpy() for key, value in layer.state_dict().items()}
+    n, c, h, w = x.shape
+    k = layer.k
+    d = np.empty((n, c))
+    for i, ch in np.ndindex(n, c):
+        plane = x[i, ch].ravel()
+        mean = sum(plane) / len(plane)
+        var = sum((plane - mean) ** 2) / (len(plane) - 1) if len(plane) > 1 else 0
+        d[i, ch] = mean / np.sqrt(var + 1e-3)
+    conv = state['attention_weights.attention.0.weight'][:, :, 0, 0]
+    logits = np.array([[sum(conv[j, ch] * d[i, ch] for ch in range(c)) for j in range(k)] for i in range(n)])
+    if layer.norm == 'BN':
+        prefix = 'attention_weights.attention.1.'
+        running = not training or n == 1
+        for j in range(k):
+            mean = state[prefix + 'running_mean'][j] if running else logits[:, j].mean()
+            var = state[prefix + 'running_var'][j] if running else ((logits[:, j] - mean) ** 2).mean()
+            normalized = (logits[:, j] - mean) / np.sqrt(var + 1e-5)
+            logits[:, j] = normalized * state[prefix + 'weight'][j] + state[prefix + 'bias'][j]
+    else:
+        logits = logits + state['attention_weights.attention.0.bias']
+    lam = np.array([[hsigmoid(t) for t in row] for row in logits])
+    y = np.empty_like(x)
+    for i, ch in np.ndindex(n, c):
+        if layer.norm == 'BN' and training and n * h * w > 1:
+            mean, var = x[:, ch].mean(), x[:, ch].var()
+        elif layer.norm == 'BN':
+            mean, var = state['running_mean'][ch], state['running_var'][ch]
+        else:
+            size = c // layer.num_groups
+            group = x[i, ch // size * size : (ch // size + 1) * size]
+            mean, var = group.mean(), group.var()
+        gamma = sum(lam[i, j] * state['weight_'][j, ch] for j in range(k))
+        beta = sum(lam[i, j] * state['bias_'][j, ch] for j in range(k))
+        y[i, ch] = gamma * (x[i, ch] - mean) / np.sqrt(var + layer.eps) + beta
+    return y, lam
+
+
+def random_an(norm='BN', channels=4, k=3, num_groups=2, dtype=torch.float64, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    layer = AN(channels, norm, k, num_groups, **kwargs).to(dtype)
+    for batch_norm in batch_norms(layer):
+        batch_norm.running_mean.normal_()
+        batch_norm.running_var.uniform_(0.5, 2)
+        if batch_norm.affine:
+            nn.init.normal_(batch_norm.weight), nn.init.normal_(batch_norm.bias)
+    return layer
+
+
+def batch_norms(module):
+    return [m for m in module.modules() if isinstance(m, _BatchNorm)]
+
+
+def statistics(layer):
+    return {name: value.clone() for name, value in layer.named_buffers()}
+
+
+def assert_same_state(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value), key
+
+
+def plain_norm(norm, channels=4, num_groups=2, dtype=torch.float32):
+    plain = nn.BatchNorm2d(channels) if norm == 'BN' else nn.GroupNorm(num_groups, channels)
+    nn.init.normal_(plain.weight), nn.init.normal_(plain.bias)
+    if norm == 'BN':
+        plain.running_mean.normal_(), plain.running_var.uniform_(0.5, 2)
+    return plain.to(dtype)
+
+
+def attention_keys(norm):
+    base = 'attention_weights.attention.'
+    if norm == 'GN':
+        return {base + '0.weight', base + '0.bias'}
+    names = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
+    return {base + '0.weight', *(f'{base}1.{name}' for name in names)}
+
+
+def published_keys(norm):
+    own = {'weight_', 'bias_'} | attention_keys(norm)
+    return own | {'running_mean', 'running_var', 'num_batches_tracked'} if norm == 'BN' else own
+
+
+class TestMaths:
+    @BOTH
+    @pytest.mark.parametrize('k', [1, 5, 10, 20])
+    @pytest.mark.parametrize('training', [True, False])
+    def test_forward_equals_the_formula_written_out(self, norm, k, training):
+        layer = random_an(norm, k=k).train(training)
+        x = torch.randn(3, 4, 5, 4, dtype=torch.float64) * 3 + 1
+        expected, lam = oracle(layer, x.numpy(), training)
+        assert ((lam == 0) | (lam == 1)).sum() < lam.size  # some gates are open
+        np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+    @BOTH
+    @pytest.mark.parametrize('shape', [(1, 4, 3, 3), (2, 4, 1, 1), (1, 4, 1, 1), (2, 4, 1, 3)])
+    @pytest.mark.parametrize('training', [True, False])
+    def test_one_instance_and_single_pixels_follow_the_documented_formula(self, norm, shape, training):
+        layer = random_an(norm).train(training)
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        expected, _ = oracle(layer, x.detach().numpy(), training)
+        y = layer(x)
+        np.testing.assert_allclose(y.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+        y.square().sum().backward()
+        assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
+
+    def test_a_group_of_one_value_is_normalized_to_zero(self):
+        layer = random_an('GN', num_groups=4)
+        y = layer(torch.randn(1, 4, 1, 1, dtype=torch.float64, requires_grad=True))
+        y.sum().backward()
+        assert y.isfinite().all() and layer.weight_.grad.abs().max() == 0 and layer.bias_.grad.abs().max() > 0
+
+    @BOTH
+    @pytest.mark.parametrize('shape', [(3, 2, 3, 2), (1, 2, 2, 2), (2, 2, 1, 1)])
+    @pytest.mark.parametrize('training', [True, False])
+    def test_gradients_are_those_of_the_formula(self, norm, shape, training):
+        layer = random_an(norm, 2, k=2, num_groups=1).train(training)
+        names, values = zip(*layer.named_parameters())
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+        def run(x, *values):
+            return torch.func.functional_call(copy.deepcopy(layer), dict(zip(names, values)), (x,))
+
+        assert torch.autograd.gradcheck(run, (x, *(v.detach().clone().requires_grad_() for v in values)))
+
+    @pytest.mark.parametrize('name', ['anbn_m2_C8_k2', 'anbn_m2_C16_k5', 'angn_G4_C8_k3', 'angn_G8_C16_k10'])
+    def test_outputs_gradients_and_statistics_equal_the_published_layer(self, name, golden):
+        data = golden(f'an/{name}.npz')
+        norm = 'BN' if 'bn_' in name else 'GN'
+        for mode in ('train', 'eval'):
+            layer = AN(data['x'].shape[1], norm, int(data['k']), int(data.get('num_groups', 32))).double()
+            layer.load_state_dict(golden_state(data), strict=True)
+            layer.train(mode == 'train')
+            lam = copy.deepcopy(layer).attention_weights(torch.from_numpy(data['x']))
+            close(lam.flatten(1), data[f'{mode}.lam'], 'lam')
+            compare_with_golden(layer, data, mode)
+
+    def test_a_bottleneck_with_an_on_its_second_norm_equals_the_published_one(self, golden):
+        """mmdet's own block, and the published names of its entries as they are."""
+        from mmdet.models.backbones.resnet import Bottleneck
+
+        data = golden('an/bottleneck_an_id.npz')
+        for mode in ('train', 'eval'):
+            block = Bottleneck(data['x'].shape[1], int(data['planes']))
+            name, layer = build_norm_layer(dict(type=AN, k=int(data['k'])), int(data['planes']), postfix=2)
+            assert name == 'bn2'
+            block.bn2 = layer
+            block.double().load_state_dict(golden_state(data), strict=True)
+            compare_with_golden(block.train(mode == 'train'), data, mode)
+
+    @BOTH
+    def test_nothing_depends_on_other_instances_in_eval_mode(self, norm):
+        layer = random_an(norm).eval()
+        x = torch.randn(4, 4, 5, 5, dtype=torch.float64)
+        torch.testing.assert_close(layer(x)[1:2], layer(x[1:2]))
+
+    def test_both_batch_norms_update_their_running_statistics_with_torchs_rule(self):
+        layer = random_an(momentum=0.3)
+        outer, inner = copy.deepcopy(layer.bn), copy.deepcopy(layer.attention_weights.attention[1])
+        x = torch.randn(3, 4, 5, 5, dtype=torch.float64) + 2
+        layer(x), outer(x)
+        d = x.mean((2, 3), keepdim=True) / (x.var((2, 3), keepdim=True) + 1e-3).sqrt()
+        inner(layer.attention_weights.attention[0](d))
+        assert_same_state(statistics(layer.bn), statistics(outer))
+        for key, value in statistics(inner).items():
+            torch.testing.assert_close(statistics(layer.attention_weights.attention[1])[key], value)
+
+
+def golden_state(data):
+    return {k[len('sd.') :]: torch.from_numpy(np.array(data[k])) for k in data if k.startswith('sd.')}
+
+
+def close(actual, expected, key):
+    expected = torch.from_numpy(np.asarray(expected))
+    scale = expected.abs().max().clamp(min=1e-30)
+    assert actual.shape == expected.shape, key
+    assert (actual - expected).abs().max() <= 1e-10 * scale, key
+
+
+def compare_with_golden(module, data, mode):
+    x = torch.from_numpy(data['x']).requires_grad_()
+    y = module(x)
+    y.backward(torch.from_numpy(data['gy']))
+    close(y, data[f'{mode}.y'], 'y')
+    close(x.grad, data[f'{mode}.gx'], 'gx')
+    for name, parameter in module.named_parameters():
+        close(parameter.grad, data[f'{mode}.g.{name}'], name)
+    state = module.state_dict()
+    for key in data:
+        if mode == 'train' and key.startswith('after.'):
+            close(state[key[len('after.') :]].double(), data[key], key)
+
+
+class TestStateDict:
+    @BOTH
+    def test_saves_the_published_keys(self, norm):
+        assert set(random_an(norm).state_dict()) == published_keys(norm)
+        assert set(nn.Sequential(random_an(norm)).state_dict()) == {f'0.{key}' for key in published_keys(norm)}
+
+    @BOTH
+    def test_mmengine_saves_the_same_keys(self, norm):
+        from mmengine.runner.checkpoint import get_state_dict
+
+        assert set(get_state_dict(nn.Sequential(random_an(norm)))) == {f'0.{key}' for key in published_keys(norm)}
+
+    @BOTH
+    def test_parameters_are_in_the_published_order_and_shapes(self, norm):
+        shapes = [(name, tuple(p.shape)) for name, p in AN(64, norm, 10).named_parameters()]
+        last = '0.bias' if norm == 'GN' else '1.weight'
+        assert shapes[:4] == [
+            ('weight_', (10, 64)),
+            ('bias_', (10, 64)),
+            ('attention_weights.attention.0.weight', (10, 64, 1, 1)),
+            (f'attention_weights.attention.{last}', (10,)),
+        ]
+        count = sum(p.numel() for p in AN(256, norm, 20).parameters())
+        assert count == 3 * 20 * 256 + (20 if norm == 'GN' else 40)
+
+    @BOTH
+    def test_round_trip_is_exact(self, norm):
+        source, target = random_an(norm, dtype=torch.float32), random_an(norm, dtype=torch.float32, seed=1)
+        target.load_state_dict(source.state_dict(), strict=True)
+        assert_same_state(target.state_dict(), source.state_dict())
+
+    @BOTH
+    def test_half_precision_checkpoints_load_into_a_full_precision_layer(self, norm):
+        source, target = random_an(norm, dtype=torch.float16), random_an(norm, dtype=torch.float32, seed=1)
+        target.load_state_dict(source.state_dict(), strict=True)
+        torch.testing.assert_close(target.weight_, source.weight_.float())
+        assert target.weight_.dtype == torch.float32
+
+    @BOTH
+    @pytest.mark.parametrize('k', [1, 10, 20])
+    def test_a_plain_norm_checkpoint_gives_the_identical_function(self, norm, k):
+        plain, layer = plain_norm(norm, dtype=torch.float64), random_an(norm, k=k)
+        holder = nn.Sequential(layer)
+        report = holder.load_state_dict(nn.Sequential(plain).state_dict(), strict=False)
+        x = torch.randn(3, 4, 6, 5, dtype=torch.float64) * 3 + 1
+        for training in (False, True):
+            y, expected = layer.train(training)(x), plain.train(training)(x)
+            torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        assert not report.unexpected_keys
+        # The report names what was initialized instead of loaded.
+        named = {key for key in attention_keys(norm) if not key.endswith('num_batches_tracked')}
+        assert set(report.missing_keys) - {'0.attention_weights.attention.1.num_batches_tracked'} == {
+            f'0.{key}' for key in named
+        }
+
+    @BOTH
+    def test_components_of_a_loaded_plain_norm_can_grow_apart(self, norm):
+        layer = random_an(norm, k=3)
+        layer.load_state_dict(plain_norm(norm, dtype=torch.float64).state_dict(), strict=False)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4)
+        x = torch.randn(4, 4, 5, 5, dtype=torch.float64) + torch.randn(4, 4, 1, 1, dtype=torch.float64)
+        target = torch.randn(4, 4, 5, 5, dtype=torch.float64) * torch.randn(4, 1, 1, 1, dtype=torch.float64)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (layer(x) - target).square().sum().backward()
+            optimizer.step()
+        lam = layer.attention_weights(x).flatten(1)
+        assert lam.std(dim=1).min() > 1e-5 and lam.std(dim=0).min() > 1e-5
+
+    def test_a_plain_norm_leaves_an_attention_that_the_checkpoint_holds_alone(self):
+        layer = random_an(dtype=torch.float32)
+        state = plain_norm('BN').state_dict()
+        state |= {key: value for key, value in layer.state_dict().items() if key.startswith('attention_weights')}
+        before = layer.attention_weights.attention[1].weight.clone()
+        layer.load_state_dict(state, strict=True)
+        assert torch.equal(layer.attention_weights.attention[1].weight, before)
+
+    @BOTH
+    def test_a_plain_norm_of_the_wrong_width_is_one_clear_error(self, norm):
+        with pytest.raises(RuntimeError, match=r'size mismatch for 0.weight.*\(4,\).*0.weight_.*has \(6,\)'):
+            nn.Sequential(AN(4, norm, 3, 2)).load_state_dict({'0.weight': torch.ones(6)}, strict=False)
+
+    def test_missing_keys_are_reported_by_their_published_names(self):
+        report = nn.Sequential(AN(4)).load_state_dict({}, strict=False)
+        assert set(report.missing_keys) >= {'0.running_mean', '0.running_var', '0.weight_', '0.bias_'}
+        assert not any('.bn.' in key for key in report.missing_keys)
+        with pytest.raises(RuntimeError, match='running_mean'):
+            nn.Sequential(AN(4)).load_state_dict({}, strict=True)
+
+    @BOTH
+    def test_deepcopy_and_pickle_keep_function_and_keys(self, norm):
+        layer = random_an(norm, dtype=torch.float32)
+        x = torch.randn(2, 4, 6, 6)
+        for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert set(clone.state_dict()) == published_keys(norm)
+            assert torch.equal(clone.eval()(x), layer.eval()(x))
+
+    @BOTH
+    def test_a_saved_file_loads_with_weights_only(self, norm):
+        buffer = io.BytesIO()
+        torch.save(random_an(norm).state_dict(), buffer)
+        buffer.seek(0)
+        assert set(torch.load(buffer, weights_only=True)) == published_keys(norm)
+
+
+@BOTH
+class TestGenericTools:
+    """Each of these silently breaks a layer that subclasses BatchNorm."""
+
+    def block(self, norm):
+        """AN between convolutions, with a batch norm behind the last: what fusion may mistake."""
+        torch.manual_seed(1)
+        last = plain_norm('BN', 3)
+        return nn.Sequential(
+            nn.Conv2d(2, 4, 1), random_an(norm, dtype=torch.float32), nn.Conv2d(4, 3, 1), last
+        ).eval()
+
+    def assert_same_function(self, norm, tool):
+        before, x = self.block(norm), torch.randn(2, 2, 7, 7)
+        expected = copy.deepcopy(before)(x)
+        torch.testing.assert_close(tool(before)(x), expected, rtol=1e-4, atol=1e-5)
+
+    def test_sync_bn_conversion_and_back_is_the_identity(self, norm):
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(self.block(norm))[1]
+        assert isinstance(converted, AN) and set(converted.state_dict()) == published_keys(norm)
+        assert all(isinstance(m, nn.SyncBatchNorm) for m in batch_norms(converted))
+        assert len(batch_norms(converted)) == (2 if norm == 'BN' else 0)
+        self.assert_same_function(norm, nn.SyncBatchNorm.convert_sync_batchnorm)
+        self.assert_same_function(
+            norm, lambda m: revert_sync_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(m))
+        )
+
+    @pytest.mark.parametrize('shape', [(3, 4, 5, 5), (1, 4, 5, 5), (0, 4, 5, 5)])
+    def test_a_converted_layer_trains_the_same_in_one_process(self, norm, shape):
+        layer = random_an(norm, dtype=torch.float32)
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(layer))
+        reverted = revert_sync_batchnorm(copy.deepcopy(converted))
+        x = torch.randn(shape)
+        expected = layer(x)
+        for other in (converted, reverted):
+            torch.testing.assert_close(other(x), expected)
+            assert_same_state(statistics(other), statistics(layer))
+
+    def test_mmcv_conv_bn_fusion_keeps_the_function(self, norm):
+        self.assert_same_function(norm, fuse_conv_bn)
+        fused = fuse_conv_bn(self.block(norm))
+        # The logit norm is folded away (exactly), the norm of x has no convolution of its own to go to.
+        assert len(batch_norms(fused[1])) == (1 if norm == 'BN' else 0)
+
+    def test_fx_conv_bn_fusion_keeps_the_function(self, norm):
+        self.assert_same_function(norm, fx_fuse)
+
+    def test_torch_conv_bn_fusion_of_the_attention_keeps_the_function(self, norm):
+        def fuse(model):
+            attention = model[1].attention_weights
+            if norm == 'BN':
+                fused = torch.nn.utils.fusion.fuse_conv_bn_eval(*attention.attention)
+                attention.attention = nn.Sequential(fused)
+            return model
+
+        self.assert_same_function(norm, fuse)
+
+    def test_efficient_conv_bn_eval_of_mmengine_keeps_the_function(self, norm):
+        def turn_on(model):
+            turn_on_efficient_conv_bn_eval_for_single_model(model)
+            return model
+
+        self.assert_same_function(norm, turn_on)
+
+    @pytest.mark.parametrize('training', [True, False])
+    def test_efficient_conv_bn_eval_of_conv_module_keeps_the_function(self, norm, training):
+        norm_cfg = dict(type=AN, norm=norm, k=3, num_groups=2)
+        plain = ConvModule(2, 4, 1, norm_cfg=norm_cfg).train(training)
+        tuned = ConvModule(2, 4, 1, norm_cfg=norm_cfg, efficient_conv_bn_eval=True).train(training)
+        tuned.load_state_dict(plain.state_dict())
+        x = torch.randn(2, 2, 6, 6)
+        torch.testing.assert_close(tuned(x), plain(x))
+
+    def test_precise_bn_re_estimates_the_statistics_it_finds(self, norm):
+        """The recipe of PreciseBN hooks: momentum 1, average the batch statistics of the norms found."""
+        layer = random_an(norm, dtype=torch.float32).train()
+        found = batch_norms(layer)
+        assert len(found) == (2 if norm == 'BN' else 0) and all(m.track_running_stats for m in found)
+        batches = [torch.randn(3, 4, 5, 5) * 3 + 1 for _ in range(3)]
+        sums = [torch.zeros_like(m.running_mean) for m in found]
+        for m in found:
+            m.momentum = 1.0
+        for batch in batches:
+            layer(batch)
+            sums = [total + m.running_mean for total, m in zip(sums, found)]
+        if norm == 'BN':
+            torch.testing.assert_close(sums[0] / 3, torch.cat(batches).mean((0, 2, 3)))
+            logits = [layer.attention_weights.attention[0](describe(batch)) for batch in batches]
+            torch.testing.assert_close(sums[1] / 3, torch.cat(logits).mean((0, 2, 3)))
+
+
+def describe(x):
+    return x.mean((2, 3), keepdim=True) / (x.var((2, 3), keepdim=True) + 1e-3).sqrt()
+
+
+@BOTH
+class TestInit:
+    def test_a_new_layer_is_drawn_as_published(self, norm):
+        torch.manual_seed(0)
+        layer = AN(512, norm, 20)
+        assert abs(layer.weight_.mean() - 1) < 0.01 and abs(layer.weight_.std() - 0.1) < 0.005
+        assert abs(layer.bias_.mean()) < 0.01 and abs(layer.bias_.std() - 0.1) < 0.005
+        conv, *rest = layer.attention_weights.attention
+        if norm == 'BN':
+            assert conv.bias is None and abs(conv.weight.std() - (2 / 20) ** 0.5) < 0.01
+            assert (rest[0].weight == 1).all() and (rest[0].bias == 0).all()
+        else:
+            assert conv.weight.abs().max() <= 512**-0.5 and conv.bias.abs().max() <= 512**-0.5 and not rest
+        y = layer(torch.randn(4, 512, 8, 8))
+        assert 8 < y.std() < 12  # about k / 2
+
+    def test_a_resnets_init_rules_give_the_published_backbone_init(self, norm):
+        from mmengine.model import Sequential
+
+        rules = [dict(type='Kaiming', layer='Conv2d'), dict(type='Constant', val=1, layer=['_BatchNorm', 'GroupNorm'])]
+        model = Sequential(nn.Conv2d(2, 256, 1), AN(256, norm, 20), init_cfg=rules)
+        mixture = copy.deepcopy([model[1].weight_, model[1].bias_])
+        model.init_weights()
+        assert torch.equal(model[1].weight_, mixture[0]) and torch.equal(model[1].bias_, mixture[1])
+        conv, *rest = model[1].attention_weights.attention
+        assert abs(conv.weight.std() - (2 / 20) ** 0.5) < 0.02
+        assert all((m.weight == 1).all() and (m.bias == 0).all() for m in rest)
+
+    def test_conv_module_leaves_the_layer_alone(self, norm):
+        torch.manual_seed(0)
+        module = ConvModule(2, 4, 1, norm_cfg=dict(type=AN, norm=norm, k=3, num_groups=2))
+        before = copy.deepcopy(module.norm.state_dict())
+        module.init_weights()
+        assert_same_state(module.norm.state_dict(), before)
+        assert module.norm.weight_.std() > 0
+
+
+@BOTH
+class TestSituations:
+    @pytest.mark.parametrize('dtype, atol', [(torch.bfloat16, 0.1), (torch.float16, 0.015)])
+    @pytest.mark.parametrize('autocast', [True, False])
+    def test_half_inputs_keep_their_dtype_and_fp32_state_and_are_close(self, norm, dtype, atol, autocast):
+        layer = random_an(norm, dtype=torch.float32)
+        reference = copy.deepcopy(layer)
+        low = (torch.randn(3, 4, 8, 8) + 1).to(dtype)
+        expected = reference(low.float())
+        low.requires_grad_()
+        with torch.autocast('cpu', dtype=dtype, enabled=autocast):
+            y, from_fp32 = layer(low), copy.deepcopy(reference).eval()(low.float())
+            # The attention sees fp32 whatever the input's or autocast's dtype: equal to the last bits.
+            lam = copy.deepcopy(reference).eval().attention_weights(low)
+        y.float().square().mean().backward()
+        assert y.dtype == dtype and from_fp32.dtype == torch.float32
+        assert all(v.dtype in (torch.float32, torch.int64) for v in layer.state_dict().values())
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+        assert low.grad.dtype == dtype and low.grad.isfinite().all()
+        torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=atol)
+        torch.testing.assert_close(from_fp32, copy.deepcopy(reference).eval()(low.detach().float()))
+        if not autocast:  # called outside the layer, the attention alone is at autocast's mercy
+            torch.testing.assert_close(lam, copy.deepcopy(reference).eval().attention_weights(low.float()))
+        for ours, theirs in zip(layer.buffers(), reference.buffers()):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+    def test_a_whole_layer_in_half_precision_stays_finite(self, norm, dtype):
+        layer = random_an(norm, dtype=torch.float32)
+        half = copy.deepcopy(layer).to(dtype)
+        x = torch.randn(3, 4, 6, 6) + 1
+        torch.testing.assert_close(half.eval()(x.to(dtype)).float(), layer.eval()(x), rtol=0.1, atol=0.1)
+        flat = torch.full((3, 4, 6, 6), 6e4, dtype=dtype)  # mean over deviation is 2e6, beyond fp16
+        y = half.train()(flat)
+        assert y.dtype == dtype and y.isfinite().all()
+
+    def test_statistics_of_large_half_inputs_do_not_overflow(self, norm):
+        layer = random_an(norm, 2, dtype=torch.float32, num_groups=1)
+        y = layer((torch.randn(4, 2, 16, 16) * 300 + 1000).half())
+        assert y.dtype == torch.half and y.isfinite().all()
+        assert all(value.isfinite().all() for value in layer.state_dict().values())
+
+    @pytest.mark.parametrize('training', [True, False])
+    def test_an_empty_batch_passes_through_with_zero_gradients_and_no_change_of_state(self, norm, training, recwarn):
+        layer = random_an(norm, dtype=torch.float32).train(training)
+        before = copy.deepcopy(layer.state_dict())
+        x = torch.zeros(0, 4, 6, 5, requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+        assert y.shape == x.grad.shape == (0, 4, 6, 5)
+        assert_same_state(layer.state_dict(), before)
+        assert all(p.grad.abs().max() == 0 for p in layer.parameters())
+        assert not recwarn.list
+
+    def test_one_training_instance_leaves_the_attention_statistics_alone(self, norm):
+        layer = random_an(norm, dtype=torch.float32)
+        before = statistics(layer.attention_weights)
+        layer(torch.randn(1, 4, 6, 5))
+        assert_same_state(statistics(layer.attention_weights), before)
+        if norm == 'BN':
+            counter = layer.bn.num_batches_tracked.clone()
+            layer(torch.randn(1, 4, 1, 1))
+            assert layer.bn.num_batches_tracked == counter == 1
+
+    @pytest.mark.parametrize('training', [True, False])
+    @pytest.mark.parametrize('value', [0, 5, -1e6, 1e10])
+    def test_constant_channels_stay_finite(self, norm, training, value):
+        layer = random_an(norm, dtype=torch.float32).train(training)
+        x = torch.full((2, 4, 5, 5), float(value), requires_grad=True)
+        y = layer(x)
+        y.square().mean().backward()
+        assert y.isfinite().all() and x.grad.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
+        assert all(v.isfinite().all() for v in layer.state_dict().values())
+
+    @pytest.mark.parametrize('mean', [1e4, 1e6, -1e8])
+    def test_huge_means_stay_finite(self, norm, mean):
+        layer = random_an(norm, dtype=torch.float32)
+        x = (torch.randn(3, 4, 6, 6) + mean).requires_grad_()
+        y = layer(x)
+        y.square().mean().backward()
+        assert y.isfinite().all() and x.grad.isfinite().all()
+        assert all(v.isfinite().all() for v in layer.state_dict().values())
+
+    @pytest.mark.parametrize('mean', [1e4, -1e6])
+    def test_huge_means_follow_the_formula_in_float64(self, norm, mean):
+        layer = random_an(norm)
+        x = torch.randn(3, 4, 6, 6, dtype=torch.float64) + mean
+        expected, _ = oracle(layer, x.numpy(), True)
+        np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-7, atol=1e-7)
+
+    @pytest.mark.parametrize('training', [True, False])
+    def test_channels_last_and_strided_inputs_give_the_same_result(self, norm, training):
+        def run(x):
+            return copy.deepcopy(layer)(x)
+
+        layer = random_an(norm, dtype=torch.float32).train(training)
+        x = torch.randn(2, 4, 6, 5)
+        expected = run(x)
+        assert expected.is_contiguous()
+        y = run(x.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(y, expected)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(run(x.transpose(2, 3).contiguous().transpose(2, 3)), expected)
+        torch.testing.assert_close(run(torch.cat([x, x], 1)[:, :4]), expected)
+        torch.testing.assert_close(run(x[:1].expand(2, -1, -1, -1)), run(x[:1].repeat(2, 1, 1, 1)))
+
+    def test_norm_eval_freezes_statistics_while_parameters_train(self, norm):
+        layer = random_an(norm, dtype=torch.float32).train()
+        for module in batch_norms(layer):
+            module.eval()
+        before = statistics(layer)
+        y = layer(torch.randn(2, 4, 6, 6))
+        y.square().sum().backward()
+        assert_same_state(statistics(layer), before)
+        assert all(p.grad.abs().sum() > 0 for p in layer.parameters())
+
+    def test_requires_grad_false_freezes_every_parameter(self, norm):
+        _, layer = build_norm_layer(dict(type=AN, norm=norm, num_groups=2, k=3, requires_grad=False), 4)
+        assert not any(p.requires_grad for p in layer.parameters())
+        x = torch.randn(2, 4, 5, 5, requires_grad=True)
+        layer(x).square().sum().backward()
+        assert x.grad.abs().sum() > 0 and all(p.grad is None for p in layer.parameters())
+
+    @pytest.mark.parametrize('reentrant', [True, False])
+    @pytest.mark.parametrize('shape', [(2, 4, 6, 6), (1, 4, 6, 6), (0, 4, 6, 6)])
+    def test_activation_checkpointing_gives_the_same_output_gradients_and_statistics(self, norm, reentrant, shape):
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Conv2d(4, 4, 1), random_an(norm, dtype=torch.float32), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        saved = copy.deepcopy(plain)
+        for _ in range(2):
+            x1 = torch.randn(shape, requires_grad=True)
+            x2 = x1.detach().clone().requires_grad_()
+            y1, y2 = plain(x1), checkpoint(saved, x2, use_reentrant=reentrant)
+            y1.square().sum().backward(), y2.square().sum().backward()
+            assert torch.equal(y1, y2) and torch.equal(x1.grad, x2.grad)
+        for ours, theirs in zip(saved.parameters(), plain.parameters()):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+        assert_same_state(saved.state_dict(), plain.state_dict())
+        assert all(m.track_running_stats for m in batch_norms(saved))
+
+    def test_a_module_used_twice_adds_its_gradients_and_sees_both_batches(self, norm):
+        shared = random_an(norm)
+        first, second = copy.deepcopy(shared), copy.deepcopy(shared)
+        x1, x2 = torch.randn(2, 2, 4, 5, 5, dtype=torch.float64) + 1
+        (shared(x1).square().sum() + shared(x2).square().sum()).backward()
+        first(x1).square().sum().backward()
+        second.load_state_dict(first.state_dict())
+        second(x2).square().sum().backward()
+        for ours, a, b in zip(shared.parameters(), first.parameters(), second.parameters()):
+            torch.testing.assert_close(ours.grad, a.grad + b.grad)
+        assert_same_state(shared.state_dict(), second.state_dict())
+
+    def test_accumulated_gradients_are_the_sum_over_micro_batches(self, norm):
+        """Documented semantics: each micro batch is normalized by itself and counts once, as in batch norm."""
+        layer = random_an(norm)
+        batches = torch.randn(3, 2, 4, 5, 5, dtype=torch.float64)
+        separate = []
+        for batch in batches:
+            single = copy.deepcopy(layer)
+            single(batch).square().sum().backward()
+            separate.append([p.grad for p in single.parameters()])
+        for batch in batches:
+            layer(batch).square().sum().backward()
+        for ours, *parts in zip(layer.parameters(), *separate):
+            torch.testing.assert_close(ours.grad, sum(parts))
+        assert all(m.num_batches_tracked == 3 for m in batch_norms(layer))
+
+    def test_ema_of_mmengine_follows_parameters_and_buffers(self, norm):
+        from mmengine.model import ExponentialMovingAverage
+
+        layer = random_an(norm, dtype=torch.float32)
+        ema = ExponentialMovingAverage(layer, momentum=0.5, update_buffers=True)
+        ema.update_parameters(layer)  # the first call copies
+        old = {k: v.clone() for k, v in layer.state_dict().items()}
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        layer(torch.randn(2, 4, 6, 6)).square().sum().backward()
+        optimizer.step()
+        ema.update_parameters(layer)
+        for key, value in layer.state_dict().items():
+            if value.is_floating_point():
+                torch.testing.assert_close(ema.module.state_dict()[key], (old[key] + value) / 2)
+
+    def test_an_unusual_momentum_of_none_averages_over_all_batches(self, norm):
+        layer = AN(4, norm, 3, 2, momentum=None)
+        batches = [torch.randn(2, 4, 5, 5) + i for i in range(3)]
+        for batch in batches:
+            layer(batch)
+        if norm == 'BN':
+            torch.testing.assert_close(layer.bn.running_mean, torch.cat(batches).mean((0, 2, 3)))
+
+
+@BOTH
+class TestCompileAndExport:
+    @pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+    @pytest.mark.parametrize('autocast', [False, True])
+    def test_compiled_training_equals_eager_without_graph_breaks(self, norm, backend, autocast):
+        torch._dynamo.reset()
+        # torch traces the backward pass under the forward's autocast: its small matmuls are in bf16, eager's in fp32.
+        tolerance = 0.05 if autocast else 1e-5
+        eager = random_an(norm, dtype=torch.float32)
+        other = copy.deepcopy(eager)
+        compiled = torch.compile(other, backend=backend, fullgraph=True)
+        for _ in range(2):
+            x1 = torch.randn(3, 4, 6, 6, requires_grad=True)
+            x2 = x1.detach().clone().requires_grad_()
+            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
+                y1, y2 = eager(x1), compiled(x2)
+            y1.square().sum().backward(), y2.square().sum().backward()
+            torch.testing.assert_close(y1, y2, rtol=1e-4, atol=1e-5)
+            assert (x1.grad - x2.grad).norm() <= tolerance * x1.grad.norm()
+        for ours, theirs in zip(other.parameters(), eager.parameters()):
+            assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm()
+        for ours, theirs in zip(other.buffers(), eager.buffers()):
+            torch.testing.assert_close(ours, theirs)
+
+    def model(self, norm):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 1), random_an(norm, dtype=torch.float32), nn.Conv2d(4, 2, 1)).eval()
+
+    def dynamic(self):
+        names = {0: 'n', 2: 'h', 3: 'w'}
+        return ({axis: torch.export.Dim(name, min=2) for axis, name in names.items()},)
+
+    def test_the_exported_eval_graph_has_only_standard_operators_and_any_size(self, norm):
+        model = self.model(norm)
+        exported = torch.export.export(model, (torch.randn(2, 3, 6, 5),), dynamic_shapes=self.dynamic())
+        targets = {node.target for node in exported.graph.nodes if node.op == 'call_function'}
+        others = {t for t in targets if not str(t).startswith('aten.') and 'getitem' not in str(t)}
+        assert not others
+        x = torch.randn(3, 3, 9, 7)
+        torch.testing.assert_close(exported.module()(x), model(x))
+
+    def test_onnx_runtime_gives_the_same_numbers(self, norm, tmp_path):
+        pytest.importorskip('onnx')
+        pytest.importorskip('onnxscript')
+        runtime = pytest.importorskip('onnxruntime')
+        model, path = self.model(norm), tmp_path / 'an.onnx'
+        program = torch.onnx.export(model, (torch.randn(2, 3, 6, 5),), dynamo=True, dynamic_shapes=self.dynamic())
+        program.save(path)
+        assert not {node.domain for node in program.model_proto.graph.node} - {''}
+        session = runtime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        x = torch.randn(3, 3, 9, 7)
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        np.testing.assert_allclose(y, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+# Programs run by the tests below. They stand in for the package itself: a layer needs torch alone (and mmdet is slow to
+# import).
+PACKAGE = """
+import json, sys, types
+package = types.ModuleType('mmdet_norms')
+package.__path__ = [sys.argv[1] + '/mmdet_norms']
+sys.modules['mmdet_norms'] = package
+import torch
+from torch import nn
+from mmdet_norms.layers.an import AN
+assert not {'mmcv', 'mmengine', 'mmdet'} & set(sys.modules)
+"""
+
+# Train steps [first, last) from one checkpoint, write the next.
+TRAINING = PACKAGE + """
+def train(norm, first, last, source, target):
+    torch.manual_seed(first)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), AN(8, norm, 5, 4), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    if source:
+        saved = torch.load(source, weights_only=True)
+        model.load_state_dict(saved['model'], strict=True)
+        optimizer.load_state_dict(saved['optimizer'])
+    for step in range(first, last):
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict()), target)
+
+norm, folder, resume = sys.argv[2], sys.argv[3], sys.argv[4] == 'resume'
+if resume:
+    train(norm, 3, 6, folder + '/half.pth', folder + '/resumed.pth')
+else:
+    train(norm, 0, 6, None, folder + '/straight.pth')
+    train(norm, 0, 3, None, folder + '/half.pth')
+"""
+
+# Two processes, each with its own batch, in the second case empty on the second: gradients and buffers after a step.
+DISTRIBUTED = PACKAGE + """
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+norm, store, rank = sys.argv[2], sys.argv[3], int(sys.argv[4])
+dist.init_process_group('gloo', init_method='file://' + store, rank=rank, world_size=2)
+results = []
+for empty in (False, True):
+    torch.manual_seed(0)
+    model = DistributedDataParallel(AN(4, norm, 3, 2).double(), broadcast_buffers=False)
+    x = torch.randn(2, 2, 4, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[rank]
+    x = x[:0] if empty and rank else x
+    model(x).square().sum().backward()
+    layer = model.module
+    grads, buffers = [p.grad.tolist() for p in layer.parameters()], [b.tolist() for b in layer.buffers()]
+    results.append(dict(grads=grads, buffers=buffers))
+print(json.dumps(results))
+dist.destroy_process_group()
+"""
+
+
+def start(program, *arguments):
+    command = [sys.executable, '-c', program, str(ROOT), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-2000:]
+    return out
+
+
+@BOTH
+class TestProcesses:
+    def test_resuming_in_a_new_process_is_bit_exact(self, norm, tmp_path):
+        finish(start(TRAINING, norm, tmp_path, 'begin'))
+        finish(start(TRAINING, norm, tmp_path, 'resume'))
+        straight, half, resumed = (
+            torch.load(tmp_path / f'{name}.pth', weights_only=True)['model'] for name in ('straight', 'half', 'resumed')
+        )
+        assert_same_state(resumed, straight)
+        assert not torch.equal(half['1.weight_'], straight['1.weight_'])
+
+    def test_distributed_processes_average_gradients_and_keep_their_own_statistics(self, norm, tmp_path):
+        processes = [start(DISTRIBUTED, norm, tmp_path / 'store', rank) for rank in range(2)]
+        by_rank = [json.loads(finish(process).splitlines()[-1]) for process in processes]
+        torch.manual_seed(0)
+        layer = AN(4, norm, 3, 2).double()
+        batches = torch.randn(2, 2, 4, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        for case, empty in enumerate((False, True)):
+            singles = [copy.deepcopy(layer), copy.deepcopy(layer)]
+            for rank, x in enumerate(batches):
+                singles[rank](x[:0] if empty and rank else x).square().sum().backward()
+            for rank in range(2):
+                result = by_rank[rank][case]
+                for ours, *local in zip(result['grads'], *(s.parameters() for s in singles)):
+                    mean = sum(p.grad for p in local) / 2
+                    torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), mean)
+                for ours, theirs in zip(result['buffers'], singles[rank].buffers()):
+                    torch.testing.assert_close(torch.tensor(ours, dtype=theirs.dtype), theirs)
+
+
+class TestBadArguments:
+    @pytest.mark.parametrize('norm', ['LN', 'bn', None, 3, ['BN']])
+    def test_an_unknown_norm_is_refused_with_the_choices(self, norm):
+        with pytest.raises(ValueError, match=r"norm_cfg.*'AN': norm=.*'BN'.*'GN'"):
+            AN(4, norm)
+
+    @pytest.mark.parametrize('k', [0, -5, 2.0, '10', True, None])
+    @BOTH
+    def test_a_k_that_is_not_positive_is_refused(self, norm, k):
+        with pytest.raises(ValueError, match=r"norm_cfg.*'AN': k=.*positive integer.*10 and 20"):
+            AN(32, norm, k)
+
+    @pytest.mark.parametrize('num_groups', [32, 5, 0, -4, 4.0, None])
+    def test_groups_that_do_not_divide_the_channels_are_refused_with_the_divisors(self, num_groups):
+        with pytest.raises(ValueError, match=r'num_groups=.* must divide the 12 channels.*1, 2, 3, 4, 6, 12'):
+            AN(12, 'GN', num_groups=num_groups)
+
+    def test_groups_are_not_looked_at_for_batch_norm(self):
+        assert AN(12, 'BN').num_features == 12
+
+    def test_an_unknown_key_is_named_with_the_valid_ones(self):
+        with pytest.raises(TypeError, match=r"unknown key num_group=5 \(did you mean 'num_groups'\?\).*momentum"):
+            AN(4, num_group=5)
+
+    @pytest.mark.parametrize('key, value', [('eps', 0), ('eps', -1e-5), ('momentum', 1.5), ('momentum', 'x')])
+    def test_a_number_out_of_range_is_named(self, key, value):
+        with pytest.raises(ValueError, match=f'{key}={value!r}'):
+            AN(4, **{key: value})

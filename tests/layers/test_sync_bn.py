@@ -1,0 +1,197 @@
+"""SyncBN: batch norm where there is nothing to synchronize, and over all processes' batches where there is."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from mmdet_norms.layers import sync_bn
+from mmdet_norms.layers.sync_bn import SyncBN
+
+
+def random_pair(**kwargs):
+    torch.manual_seed(0)
+    layer, plain = SyncBN(4, **kwargs), nn.BatchNorm2d(4, **kwargs)
+    for value in plain.state_dict().values():
+        if value.is_floating_point():
+            value.data.uniform_(0.5, 2)
+    layer.load_state_dict(plain.state_dict(), strict=True)
+    return layer, plain
+
+
+def assert_equal_states(layer, plain):
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    for key, value in plain.state_dict().items():
+        assert torch.equal(layer.state_dict()[key], value), key
+
+
+class TestAlone:
+    def test_forward_equals_the_formula_written_out(self):
+        layer = random_pair(eps=1e-3)[0].double()
+        x = torch.randn(2, 4, 3, 5, dtype=torch.float64) * 3 + 1
+        w, b = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+        expected = np.empty(x.shape)
+        for c in range(4):
+            v = x[:, c].numpy()
+            expected[:, c] = w[c] * (v - v.mean()) / np.sqrt(v.var() + 1e-3) + b[c]
+        np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize(
+        'kwargs',
+        [{}, dict(momentum=None), dict(affine=False), dict(track_running_stats=False), dict(eps=1e-3, momentum=0.5)],
+    )
+    def test_it_is_batch_norm_bit_for_bit(self, kwargs):
+        layer, plain = random_pair(**kwargs)
+        for training in (True, True, False):
+            x = torch.randn(2, 4, 5, 5)
+            assert torch.equal(layer.train(training)(x), plain.train(training)(x))
+            assert_equal_states(layer, plain)
+
+    def test_one_log_line_per_process_says_so(self, caplog, monkeypatch):
+        monkeypatch.setattr(sync_bn, '_said', set())
+        with caplog.at_level(logging.WARNING):
+            SyncBN(4).eval()(torch.randn(2, 4, 5, 5))
+            assert not caplog.records
+            for layer in (SyncBN(4), SyncBN(4)):
+                layer(torch.randn(2, 4, 5, 5)), layer(torch.randn(2, 4, 5, 5))
+        assert [r.getMessage() for r in caplog.records] == [
+            'SyncBN: training is not distributed, so it acts as BN on the batch of this process'
+        ]
+
+    def test_a_process_group_of_one_on_a_cpu_is_no_error(self, tmp_path):
+        layer, plain = random_pair()
+        dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+        try:
+            x = torch.randn(2, 4, 5, 5)
+            assert torch.equal(layer(x), plain(x))
+            with pytest.raises(ValueError, match='to be on GPU'):
+                nn.SyncBatchNorm(4)(x)
+        finally:
+            dist.destroy_process_group()
+
+    def test_tools_know_it_as_a_synchronized_batch_norm(self):
+        from mmcv.cnn import build_norm_layer, is_norm  # here, since the two processes below import this file
+        from mmengine.model import revert_sync_batchnorm
+
+        name, layer = build_norm_layer(dict(type=SyncBN, requires_grad=True), 4, postfix=1)
+        assert name == 'bn1' and is_norm(layer) and isinstance(layer, nn.SyncBatchNorm)
+        assert type(revert_sync_batchnorm(layer)).__name__ == '_BatchNormXd'
+
+    def test_torch_gets_an_empty_half_batch_in_fp32_and_no_statistics_to_update_twice(self, monkeypatch):
+        """On GPUs torch's own layer works; these are the two things it must be helped with."""
+        seen = []
+
+        def record(self, x):
+            seen.append((x.dtype, self.running_mean is running_mean))
+            return x * self.weight.view(1, -1, 1, 1)
+
+        monkeypatch.setattr(sync_bn, '_served_by_torch', lambda: ('cpu',))
+        monkeypatch.setattr(SyncBN, '_world_size', lambda self: 2)
+        monkeypatch.setattr(nn.SyncBatchNorm, 'forward', record)
+        layer = SyncBN(4)
+        running_mean = layer.running_mean
+        assert layer(torch.zeros(0, 4, 2, 2).half()).dtype == torch.half
+        layer(torch.randn(2, 4, 2, 2).bfloat16())
+        x = torch.randn(2, 4, 2, 2, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
+        assert seen == [(torch.float32, True), (torch.bfloat16, True), (torch.float32, True), (torch.float32, False)]
+        assert layer.running_mean is running_mean
+
+
+# What each of two processes gets: unequal batches, an empty one, all empty, one value in total.
+CASES = {
+    'unequal': (3, 1, (5, 4)),
+    'one empty': (2, 0, (5, 4)),
+    'other empty': (0, 2, (5, 4)),
+    'all empty': (0, 0, (5, 4)),
+    'one pixel each': (1, 1, (1, 1)),
+    'one value in all': (1, 0, (1, 1)),
+}
+
+
+def worker(rank: int, store: str) -> None:
+    """Both processes build the same whole batch, take their part, and compare with batch norm on the whole."""
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
+    errors = {}
+    for name, (first, second, size) in CASES.items():
+        for kwargs in ({}, dict(momentum=None), dict(affine=False)):
+            layer, plain = random_pair(**kwargs)
+            layer, plain = layer.double(), plain.double()
+            synced_twice = copy.deepcopy(layer)
+            for step in range(2):
+                torch.manual_seed(step)
+                whole = torch.randn(first + second, 4, *size, dtype=torch.float64) * 3 + 100
+                grad = torch.randn_like(whole)
+                mine = slice(0, first) if rank == 0 else slice(first, None)
+                x = whole[mine].clone().requires_grad_()
+                y = layer(x)
+                y.backward(grad[mine])
+                again = x.detach().clone().requires_grad_()
+                torch.utils.checkpoint.checkpoint(synced_twice, again, use_reentrant=False).backward(grad[mine])
+                same = {'checkpointed grad': (again.grad, x.grad)}
+                same |= {f'checkpointed {k}': (synced_twice.state_dict()[k], v) for k, v in layer.state_dict().items()}
+                if whole.shape[0] * size[0] > 1:
+                    whole.requires_grad_()
+                    expected = plain(whole)
+                    expected.backward(grad)
+                    same |= {'y': (y, expected[mine]), 'grad': (x.grad, whole.grad[mine])}
+                    same |= {k: (layer.state_dict()[k], v) for k, v in plain.state_dict().items()}
+                    for key, p in layer.named_parameters():
+                        total = p.grad.clone()
+                        dist.all_reduce(total)
+                        same[f'grad of {key}'] = (total, dict(plain.named_parameters())[key].grad)
+                else:
+                    before = random_pair(**kwargs)[1].double()
+                    keys = ['running_var'] if first + second else list(before.state_dict())
+                    same |= {k: (layer.state_dict()[k], before.state_dict()[k]) for k in keys}
+                    assert y.isfinite().all() and x.grad.isfinite().all()
+                for key, (ours, theirs) in same.items():
+                    torch.testing.assert_close(
+                        ours, theirs, rtol=1e-10, atol=1e-10, msg=lambda t, w=(name, kwargs, step, key): f'{w}: {t}'
+                    )
+                    if ours.numel():
+                        errors[key] = max(errors.get(key, 0), (ours - theirs).abs().max().item())
+    for dtype in (torch.float16, torch.bfloat16):
+        layer, plain = random_pair()
+        torch.manual_seed(0)
+        whole = (torch.randn(3, 4, 6, 6) * 2 + 1).to(dtype)
+        x = whole[rank * 2 :][:2].to(memory_format=torch.channels_last).requires_grad_()
+        y = layer(x)
+        assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y.float(), plain(whole.float())[rank * 2 :][:2], rtol=0.02, atol=0.02)
+        y.float().square().sum().backward()
+        assert x.grad.dtype == dtype and layer.weight.grad.dtype == torch.float32
+        torch.testing.assert_close(layer.running_var, plain.running_var)
+    print('largest errors', {key: f'{value:.1e}' for key, value in errors.items() if value > 1e-13})
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_on_cpus_equal_batch_norm_on_the_whole_batch(tmp_path):
+    root = str(Path(__file__).resolve().parents[2])
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]))
+    command = [sys.executable, __file__]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / 'store')], env=env, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            error = process.communicate(timeout=120)[1]
+            assert process.returncode == 0, error[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+if __name__ == '__main__':
+    worker(int(sys.argv[1]), sys.argv[2])
