@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from mmengine.config import Config
 from mmengine.device import get_device
 
+from mmdet_norms.compat import mmcv_ops
+
 from .common import (
     UserError,
     add_common_arguments,
@@ -77,6 +79,11 @@ def _use_mixed_precision(cfg: Config) -> None:
     if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise UserError(f'--amp replaces OptimWrapper, but the config has optim_wrapper.type={wrapper!r}')
     if get_device() == 'cpu':
+        if mmcv_ops.active() == 'compiled':
+            raise UserError(
+                '--amp: compiled mmcv has no bfloat16 RoIAlign on a CPU; leave --amp out, or use mmcv-lite, whose ops '
+                'this package supplies'
+            )
         cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
         for key in ('loss_scale', 'dtype'):  # bfloat16 is all a CPU has, and it needs no scaling
             cfg.optim_wrapper.pop(key, None)
