@@ -23,9 +23,11 @@ $(STAMP): setup.py requirements/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo 'mmdet_norms needs Python >= 3.10: make PYTHON=python3.11 ...' >&2; exit 1; }
 	@test -x $(BIN)/python || { echo 'creating .venv'; $(PYTHON) -m venv .venv; }
-	@echo 'installing into .venv (versions: requirements/constraints.txt)'
+	@echo 'installing into .venv (versions: requirements/constraints.txt): 1/3 setuptools'
 	@$(PIP) setuptools wheel
+	@echo 'installing 2/3: torch (some minutes where it brings CUDA)'
 	@$(PIP) torch
+	@echo 'installing 3/3: mmdet and the rest'
 	@$(PIP) --no-build-isolation -e '.[lite,dev]'
 	@# opencv-python needs libGL, which bare machines lack; the headless build is the same module without it.
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || $(PIP) --force-reinstall --no-deps opencv-python-headless

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ._args import check_number, reject_unknown
 from ._recompute import run_batch_norm
+from ._with_batch_norm import WithBatchNorm
 
-_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 _NORMS = ('BN', 'GN')
 _HALVES = (torch.float16, torch.bfloat16)
 _DESCRIPTOR_EPS = 1e-3  # published constant; larger than eps because the quotient grows with a vanishing deviation
@@ -78,7 +78,7 @@ class _Attention(nn.Module):
         return F.relu6(logits + 3) / 6  # not F.hardsigmoid, whose gradient has only fp32's digits of 1/6 in fp64
 
 
-class AN(nn.Module):
+class AN(WithBatchNorm):
     r"""Batch or group norm whose affine step is a mixture of ``k`` ones, weighted for each instance by its statistics.
 
     .. math::
@@ -153,7 +153,6 @@ class AN(nn.Module):
         momentum: float | None = 0.1,
         **unknown,
     ):
-        super().__init__()
         reject_unknown(type(self), unknown)
         if norm not in _NORMS:
             raise ValueError(
@@ -173,20 +172,18 @@ class AN(nn.Module):
         check_number(type(self), 'eps', eps, 0)
         if momentum is not None:
             check_number(type(self), 'momentum', momentum, 0, 1)
-        self.num_features = num_features
+        bn = nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False) if norm == 'BN' else None
+        super().__init__(num_features, bn)
         self.norm = norm
         self.k = k
         self.num_groups = num_groups
         self.eps = eps
         self.weight_ = nn.Parameter(torch.empty(k, num_features))
         self.bias_ = nn.Parameter(torch.empty(k, num_features))
-        if norm == 'BN':
-            self.bn = nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False)
         self.attention_weights = _Attention(
             num_features, k, nn.BatchNorm2d(k, momentum=momentum) if norm == 'BN' else None
         )
         self.reset_parameters()
-        self._register_state_dict_hook(_publish_keys)
 
     def reset_parameters(self) -> None:
         """Draw the published initial values."""
@@ -212,15 +209,6 @@ class AN(nn.Module):
         return f'{self.num_features}, norm={self.norm!r}, k={self.k}{groups}'
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        if self.norm == 'BN':
-            for name in _STATISTICS:
-                if prefix + name in state:
-                    state[f'{prefix}bn.{name}'] = state.pop(prefix + name)
-                elif f'{prefix}bn.{name}' not in state and name != 'num_batches_tracked':
-                    # Report the key as users know it; the child then finds its own value.
-                    state[f'{prefix}bn.{name}'] = getattr(self.bn, name)
-                    if strict:
-                        missing.append(prefix + name)
         if f'{prefix}weight_' not in state and prefix + 'weight' in state:
             self._load_plain_affine(state, prefix, errors)
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
@@ -245,10 +233,3 @@ class AN(nn.Module):
 
 def _is_positive_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _publish_keys(module: AN, state: dict, prefix: str, metadata) -> None:
-    """Save the child's statistics under the published keys. Also called by mmengine's own saving code."""
-    for name in _STATISTICS:
-        if f'{prefix}bn.{name}' in state:
-            state[prefix + name] = state.pop(f'{prefix}bn.{name}')

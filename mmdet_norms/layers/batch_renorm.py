@@ -7,49 +7,9 @@ from torch import Tensor, nn
 
 from ._args import check_number, reject_unknown
 from ._recompute import in_backward
+from ._with_batch_norm import WithBatchNorm
 
 _REMEMBERED_CALLS = 32  # covers a head shared by all levels of a pyramid, several times over
-
-
-class WithBatchNorm(nn.Module):
-    """Base of norms that keep running statistics in a child ``bn`` and save them as a plain batch norm would.
-
-    The child is what ``norm_eval``, SyncBN conversion and precise-BN tools find. It says whether batch statistics
-    (``bn.training``) or the running ones are to be used.
-    """
-
-    def __init__(self, bn: nn.BatchNorm2d):
-        super().__init__()
-        self.num_features = bn.num_features
-        self.bn = bn
-        self._register_state_dict_hook(_publish_keys)
-
-    @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor | None) -> None:
-        """Move the running statistics towards this batch's; ``var=None`` leaves the variance."""
-        bn = self.bn
-        bn.num_batches_tracked.add_(1)
-        factor = 1 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
-        bn.running_mean.add_((mean - bn.running_mean) * factor)
-        if var is not None:
-            bn.running_var.add_((var - bn.running_var) * factor)
-
-    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        for name, value in self.bn.state_dict().items():
-            if prefix + name in state:
-                state[f'{prefix}bn.{name}'] = state.pop(prefix + name)
-            elif f'{prefix}bn.{name}' not in state:
-                # Report the key as users know it; the child then finds its own value.
-                state[f'{prefix}bn.{name}'] = value
-                if strict and name != 'num_batches_tracked':
-                    missing.append(prefix + name)
-        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
-
-
-def _publish_keys(module: WithBatchNorm, state: dict, prefix: str, metadata) -> None:
-    """Save the child's values under the names of a plain batch norm. Also called by mmengine's own saving code."""
-    for name in module.bn.state_dict():
-        state[prefix + name] = state.pop(f'{prefix}bn.{name}')
 
 
 class BRN(WithBatchNorm):
@@ -124,7 +84,7 @@ class BRN(WithBatchNorm):
         _check_at_least('warmup_iters', warmup_iters, 0, int)
         _check_at_least('r_iters', r_iters, warmup_iters, int, ' (warmup_iters)')
         _check_at_least('d_iters', d_iters, warmup_iters, int, ' (warmup_iters)')
-        super().__init__(nn.BatchNorm2d(num_features, eps=eps, momentum=momentum))
+        super().__init__(num_features, nn.BatchNorm2d(num_features, eps=eps, momentum=momentum))
         self.r_max, self.d_max = r_max, d_max
         self.warmup_iters, self.r_iters, self.d_iters = warmup_iters, r_iters, d_iters
         self._recent = deque(maxlen=_REMEMBERED_CALLS)

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from ._args import check_number, reject_unknown
 from ._recompute import run_batch_norm
-
-_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
+from ._with_batch_norm import WithBatchNorm
 
 
 class _DepthwiseConv2d(nn.Conv2d):
@@ -41,7 +40,7 @@ class BNETTaps(_DepthwiseConv2d):
     """
 
 
-class BNET(nn.Module):
+class BNET(WithBatchNorm):
     r"""Batch norm followed by a depthwise k x k convolution in place of the per-channel affine step.
 
     .. math::
@@ -91,7 +90,6 @@ class BNET(nn.Module):
         momentum: float | None = 0.1,
         **unknown,
     ):
-        super().__init__()
         reject_unknown(type(self), unknown)
         if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or not kernel_size % 2:
             raise ValueError(
@@ -101,11 +99,9 @@ class BNET(nn.Module):
         check_number(type(self), 'eps', eps, 0)
         if momentum is not None:
             check_number(type(self), 'momentum', momentum, 0, 1)
-        self.num_features = num_features
+        super().__init__(num_features, nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False))
         self.kernel_size = kernel_size
-        self.bn = nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False)
         self.bnconv = BNETTaps(num_features, kernel_size)
-        self._register_state_dict_hook(_publish_keys)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bnconv(run_batch_norm(self.bn, x))
@@ -114,14 +110,6 @@ class BNET(nn.Module):
         return f'{self.num_features}, kernel_size={self.kernel_size}'
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        for name in _STATISTICS:
-            if prefix + name in state:
-                state[f'{prefix}bn.{name}'] = state.pop(prefix + name)
-            elif f'{prefix}bn.{name}' not in state and name != 'num_batches_tracked':
-                # Report the key as users know it; the child then finds its own value.
-                state[f'{prefix}bn.{name}'] = getattr(self.bn, name)
-                if strict:
-                    missing.append(prefix + name)
         if f'{prefix}bnconv.weight' not in state and prefix + 'weight' in state:
             self._load_batch_norm_affine(state, prefix, errors)
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
@@ -139,10 +127,3 @@ class BNET(nn.Module):
         state[f'{prefix}bnconv.weight'] = taps
         if prefix + 'bias' in state:
             state[f'{prefix}bnconv.bias'] = state.pop(prefix + 'bias')
-
-
-def _publish_keys(module: BNET, state: dict, prefix: str, metadata) -> None:
-    """Save the child's statistics under the published keys. Also called by mmengine's own saving code."""
-    for name in _STATISTICS:
-        if f'{prefix}bn.{name}' in state:
-            state[prefix + name] = state.pop(f'{prefix}bn.{name}')

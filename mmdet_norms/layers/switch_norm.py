@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ._args import check_number, reject_unknown
 from ._recompute import in_backward
-from .batch_renorm import WithBatchNorm
+from ._with_batch_norm import WithBatchNorm
 
 
 class SN(WithBatchNorm):
@@ -53,7 +53,7 @@ class SN(WithBatchNorm):
         check_number(type(self), 'eps', eps, 0)
         if momentum is not None:
             check_number(type(self), 'momentum', momentum, 0, 1)
-        super().__init__(nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False))
+        super().__init__(num_features, nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False))
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))

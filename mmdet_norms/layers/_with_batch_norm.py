@@ -1,0 +1,55 @@
+"""Norms around a batch norm: its statistics stand in the state dict as those of a plain one."""
+
+import torch
+from torch import Tensor, nn
+
+
+class WithBatchNorm(nn.Module):
+    """Base of norms that keep running statistics in a child ``bn`` and save them as a plain batch norm would.
+
+    The child is what ``norm_eval``, SyncBN conversion and precise-BN tools find. It says whether batch statistics
+    (``bn.training``) or the running ones are to be used.
+
+    Args:
+        num_features: C.
+        bn: the child; None for a norm without running statistics, which then has no ``bn``.
+    """
+
+    def __init__(self, num_features: int, bn: nn.BatchNorm2d | None):
+        super().__init__()
+        self.num_features = num_features
+        if bn is not None:
+            self.bn = bn
+        self._register_state_dict_hook(_publish_keys)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor | None) -> None:
+        """Move the running statistics towards this batch's; ``var=None`` leaves the variance."""
+        bn = self.bn
+        bn.num_batches_tracked.add_(1)
+        factor = 1 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
+        bn.running_mean.add_((mean - bn.running_mean) * factor)
+        if var is not None:
+            bn.running_var.add_((var - bn.running_var) * factor)
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        for name, value in _statistics(self).items():
+            if prefix + name in state:
+                state[f'{prefix}bn.{name}'] = state.pop(prefix + name)
+            elif f'{prefix}bn.{name}' not in state:
+                # Report the key as users know it; the child then finds its own value.
+                state[f'{prefix}bn.{name}'] = value
+                if strict and name != 'num_batches_tracked':
+                    missing.append(prefix + name)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def _publish_keys(module: WithBatchNorm, state: dict, prefix: str, metadata) -> None:
+    """Save the child's values under the names of a plain batch norm. Also called by mmengine's own saving code."""
+    for name in _statistics(module):
+        state[prefix + name] = state.pop(f'{prefix}bn.{name}')
+
+
+def _statistics(module: WithBatchNorm) -> dict[str, Tensor]:
+    """What the child saves, by its own names."""
+    return module.bn.state_dict() if hasattr(module, 'bn') else {}
