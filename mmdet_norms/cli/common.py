@@ -105,7 +105,12 @@ def build_runner(cfg: Config) -> Runner:
         start_cpu_processes(cfg)
     except RuntimeError as error:
         raise UserError(str(error)) from error
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    try:
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    except (KeyError, TypeError, ValueError) as error:
+        if 'norm_cfg' in str(error) or 'norm_at' in str(error):  # a norm that the config got wrong, and says how
+            raise UserError(str(error)) from error
+        raise
     mmcv_ops.announce()
     return runner
 

@@ -180,6 +180,12 @@ def test_another_data_root_reaches_datasets_and_evaluators(config, tmp_path, cap
         (['missing.py'], 'missing.py'),
         (['mmdet::nowhere/missing.py'], 'mmdet::nowhere/missing.py'),
         (['CONFIG', '--norm', 'bnet55'], 'bnet5'),
+        (['CONFIG', '--work-dir', 'WORK', '--cfg-options', 'model.neck.norm_cfg.type=BNTE'], "did you mean 'BNET'"),
+        (
+            ['CONFIG', '--norm', 'bnet5', '--work-dir', 'WORK', '--cfg-options',
+             'model.backbone.norm_at.last.kernel_size=4'],
+            'kernel_size=4 must be an odd positive integer',
+        ),
         (['CONFIG', '--resume', 'missing.pth'], 'missing.pth'),
         (['CONFIG', '--data-root', '/missing'], '/missing has no annotations for train'),
         (['CONFIG', '--launcher', 'pytorch', '--work-dir', 'WORK'], 'tools/dist_train.sh'),
