@@ -1,6 +1,11 @@
 """Shared fixtures."""
 
+import os
 from pathlib import Path
+
+# One thread here and in every process that a test starts: tiny tensors gain nothing from more, and sums in another
+# order would not resume bit for bit. Before torch is imported, which reads it once.
+os.environ['OMP_NUM_THREADS'] = '1'
 
 import numpy as np
 import pytest
