@@ -20,18 +20,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('runs', nargs='+', help='work dirs, or results.json files in them')
     args = parser.parse_args(argv)
     results = {name: read(name) for name in dict.fromkeys(args.runs)}
-    table = Table(title='average precision', title_justify='left')
-    table.add_column('run', no_wrap=True)
-    kinds = [kind for kind in ('bbox', 'segm') if any(f'{kind}_mAP' in r for r in results.values())]
-    for kind in kinds:
-        for column in _COLUMNS:
-            table.add_column(f'{kind} {column.removeprefix("mAP").strip("_")}'.strip(), justify='right')
-    for name, result in results.items():
-        table.add_row(name, *(_number(result.get(f'{kind}_{column}')) for kind in kinds for column in _COLUMNS))
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120 + max(map(len, results)))
-    console.print(table)
+        console = Console(width=80 + max(map(len, results)))
+    for kind in ('bbox', 'segm'):
+        if any(f'{kind}_mAP' in result for result in results.values()):
+            console.print(_table(kind, results))
+
+
+def _table(kind: str, results: dict[str, dict]) -> Table:
+    """One table a kind: both side by side would not fit a terminal."""
+    table = Table(title=f'{kind} average precision', title_justify='left')
+    table.add_column('run', no_wrap=True)
+    for column in _COLUMNS:
+        table.add_column(column.replace('m', '', 1).replace('_', ' '), justify='right')
+    for name, result in results.items():
+        table.add_row(name, *(_number(result.get(f'{kind}_{column}')) for column in _COLUMNS))
+    return table
 
 
 def read(name: str) -> dict:
