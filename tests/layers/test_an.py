@@ -749,6 +749,7 @@ else:
 
 # Two processes, each with its own batch, in the second case empty on the second: gradients and buffers after a step.
 DISTRIBUTED = PACKAGE + """
+import os
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 norm, store, rank = sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -763,8 +764,9 @@ for empty in (False, True):
     layer = model.module
     grads, buffers = [p.grad.tolist() for p in layer.parameters()], [b.tolist() for b in layer.buffers()]
     results.append(dict(grads=grads, buffers=buffers))
-print(json.dumps(results))
-dist.destroy_process_group()
+print(json.dumps(results), flush=True)
+dist.barrier()
+os._exit(0)  # freeing a DDP model and its gloo group at exit sometimes aborts
 """
 
 
