@@ -32,7 +32,7 @@ setup(
         # mmcv comes in two distributions that must not be installed together, so neither is a hard requirement.
         'lite': ['mmcv-lite>=2.0.0,<2.2.0'],
         'mmcv': ['mmcv>=2.0.0,<2.2.0'],
-        'dev': ['pytest', 'pytest-timeout', 'pytest-xdist', 'ruff'],
+        'dev': ['pytest', 'pytest-timeout', 'ruff'],
     },
     classifiers=[
         'Programming Language :: Python :: 3',

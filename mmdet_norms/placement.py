@@ -144,7 +144,7 @@ def apply_norm(model_cfg: Mapping, name: str) -> Mapping:
     placed = [
         _set_keys(neck, placement.neck)
         for neck in _parts(model_cfg.get('neck'))
-        if _last(neck['type']) in _NECKS and placement.neck
+        if type_name(neck['type']) in _NECKS and placement.neck
     ]
     roi_head = model_cfg.get('roi_head') or {}
     for key, part, types, place in (
@@ -152,10 +152,10 @@ def apply_norm(model_cfg: Mapping, name: str) -> Mapping:
         ('mask_head', placement.mask_head, _MASK_HEADS, _place_in_mask_head),
     ):
         for head in _parts(roi_head.get(key)) if part else ():
-            if _last(head['type']) in types:
+            if type_name(head['type']) in types:
                 placed.append(place(head, part))
             else:
-                kind = _last(head['type'])
+                kind = type_name(head['type'])
                 warnings.warn(f'norm {name!r}: roi_head.{key}.type={kind!r} stays without it', stacklevel=2)
     if placement.neck and not placed:
         raise ValueError(
@@ -172,7 +172,7 @@ def _place_in_backbone(model_cfg: dict, name: str, placement: Placement) -> None
             f'norm {name!r} sits in the backbone, but model.backbone of {model_cfg.get("type")!r} is {backbone!r}; '
             'use a detector config with a backbone dict'
         )
-    stock = _STOCK.get(_last(backbone['type']), _last(backbone['type']))
+    stock = _STOCK.get(type_name(backbone['type']), type_name(backbone['type']))
     if stock not in HOSTS:
         raise ValueError(
             f'norm {name!r}: model.backbone.type={stock!r} has no residual blocks with batch norm that it could be '
@@ -194,7 +194,7 @@ def _place_in_backbone(model_cfg: dict, name: str, placement: Placement) -> None
             position: cfg[:stages] if isinstance(cfg, list) else cfg
             for position, cfg in copy.deepcopy(placement.norm_at).items()
         }
-    elif _last(backbone['type']) != stock:
+    elif type_name(backbone['type']) != stock:
         backbone['type'] = stock
 
 
@@ -211,7 +211,7 @@ def _start_from_batch_norm(backbone: dict, name: str) -> None:
 
 
 def _place_in_box_head(head: dict, keys: dict) -> None:
-    if _last(head['type']) == 'ConvFCBBoxHead':
+    if type_name(head['type']) == 'ConvFCBBoxHead':
         for key in [key for key in head if key.startswith('num_') and key.endswith(('_convs', '_fcs'))]:
             del head[key]
     per_conv = isinstance(keys['norm_cfg'], list)
@@ -221,7 +221,7 @@ def _place_in_box_head(head: dict, keys: dict) -> None:
 
 
 def _place_in_mask_head(head: dict, keys: dict) -> None:
-    if _last(head['type']) == 'NormFCNMaskHead':
+    if type_name(head['type']) == 'NormFCNMaskHead':
         head['type'] = 'FCNMaskHead'
     _set_keys(head, keys)
 
@@ -239,6 +239,6 @@ def _parts(node) -> Iterator[dict]:
     return (part for part in (node if isinstance(node, (list, tuple)) else [node]) if isinstance(part, Mapping))
 
 
-def _last(name) -> str:
+def type_name(name) -> str:
     """'ResNet' for 'ResNet', 'mmdet.ResNet' and the class itself (mmengine's lazy configs)."""
     return getattr(name, '__name__', None) or str(name).rsplit('.', 1)[-1]

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .common import UserError, command
+from mmdet_norms.engine.results import COLUMNS, KINDS, format_ap
 
-_COLUMNS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
+from .common import UserError, command
 
 
 @command
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=80 + max(map(len, results)))
-    for kind in ('bbox', 'segm'):
+    for kind in KINDS:
         if any(f'{kind}_mAP' in result for result in results.values()):
             console.print(_table(kind, results))
 
@@ -32,10 +32,10 @@ def _table(kind: str, results: dict[str, dict]) -> Table:
     """One table a kind: both side by side would not fit a terminal."""
     table = Table(title=f'{kind} average precision', title_justify='left')
     table.add_column('run', no_wrap=True)
-    for column in _COLUMNS:
-        table.add_column(column.replace('m', '', 1).replace('_', ' '), justify='right')
+    for column in COLUMNS:
+        table.add_column(column, justify='right')
     for name, result in results.items():
-        table.add_row(name, *(_number(result.get(f'{kind}_{column}')) for column in _COLUMNS))
+        table.add_row(name, *(format_ap(result.get(f'{kind}_{key}')) for key in COLUMNS.values()))
     return table
 
 
@@ -49,10 +49,6 @@ def read(name: str) -> dict:
         raise UserError(f'there is no {path}; tools/train.py and tools/test.py write it into the work dir') from None
     except ValueError as error:
         raise UserError(f'{path} is not a results.json ({error})') from error
-
-
-def _number(value: float | None) -> str:
-    return '-' if value is None or value < 0 else f'{value:.3f}'
 
 
 if __name__ == '__main__':

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config
 
+from mmdet_norms.placement import type_name
+
 from .common import (
     UserError,
     add_common_arguments,
@@ -88,9 +90,9 @@ def _coco_metrics(cfg: Config, option: str) -> list[dict]:
     """The config's COCO metrics, which are the ones that the options act on."""
     evaluator = cfg.get('test_evaluator') or []
     entries = list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
-    found = [entry for entry in entries if _type_name(entry) in _COCO_METRICS]
+    found = [entry for entry in entries if type_name(entry.get('type')) in _COCO_METRICS]
     if not found:
-        types = ', '.join(_type_name(entry) for entry in entries) or 'none'
+        types = ', '.join(type_name(entry.get('type')) for entry in entries) or 'none'
         raise UserError(
             f"{option} is for COCO metrics, but the config's test_evaluator is {types}; leave {option} "
             "out to use it as it is, or set test_evaluator.type='CocoMetric'"
@@ -103,7 +105,7 @@ def predicts_masks(model_cfg: dict) -> bool:
     return any(
         value is not None
         if 'mask' in key and 'head' in key
-        else key == 'type' and any(word in _last(value) for word in _MASK_TYPES)
+        else key == 'type' and any(word in type_name(value) for word in _MASK_TYPES)
         for key, value in _items(model_cfg)
     )
 
@@ -117,15 +119,6 @@ def _items(node: object) -> Iterator[tuple]:
     elif isinstance(node, (list, tuple)):
         for value in node:
             yield from _items(value)
-
-
-def _last(name: object) -> str:
-    """'CocoMetric' for 'CocoMetric', 'mmdet.CocoMetric' and the class itself."""
-    return getattr(name, '__name__', None) or str(name).rsplit('.', 1)[-1]
-
-
-def _type_name(entry: dict) -> str:
-    return _last(entry.get('type'))
 
 
 def _draw_into(cfg: Config, directory: str) -> None:

@@ -19,8 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-_KINDS = ('bbox', 'segm')
-_COLUMNS = {
+KINDS = ('bbox', 'segm')
+COLUMNS = {
     'AP': 'mAP',
     'AP50': 'mAP_50',
     'AP75': 'mAP_75',
@@ -129,15 +129,15 @@ def results_table(results: dict[str, float | None], title: str = '') -> str:
 
     Empty if ``results`` has no COCO average precision.
     """
-    kinds = [kind for kind in _KINDS if f'{kind}_mAP' in results]
+    kinds = [kind for kind in KINDS if f'{kind}_mAP' in results]
     if not kinds:
         return ''
     table = Table(title=title, title_justify='left', box=box.ASCII2)
     table.add_column('')
-    for column in _COLUMNS:
+    for column in COLUMNS:
         table.add_column(column, justify='right')
     for kind in kinds:
-        table.add_row(kind, *(_number(results.get(f'{kind}_{key}')) for key in _COLUMNS.values()))
+        table.add_row(kind, *(format_ap(results.get(f'{kind}_{key}')) for key in COLUMNS.values()))
     return _as_text(table, *_per_class_tables(results, kinds))
 
 
@@ -155,11 +155,11 @@ def _per_class_tables(results: dict[str, float | None], kinds: list) -> list:
     for kind in kinds:
         table.add_column(f'{kind} AP', justify='right')
     for name, values in classes.items():
-        table.add_row(name, *(_number(values.get(kind)) for kind in kinds))
+        table.add_row(name, *(format_ap(values.get(kind)) for kind in kinds))
     return [table]
 
 
-def _number(value: float | None) -> str:
+def format_ap(value: float | None) -> str:
     """The value as results.json has it; COCO marks "no such objects" with -1, per class with NaN."""
     return '-' if value is None or value < 0 else f'{value:.3f}'
 

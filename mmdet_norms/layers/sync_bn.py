@@ -30,7 +30,8 @@ class SyncBN(nn.SyncBatchNorm):
       log line per process says so;
     - several processes, GPU: those of all, by ``nn.SyncBatchNorm``, whose kernels are faster;
     - several processes, CPU or another device that ``nn.SyncBatchNorm`` refuses: the same computation here, on any
-      backend (gloo). Exact for batches of different sizes.
+      backend (gloo). Exact for batches of different sizes. (torch's ``DistributedDataParallel`` still refuses to wrap
+      a model with this class of layer on a CPU: average the gradients yourself there, or train on GPUs.)
 
     A process may have N = 0: it takes part in the exchange, returns an empty map and has zero gradients. If all have,
     the state stays as it is (on GPUs, torch's kernels still move the running statistics towards 0 then). Which

@@ -23,19 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 COCO_COLUMNS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from threads, and lose much where tests share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A folder with a config and a work dir of ten epochs."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp('trained')
     config = tiny.write_config(folder)
     options = ['train_cfg.max_epochs=10', 'train_cfg.val_interval=10', 'default_hooks.checkpoint.interval=5']
