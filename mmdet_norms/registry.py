@@ -5,6 +5,7 @@ import inspect
 from contextlib import contextmanager
 
 import mmcv.cnn.bricks.norm as mmcv_norm
+import mmengine.utils.dl_utils.misc as mmengine_norm
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,6 +21,8 @@ mmcv 1.x called it ``NORM_LAYERS``; since mmcv 2 it is mmengine's root ``MODELS`
 
 _STOCK_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 _OUR_NORMS = tuple(layers.NORMS.values())
+NOT_TORCH_NORMS = tuple(layer for layer in _OUR_NORMS if not issubclass(layer, _STOCK_NORMS))
+"""Norms that the class tests of mmcv and mmengine do not find."""
 # mmcv registers torch's classes under these names; ours take the same arguments and more situations.
 _REPLACED = ('GN', 'SyncBN')
 
@@ -87,3 +90,6 @@ def register_norm_layers() -> None:
         NORM_LAYERS.register_module(name='CenConv', module=layers.CenConv2d)
     if not isinstance(mmcv_norm.MODELS, _NormLookup):
         mmcv_norm.MODELS = _NormLookup(mmcv_norm.MODELS)
+    for module in (mmcv_norm, mmengine_norm):
+        # `is_norm` of both asks isinstance() of a tuple of classes, and this is a name in it.
+        module._InstanceNorm = (_InstanceNorm, *NOT_TORCH_NORMS)

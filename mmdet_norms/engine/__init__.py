@@ -3,6 +3,7 @@
 from .dist import CPUAmpOptimWrapper, end_processes, start_cpu_processes
 from .memory_format import ChannelsLastHook
 from .norms import NormHook
+from .optim import NormOptimWrapperConstructor
 from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
 
@@ -10,6 +11,7 @@ __all__ = [
     'CPUAmpOptimWrapper',
     'ChannelsLastHook',
     'NormHook',
+    'NormOptimWrapperConstructor',
     'PerClassCocoMetric',
     'ResultsHook',
     'TimedLoggerHook',

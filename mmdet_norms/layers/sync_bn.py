@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._args import check_number, reject_unknown
 from ._recompute import in_backward, statistics_kept
@@ -16,7 +17,7 @@ _LOG = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-class SyncBN(nn.SyncBatchNorm):
+class SyncBN(_BatchNorm):
     r"""Batch norm over the union of all processes' batches.
 
     .. math::
@@ -30,8 +31,7 @@ class SyncBN(nn.SyncBatchNorm):
       log line per process says so;
     - several processes, GPU: those of all, by ``nn.SyncBatchNorm``, whose kernels are faster;
     - several processes, CPU or another device that ``nn.SyncBatchNorm`` refuses: the same computation here, on any
-      backend (gloo). Exact for batches of different sizes. (torch's ``DistributedDataParallel`` still refuses to wrap
-      a model with this class of layer on a CPU: average the gradients yourself there, or train on GPUs.)
+      backend (gloo). Exact for batches of different sizes.
 
     A process may have N = 0: it takes part in the exchange, returns an empty map and has zero gradients. If all have,
     the state stays as it is (on GPUs, torch's kernels still move the running statistics towards 0 then). Which
@@ -41,8 +41,8 @@ class SyncBN(nn.SyncBatchNorm):
     Under activation checkpointing the recomputed forward does not update the running statistics a second time.
 
     Shapes: x and y ``(N, C, H, W)`` (or any ``(N, C, ...)``); ``weight``, ``bias``, ``running_*`` ``(C,)``. State dict
-    and type as ``nn.SyncBatchNorm``: ``revert_sync_batchnorm``, ``norm_eval`` and conv-BN fusion know it. mmengine's
-    runner replaces it by a plain batch norm, with a warning of its own, if training is not distributed.
+    as ``nn.SyncBatchNorm``. A batch norm to ``norm_eval`` and conv-BN fusion, but no subclass of ``nn.SyncBatchNorm``,
+    because ``DistributedDataParallel`` refuses every one of those on a CPU.
 
     Args:
         num_features: C.
@@ -73,7 +73,8 @@ class SyncBN(nn.SyncBatchNorm):
         check_number(type(self), 'eps', eps, 0)
         if momentum is not None:
             check_number(type(self), 'momentum', momentum, 0, 1)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        self.process_group = process_group
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -88,6 +89,10 @@ class SyncBN(nn.SyncBatchNorm):
             if x.device.type in _served_by_torch():
                 return self._synced_by_torch(x)
             return self._synced(x)
+
+    # What torch's forward calls on itself.
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def _world_size(self) -> int:
         if not (dist.is_available() and dist.is_initialized()):
@@ -108,7 +113,7 @@ class SyncBN(nn.SyncBatchNorm):
     def _synced_by_torch(self, x: Tensor) -> Tensor:
         # Peers exchange fp32 numbers; for an empty half input torch would send half ones, which hangs or corrupts.
         wide = x if x.numel() else x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        return super().forward(wide).to(x.dtype)
+        return nn.SyncBatchNorm.forward(self, wide).to(x.dtype)
 
     def _synced(self, x: Tensor) -> Tensor:
         y, mean, var, count = _SyncedBatchNorm.apply(

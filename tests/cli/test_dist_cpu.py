@@ -39,6 +39,16 @@ def test_two_cpu_processes_train_together_and_test_what_they_trained(tmp_path):
     assert {key: tested[key] for key in aps} == {key: trained[key] for key in aps}
 
 
+@pytest.mark.slow
+def test_syncbn_trains_on_two_cpu_processes(tmp_path):
+    """torch's DDP refuses its own SyncBatchNorm there."""
+    options = ['--norm', 'syncbn', '--cfg-options', 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
+    log = run_tool('dist_train.sh', tiny.write_config(tmp_path), 2, '--work-dir', tmp_path / 'run', *options)
+    assert 'training is not distributed' not in log
+    state = torch.load(tmp_path / 'run' / 'epoch_1.pth', weights_only=True)['state_dict']
+    assert state['neck.fpn_convs.0.bn.num_batches_tracked'] == 1
+
+
 @pytest.mark.parametrize('tool', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])
 def test_a_tool_without_arguments_shows_its_usage(tool):
     done = subprocess.run([str(ROOT / 'tools' / tool)], capture_output=True, text=True, timeout=30)

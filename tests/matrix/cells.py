@@ -672,15 +672,8 @@ def _distribute_here(norm, rank):
         steps = [gradients(twin, batch(8 + i)) for i, twin in enumerate(alone)]
         expected = {key: (steps[0][key] + steps[1][key]) / 2 for key in dict(module.named_parameters())}
         expected_state = state(alone[rank])
-    if norm == 'SyncBN':
-        _raises(ValueError, 'SyncBatchNorm layers only work with GPU modules', DistributedDataParallel, module)
-        loss_of(module(batch(8 + rank))).backward()
-        for parameter in module.parameters():
-            torch.distributed.all_reduce(parameter.grad)
-            parameter.grad /= 2
-    else:
-        wrapped = DistributedDataParallel(module, broadcast_buffers=False)
-        loss_of(wrapped(batch(8 + rank))).backward()
+    wrapped = DistributedDataParallel(module, broadcast_buffers=False)
+    loss_of(wrapped(batch(8 + rank))).backward()
     same({key: p.grad for key, p in module.named_parameters()}, expected, rtol=1e-4, atol=1e-6)
     same(state(module), expected_state, rtol=1e-5, atol=1e-6)
 
@@ -956,9 +949,7 @@ EXCEPTIONS = {
         _KEYWORD, check=_exports_under_another_name(onnx_runtime)
     ),
     ('SyncBN', _DISTRIBUTED): Otherwise(
-        'statistics are those of all processes: gradients and state equal batch norm on the whole batch. On CPUs '
-        "torch's `DistributedDataParallel` refuses every `nn.SyncBatchNorm` with a `ValueError`; the equality holds "
-        'with gradients averaged by hand',
+        'statistics are those of all processes: gradients and state equal batch norm on the whole batch',
         check=distributed,
     ),
     ('CBN', _LOADING): Otherwise(
