@@ -3,12 +3,24 @@
 import copy
 import difflib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+
+from .norm_cfg import (
+    CENTRED,
+    MISSING,
+    class_of,
+    conv_is_plain,
+    default_of,
+    norm_of,
+    parts_with,
+    set_keys,
+    takes,
+    type_name,
+)
 
 BATCH_NORM = dict(type='BN', requires_grad=True)
 GROUP_NORM = dict(type='GN', num_groups=32, requires_grad=True)
-CENTRED = dict(type='CenConv')
 
 # Stock backbones that have a twin with a norm per position.
 HOSTS = {
@@ -18,16 +30,56 @@ HOSTS = {
     'RegNet': 'NormRegNet',
     'Res2Net': 'NormRes2Net',
     'ResNeSt': 'NormResNeSt',
+    'TridentResNet': 'NormTridentResNet',
+    'DetectoRS_ResNet': 'NormDetectoRS_ResNet',
+    'DetectoRS_ResNeXt': 'NormDetectoRS_ResNeXt',
+    'HRNet': 'NormHRNet',
+    'Darknet': 'NormDarknet',
+    'CSPDarknet': 'NormCSPDarknet',
+    'CSPNeXt': 'NormCSPNeXt',
+    'MobileNetV2': 'NormMobileNetV2',
+    'EfficientNet': 'NormEfficientNet',
 }
 _STOCK = {ours: stock for stock, ours in HOSTS.items()}
+
+# Why a stock backbone takes none of the names that sit in the backbone.
+_NO_HOSTS = {
+    'HourglassNet': 'keeps norm_cfg from its inner hourglass modules',
+    'SSDVGG': 'has no norms',
+    'SwinTransformer': 'normalizes tokens with layer norm, not feature maps',
+    'PyramidVisionTransformer': 'normalizes tokens with layer norm, not feature maps',
+    'PyramidVisionTransformerV2': 'normalizes tokens with layer norm, not feature maps',
+}
+
+# For a norm_cfg per stage: which of a ResNet's four stages (strides 4, 8, 16, 32) each stage of another backbone is.
+_STAGES = {
+    'Darknet': (0, 0, 1, 2, 3),
+    'EfficientNet': (0, 0, 1, 2, 3),
+    'MobileNetV2': (0, 0, 1, 2, 2, 3, 3),
+    'CSPDarknet P6': (0, 1, 2, 3, 3),
+    'CSPNeXt P6': (0, 1, 2, 3, 3),
+}
 
 # Norms that a named choice puts everywhere in a backbone; they load batch norm checkpoints, so BN may come back.
 _WHOLE_BACKBONE = ('MABN', 'BRN', 'SN', 'FrozenBN')
 
-# Necks and heads whose convolutions take a norm_cfg.
-_NECKS = ('FPN', 'PAFPN')
+# Keys that mean in these norms what they mean in batch norm. Hosts whose batch norm has its own (YOLOX, EfficientNet)
+# hand them on, without which their pretrained weights would be another function.
+_AS_IN_BN = {norm: ('eps', 'momentum') for norm in ('BN', 'SyncBN', 'BNET', 'AN')} | dict(FrozenBN=['eps'], BRN=['eps'])
+
+# Norms that another may replace: those of feature maps, not the layer norm of tokens.
+_REPLACED = ('BN', 'SyncBN', 'GN', 'LN2d', 'IN', 'BNET', 'CBN', 'MABN', 'AN', 'BRN', 'SN', 'FrozenBN')
+
+# Box heads of Faster R-CNN, which become 4conv1fc heads.
 _BOX_HEADS = ('Shared2FCBBoxHead', 'Shared4Conv1FCBBoxHead', 'NormShared4Conv1FCBBoxHead', 'ConvFCBBoxHead')
-_MASK_HEADS = ('FCNMaskHead', 'HTCMaskHead', 'NormFCNMaskHead')
+
+# Keys of a detector that end like those of its heads.
+_NO_HEADS = ('roi_head', 'rpn_head', 'panoptic_fusion_head')
+
+# Norms that need an ordinary convolution in front; heads that lack it by themselves, or by these keys.
+_BEHIND_CONV = ('CBN', 'MABN')
+_NOT_BEHIND_CONV = {'TOODHead': 'a product of matrices', 'NASFCOSHead': 'deformable convolutions'}
+_DEFORMABLE = ('use_dcn', 'dcn_on_last_conv', 'dcn_cfg', 'num_dcn')
 
 
 @dataclass(frozen=True)
@@ -38,10 +90,11 @@ class Placement:
         where: for people: which norms of the detector it replaces.
         norm_at: ``norm_at`` of the backbone: position -> norm_cfg. Other positions keep batch norm.
         backbone: keys of the backbone; without a ``norm_cfg`` here, the backbone has batch norm.
-        neck: keys of the FPN.
-        box_head: keys of every box head, which gets four convolutions and one fc layer (a ``norm_cfg`` list has one
-            entry per convolution).
-        mask_head: keys of every mask head.
+        neck: keys of the FPN, or whatever neck there is.
+        box_head: keys of every box head of a Faster R-CNN, which gets four convolutions and one fc layer (a
+            ``norm_cfg`` list has one entry per convolution).
+        mask_head: keys of every mask head of a Mask R-CNN.
+        head: keys of every other head, where it has norms in the stock detector (FCOS, RTMDet, SOLO, ...).
     """
 
     where: str
@@ -50,6 +103,7 @@ class Placement:
     neck: dict = field(default_factory=dict)
     box_head: dict = field(default_factory=dict)
     mask_head: dict = field(default_factory=dict)
+    head: dict = field(default_factory=dict)
 
 
 def _bnet(kernel_size: int) -> Placement:
@@ -67,6 +121,7 @@ def _in_heads(norm_cfg: dict) -> Placement:
         neck=part,
         box_head=part,
         mask_head=part,
+        head=part,
     )
 
 
@@ -79,6 +134,7 @@ def _everywhere(norm_cfg: dict, **more) -> Placement:
         neck=part,
         box_head=part,
         mask_head=part,
+        head=part,
     )
 
 
@@ -86,6 +142,8 @@ def _an(norm: str) -> list[dict]:
     """Four AN layers with the published number of components: of the four stages, or of the box head's convolutions."""
     return [dict(type='AN', norm=norm, k=k) for k in (10, 10, 20, 20)]
 
+
+_AN_AT = dict(norm2=_an('BN'))
 
 PLACEMENTS: dict[str, Placement] = {
     'bn': Placement(where='batch norm everywhere in the backbone, as in stock mmdet: the baseline'),
@@ -100,15 +158,16 @@ PLACEMENTS: dict[str, Placement] = {
     'sn': _everywhere(dict(type='SN')),
     'an': Placement(
         where='second norm of every block of the backbone (bn2), 10, 10, 20, 20 components in the four stages',
-        norm_at=dict(norm2=_an('BN')),
+        norm_at=_AN_AT,
     ),
     'an-gn-head': Placement(
         where='as `an`, and AN(GN) with 10, 10, 20, 20 components in the four convolutions of a 4conv1fc box head, GN '
         'in FPN and mask head',
-        norm_at=dict(norm2=_an('BN')),
+        norm_at=_AN_AT,
         neck=dict(norm_cfg=GROUP_NORM),
         box_head=dict(norm_cfg=_an('GN')),
         mask_head=dict(norm_cfg=GROUP_NORM),
+        head=dict(norm_cfg=dict(type='AN', norm='GN', k=10)),
     ),
     'frozen': Placement(
         where='every norm of the backbone is a fixed affine map (needs pretrained weights)',
@@ -122,17 +181,36 @@ def apply_norm(model_cfg: Mapping, name: str) -> Mapping:
     """The model config with the norms of a named choice; norms that another name put into the backbone go first.
 
     A name that sits in the backbone only (``bn``, ``bnet5``, ``an``, ``frozen``) leaves neck and heads as the config
-    has them; the others say what goes there. A detector without RoI heads (RetinaNet) gets the neck's part.
+    has them; the others say what goes there. What a name means in a detector that its paper did not have:
+
+    * *Last* (``bnet*``) or *second* (``an*``) *norm of every block of the backbone*: the block is the unit that a
+      shortcut may bridge: of a ResNet, HRNet, Darknet, CSPDarknet, CSPNeXt, MobileNetV2 or EfficientNet (see
+      ``NormAt`` and ``NormAtBlocks``). AN has 10 components up to stride 8, 20 beyond. ``eps`` and ``momentum`` of the
+      backbone's batch norm are kept, so that its pretrained weights remain the identical function. AOGNet has places
+      of its own for AN, and none for BNET.
+    * *Backbone* (``mabn``, ``brn``, ``sn``, ``frozen``): all norms of any backbone that takes a ``norm_cfg``. The
+      backbone inside a recursive feature pyramid (DetectoRS) counts as one; for ``mabn``, ``brn`` and ``sn`` so does
+      the shared RoI head of C4 detectors.
+    * *FPN*: every neck that takes a ``norm_cfg``.
+    * *Box head*, *mask head*: those of Faster and Mask R-CNN and their relatives. Every other head (dense, box or mask)
+      gets the norm in place of those that it has; one without norms, such as RetinaNet's, stays without. ``an-gn-head``
+      puts AN(GN) with 10 components there. A dense head that is shared by all levels of the pyramid mixes their batch
+      statistics in any norm but GN.
+    * Never: the RPN, the teacher of a distilled student, layer norms of transformers.
+
+    A neck or head that stays without the norm is named in one warning, with the reason. In semi-supervised and tracking
+    models, ``model.detector`` is the detector.
 
     Args:
-        model_cfg: ``cfg.model`` of any mmdet 3.x detector with a backbone of the ResNet family. Not changed.
+        model_cfg: ``cfg.model`` of any mmdet 3.x detector. Not changed.
         name: a key of :data:`PLACEMENTS`.
 
     Returns:
         A new config of the same type.
 
     Raises:
-        ValueError: unknown name, or a model that has none of the places; says what to write instead.
+        ValueError: unknown name; a backbone that cannot have the norm; or a model that has none of the places. Says
+            what to write instead.
     """
     if name not in PLACEMENTS:
         close = difflib.get_close_matches(str(name).lower(), PLACEMENTS, n=1)
@@ -140,62 +218,96 @@ def apply_norm(model_cfg: Mapping, name: str) -> Mapping:
         raise ValueError(f'norm {name!r} is unknown{hint}; choose one of: {", ".join(PLACEMENTS)}')
     placement = PLACEMENTS[name]
     model_cfg = copy.deepcopy(model_cfg)
-    _place_in_backbone(model_cfg, name, placement)
-    placed = [
-        _set_keys(neck, placement.neck)
-        for neck in _parts(model_cfg.get('neck'))
-        if type_name(neck['type']) in _NECKS and placement.neck
-    ]
-    roi_head = model_cfg.get('roi_head') or {}
-    for key, part, types, place in (
-        ('bbox_head', placement.box_head, _BOX_HEADS, _place_in_box_head),
-        ('mask_head', placement.mask_head, _MASK_HEADS, _place_in_mask_head),
-    ):
-        for head in _parts(roi_head.get(key)) if part else ():
-            if type_name(head['type']) in types:
-                placed.append(place(head, part))
-            else:
-                kind = type_name(head['type'])
-                warnings.warn(f'norm {name!r}: roi_head.{key}.type={kind!r} stays without it', stacklevel=2)
-    if placement.neck and not placed:
-        raise ValueError(
-            f'norm {name!r} sits in FPN, box and mask head, but the model has none of '
-            f'{", ".join(_NECKS + _BOX_HEADS[:2] + _MASK_HEADS[:1])}'
-        )
+    detector = model_cfg
+    while 'backbone' not in detector and isinstance(detector.get('detector'), Mapping):
+        detector = detector['detector']
+    for path, backbone in _backbones(detector, name):
+        _place_in_backbone(path, backbone, name, placement)
+    if placement.neck:
+        _place_in_neck_and_heads(detector, name, placement)
     return model_cfg
 
 
-def _place_in_backbone(model_cfg: dict, name: str, placement: Placement) -> None:
-    backbone = model_cfg.get('backbone')
+def _backbones(detector: dict, name: str) -> Iterator[tuple[str, dict]]:
+    backbone = detector.get('backbone')
     if not isinstance(backbone, Mapping) or 'type' not in backbone:
         raise ValueError(
-            f'norm {name!r} sits in the backbone, but model.backbone of {model_cfg.get("type")!r} is {backbone!r}; '
+            f'norm {name!r} sits in the backbone, but model.backbone of {detector.get("type")!r} is {backbone!r}; '
             'use a detector config with a backbone dict'
         )
+    yield 'backbone', backbone
+    for neck in _parts(detector.get('neck')):
+        if 'rfp_backbone' in neck:
+            yield 'neck.rfp_backbone', neck['rfp_backbone']
+
+
+def _place_in_backbone(path: str, backbone: dict, name: str, placement: Placement) -> None:
     stock = _STOCK.get(type_name(backbone['type']), type_name(backbone['type']))
-    if stock not in HOSTS:
-        raise ValueError(
-            f'norm {name!r}: model.backbone.type={stock!r} has no residual blocks with batch norm that it could be '
-            f'placed in; use one of: {", ".join(HOSTS)}'
-        )
+    if not _is_host(stock, backbone, placement):
+        batch_norm = type_name((norm_of(backbone) or {}).get('type')) in ('BN', 'SyncBN')
+        if not (placement.norm_at or placement.backbone) and (placement.neck or batch_norm):
+            return  # a name that leaves the backbone alone
+        _refuse_backbone(path, backbone, name, placement)
     backbone.pop('norm_at', None)
     if (backbone.get('conv_cfg') or {}).get('type') == CENTRED['type']:
         del backbone['conv_cfg']
+    norm = type_name((norm_of(backbone) or BATCH_NORM)['type'])
     if 'norm_cfg' in placement.backbone:
-        _set_keys(backbone, placement.backbone)
-    elif backbone.get('norm_cfg', BATCH_NORM)['type'] in _WHOLE_BACKBONE:
-        backbone['norm_cfg'] = dict(BATCH_NORM)
-    elif backbone.get('norm_cfg', BATCH_NORM)['type'] not in ('BN', 'SyncBN'):
+        _place_in_whole_backbone(path, backbone, name, placement.backbone)
+    elif norm in _WHOLE_BACKBONE:
+        backbone['norm_cfg'] = copy.deepcopy(default_of(backbone, 'norm_cfg'))
+    elif norm not in ('BN', 'SyncBN'):
         _start_from_batch_norm(backbone, name)
-    if placement.norm_at:
+    if stock == 'AOGNet':
+        if placement.norm_at or 'norm' in backbone:
+            backbone['norm'] = 'AN' if placement.norm_at else 'BN'
+    elif placement.norm_at:
         backbone['type'] = HOSTS[stock]
-        stages = backbone.get('num_stages', 4)
         backbone['norm_at'] = {
-            position: cfg[:stages] if isinstance(cfg, list) else cfg
-            for position, cfg in copy.deepcopy(placement.norm_at).items()
+            position: [_as_batch_norm(cfg[i], backbone) for i in _stages(stock, backbone)]
+            if isinstance(cfg, list)
+            else _as_batch_norm(cfg, backbone)
+            for position, cfg in placement.norm_at.items()
         }
-    elif type_name(backbone['type']) != stock:
+    elif type_name(backbone['type']) in _STOCK:
         backbone['type'] = stock
+
+
+def _is_host(stock: str, backbone: dict, placement: Placement) -> bool:
+    if class_of(backbone['type']) is None:
+        return False
+    if stock == 'AOGNet':  # has the places of AN, and no others, by itself
+        return placement.norm_at in ({}, _AN_AT)
+    if placement.backbone and takes(backbone, 'norm_cfg') and stock not in _NO_HOSTS:
+        return True
+    return stock in HOSTS
+
+
+def _place_in_whole_backbone(path: str, backbone: dict, name: str, keys: dict) -> None:
+    missing = _missing_key(backbone, keys)
+    if missing:
+        kind = type_name(backbone['type'])
+        raise ValueError(f'norm {name!r}: model.{path}.type={kind!r} {missing}; use another norm')
+    keys = dict(keys, norm_cfg=_as_batch_norm(keys['norm_cfg'], backbone))
+    if 'frozen_stages' in keys and takes(backbone, 'frozen_stages'):
+        keys['frozen_stages'] = default_of(backbone, 'frozen_stages')  # 0 in EfficientNet, elsewhere -1
+    set_keys(backbone, keys)
+
+
+def _refuse_backbone(path: str, backbone: dict, name: str, placement: Placement) -> None:
+    kind = type_name(backbone['type'])
+    reason = _NO_HOSTS.get(kind, 'has no blocks with batch norm that it could be placed in')
+    if class_of(backbone['type']) is None:
+        kind, reason = str(backbone['type']), 'is no backbone of mmdet'
+    everywhere = ''
+    if placement.norm_at and norm_of(backbone) and kind not in _NO_HOSTS:
+        norm_cfg = next(iter(placement.norm_at.values()))
+        norm_cfg = norm_cfg[0] if isinstance(norm_cfg, list) else norm_cfg
+        everywhere = f', or put it at every norm by model.{path}.norm_cfg={norm_cfg}'
+    raise ValueError(
+        f'norm {name!r}: model.{path}.type={kind!r} {reason}; use one of: {", ".join(HOSTS)}{everywhere}. '
+        f'The names {", ".join(_IN_HEADS)} leave the backbone alone'
+    )
 
 
 def _start_from_batch_norm(backbone: dict, name: str) -> None:
@@ -207,7 +319,80 @@ def _start_from_batch_norm(backbone: dict, name: str) -> None:
         stacklevel=4,
     )
     backbone['norm_cfg'] = dict(BATCH_NORM)  # not update(): mmengine's ConfigDict would merge
-    backbone['norm_eval'], backbone['frozen_stages'] = False, -1
+    for key, value in (('norm_eval', False), ('frozen_stages', default_of(backbone, 'frozen_stages'))):
+        if takes(backbone, key):
+            backbone[key] = value
+
+
+def _stages(stock: str, backbone: dict) -> list[int]:
+    """For each stage of a backbone, the stage of a ResNet that it corresponds to."""
+    p6 = stock in ('CSPDarknet', 'CSPNeXt') and backbone.get('arch') == 'P6'
+    stages = list(_STAGES.get(f'{stock} P6' if p6 else stock, range(4)))
+    if stock == 'EfficientNet':  # builds no stage that it does not put out
+        return stages[: max(backbone.get('out_indices', (len(stages),)))]
+    return stages[: backbone.get('num_stages', len(stages))]
+
+
+def _as_batch_norm(norm_cfg: dict, part: dict) -> dict:
+    """A copy of ``norm_cfg``, with ``eps`` and ``momentum`` of the part's batch norm where they mean the same.
+
+    An ``eps`` of 0, as NAS-FCOS has it for caffe's weights, is left out: the other norms refuse it.
+    """
+    norm_cfg = copy.deepcopy(norm_cfg)
+    for old in (norm_of(part), default_of(part, 'norm_cfg')):
+        if isinstance(old, Mapping) and type_name(old['type']) in _AS_IN_BN:
+            keys = () if norm_cfg.get('norm') == 'GN' else _AS_IN_BN.get(norm_cfg['type'], ())
+            norm_cfg.update({key: old[key] for key in keys if old.get(key) and key not in norm_cfg})
+            break
+    return norm_cfg
+
+
+def _place_in_neck_and_heads(detector: dict, name: str, placement: Placement) -> None:
+    placed, left = 0, []
+    for path, part, keys, place in _neck_and_heads(detector, placement):
+        reason = place(part, keys)
+        if reason is None:
+            placed += 1
+        else:
+            left.append(f'model.{path} ({type_name(part["type"])} {reason})')
+    left = '; '.join(dict.fromkeys(left))  # the heads of a cascade say the same
+    if not placed and not placement.backbone:
+        raise ValueError(
+            f'norm {name!r} sits in FPN, box and mask head, but the model has none that takes it'
+            f'{": " + left if left else ""}. Use a name that sits in the backbone: {", ".join(_IN_BACKBONE)}'
+        )
+    if left:
+        warnings.warn(f'norm {name!r}: stays without it: {left}', stacklevel=3)
+
+
+def _neck_and_heads(detector: dict, placement: Placement) -> Iterator[tuple[str, dict, dict, Callable]]:
+    """Path, part, keys and how to place them: returns why not, or None."""
+    for neck in _parts(detector.get('neck')):
+        yield 'neck', neck, placement.neck, _place_in_neck
+    roi_head = detector.get('roi_head') or {}
+    for key in roi_head:
+        for head in _parts(roi_head[key]) if key.endswith('_head') else ():
+            path = f'roi_head.{key}'
+            if key == 'shared_head':
+                if placement.backbone:
+                    yield path, head, placement.backbone, _place_in_neck
+            elif key == 'bbox_head' and type_name(head['type']) in _BOX_HEADS:
+                yield path, head, placement.box_head, _place_in_box_head
+            elif key == 'mask_head' and _is_a(head, 'FCNMaskHead'):
+                yield path, head, placement.mask_head, _place_in_mask_head
+            else:
+                yield path, head, placement.head, _replace_in_head
+    for key in detector:
+        if key.endswith('_head') and key not in _NO_HEADS and not key.startswith('teacher'):
+            for head in _parts(detector[key]):
+                yield key, head, placement.head, _replace_in_head
+
+
+def _place_in_neck(neck: dict, keys: dict) -> str | None:
+    missing = _missing_key(neck, keys)
+    if missing is None:
+        set_keys(neck, dict(keys, norm_cfg=_as_batch_norm(keys['norm_cfg'], neck)))
+    return missing
 
 
 def _place_in_box_head(head: dict, keys: dict) -> None:
@@ -217,21 +402,52 @@ def _place_in_box_head(head: dict, keys: dict) -> None:
     per_conv = isinstance(keys['norm_cfg'], list)
     head['type'] = 'NormShared4Conv1FCBBoxHead' if per_conv else 'Shared4Conv1FCBBoxHead'
     head.setdefault('conv_out_channels', head.get('in_channels', 256))
-    _set_keys(head, keys)
+    set_keys(head, keys)
 
 
-def _place_in_mask_head(head: dict, keys: dict) -> None:
+def _place_in_mask_head(head: dict, keys: dict) -> str | None:
     if type_name(head['type']) == 'NormFCNMaskHead':
         head['type'] = 'FCNMaskHead'
-    _set_keys(head, keys)
+    missing = _missing_key(head, keys)
+    if missing is None:
+        set_keys(head, keys)
+    return missing
 
 
-def _set_keys(part: dict, keys: dict) -> None:
-    """Set ``keys``; a centred convolution belongs to the norm that goes."""
-    if (part.get('conv_cfg') or {}).get('type') == CENTRED['type']:
-        del part['conv_cfg']
-    for key, value in copy.deepcopy(keys).items():
-        part[key] = value
+def _replace_in_head(head: dict, keys: dict) -> str | None:
+    """In place of the norms that the head and its inner modules have."""
+    parts = list(parts_with(head, _REPLACED))
+    if not parts:
+        return 'has no norm to replace' if takes(head, 'norm_cfg') else 'takes no norm_cfg'
+    missing = next((reason for part in parts if (reason := _missing_key(part, keys))), None)
+    for part in parts if missing is None else ():
+        set_keys(part, dict(keys, norm_cfg=_as_batch_norm(keys['norm_cfg'], part)))
+    return missing
+
+
+def _missing_key(part: dict, keys: dict) -> str | None:
+    """Why the part cannot have the norm of ``keys``, if so."""
+    for key, why in (('norm_cfg', ''), ('conv_cfg', ", which MABN's centred convolutions need")):
+        if key in keys and not takes(part, key):
+            return f'takes no {key}{why}'
+    if keys['norm_cfg']['type'] in _BEHIND_CONV and (instead := _instead_of_conv(part)):
+        return f'normalizes the output of {instead}, and {keys["norm_cfg"]["type"]} needs an ordinary convolution'
+    return None
+
+
+def _instead_of_conv(part: dict) -> str | None:
+    """What a part has in front of a norm, if that is no ordinary convolution."""
+    if not conv_is_plain(part):
+        return f'conv_cfg={part.get("conv_cfg")}'
+    switched_on = [key for key in _DEFORMABLE if part.get(key, default_of(part, key)) not in (MISSING, None, 0, False)]
+    if switched_on:
+        return f'deformable convolutions ({switched_on[0]})'
+    return _NOT_BEHIND_CONV.get(type_name(part.get('type')))
+
+
+def _is_a(part: dict, base: str) -> bool:
+    cls = class_of(part['type'])
+    return cls is not None and any(b.__name__ == base for b in cls.__mro__)
 
 
 def _parts(node) -> Iterator[dict]:
@@ -239,6 +455,5 @@ def _parts(node) -> Iterator[dict]:
     return (part for part in (node if isinstance(node, (list, tuple)) else [node]) if isinstance(part, Mapping))
 
 
-def type_name(name) -> str:
-    """'ResNet' for 'ResNet', 'mmdet.ResNet' and the class itself (mmengine's lazy configs)."""
-    return getattr(name, '__name__', None) or str(name).rsplit('.', 1)[-1]
+_IN_HEADS = [name for name, p in PLACEMENTS.items() if p.neck and not (p.backbone or p.norm_at)]
+_IN_BACKBONE = [name for name, p in PLACEMENTS.items() if not p.neck]

@@ -1,5 +1,7 @@
 """Norms around a batch norm: its statistics stand in the state dict as those of a plain one."""
 
+from itertools import takewhile
+
 import torch
 from torch import Tensor, nn
 
@@ -46,8 +48,11 @@ class WithBatchNorm(nn.Module):
 
 def _publish_keys(module: WithBatchNorm, state: dict, prefix: str, metadata) -> None:
     """Save the child's values under the names of a plain batch norm. Also called by mmengine's own saving code."""
-    for name in _statistics(module):
-        state[prefix + name] = state.pop(f'{prefix}bn.{name}')
+    names = {f'{prefix}bn.{name}': prefix + name for name in _statistics(module)}
+    # In place, so to speak: the published keys keep their order. The module's own are the last ones of a state dict.
+    own = list(takewhile(lambda key: key.startswith(prefix), reversed(state))) if names else []
+    for key in reversed(own):
+        state[names.get(key, key)] = state.pop(key)
 
 
 def _statistics(module: WithBatchNorm) -> dict[str, Tensor]:

@@ -3,10 +3,21 @@
 from collections.abc import Iterator
 
 from mmcv.cnn import build_norm_layer
-from mmdet.models.backbones import RegNet, Res2Net, ResNeSt, ResNet, ResNetV1d, ResNeXt
+from mmdet.models.backbones import (
+    DetectoRS_ResNet,
+    DetectoRS_ResNeXt,
+    RegNet,
+    Res2Net,
+    ResNeSt,
+    ResNet,
+    ResNetV1d,
+    ResNeXt,
+    TridentResNet,
+)
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ..layers import BNET
 from ..registry import MODELS
 
 POSITIONS = ('stem', 'norm1', 'norm2', 'norm3', 'last', 'downsample')
@@ -202,3 +213,34 @@ class NormRes2Net(NormAt, Res2Net):
 @MODELS.register_module()
 class NormResNeSt(NormAt, ResNeSt):
     """mmdet's ResNeSt with ``norm_at``; its blocks have no ``norm2``."""
+
+
+@MODELS.register_module()
+class NormTridentResNet(NormAt, TridentResNet):
+    """mmdet's TridentResNet with ``norm_at``; 3 stages. The branches of the last stage share its norms."""
+
+
+class _DetectoRS(NormAt):
+    """DetectoRS draws the weights of every ``Conv2d`` itself, which are not to include the taps of a BNET."""
+
+    def init_weights(self):
+        super().init_weights()
+        if self.pretrained is not None:
+            return
+        for module in self.modules():
+            if isinstance(module, BNET):
+                module.bnconv.reset_parameters()
+        for stage in self.res_layers if self.zero_init_residual else ():
+            for block in _blocks(getattr(self, stage)):
+                if isinstance(block.norm3, BNET):
+                    nn.init.zeros_(block.norm3.bnconv.weight)
+
+
+@MODELS.register_module()
+class NormDetectoRS_ResNet(_DetectoRS, DetectoRS_ResNet):
+    """mmdet's DetectoRS_ResNet (recursive feature pyramid, switchable atrous convolution) with ``norm_at``."""
+
+
+@MODELS.register_module()
+class NormDetectoRS_ResNeXt(_DetectoRS, DetectoRS_ResNeXt):
+    """mmdet's DetectoRS_ResNeXt with ``norm_at``."""
