@@ -1,4 +1,4 @@
-"""configs/bnet and configs/baselines: what they say, that they agree with ``--norm``, and their published rows."""
+"""configs/bnet and configs/baselines: what they say, and that they agree with ``--norm``; as rows: test_zoo.py."""
 
 import copy
 import re
@@ -61,8 +61,9 @@ def count_parameters(model):
 
 @pytest.fixture(scope='module')
 def models():
-    """The entries of the metafile by name."""
-    entries = yaml.safe_load((CONFIGS / 'bnet' / 'metafile.yml').read_text())['Models']
+    """The entries of the metafiles by name."""
+    files = [CONFIGS / folder / 'metafile.yml' for folder in ('baselines', 'bnet')]
+    entries = [entry for file in files for entry in yaml.safe_load(file.read_text())['Models']]
     by_name = {entry['Name']: entry for entry in entries}
     assert len(by_name) == len(entries)
     return by_name
@@ -230,60 +231,9 @@ def test_editing_the_line_for_the_norm_is_all_it_takes(tmp_path):
 # --- the published rows ----------------------------------------------------------------------------------------------
 
 
-def test_the_metafile_points_to_files_that_exist(models):
-    metafile = yaml.safe_load((CONFIGS / 'bnet' / 'metafile.yml').read_text())
-    collections = {collection['Name']: collection for collection in metafile['Collections']}
-    for collection in collections.values():
-        assert (ROOT / collection['README']).is_file()
-    for name, model in models.items():
-        file = ROOT / model['Config']
-        assert file.is_file() and file.stem == name
-        assert (ROOT / collections[model['In Collection']]['README']).parent == file.parent
-        assert Config.fromfile(file).train_cfg.max_epochs == model['Metadata']['Epochs']
-        assert all(result['Dataset'] == 'COCO' for result in model['Results'])
-
-
-def test_every_published_row_is_in_the_metafile_once_with_its_numbers(models, rows):
-    listed = [model['Published']['Row'] for model in models.values() if 'Row' in model['Published']]
-    assert sorted(listed) == sorted(rows)
-    for name, model in models.items():
-        row = rows.get(model['Published'].get('Row'))
-        if row is None:
-            continue
-        assert name == f'{row["detector"]}_r{row["depth"]}_fpn_{row["norm"]}_{row["schedule"]}_coco'
-        metrics = {result['Task']: result['Metrics'] for result in model['Results']}
-        expected = {'Object Detection': {'box AP': row['box']}}
-        if 'mask' in row:
-            expected['Instance Segmentation'] = {'mask AP': row['mask']}
-        assert metrics == expected
-        assert model['Published'].get('FPS') == row.get('fps')
-        origin = {
-            None: "mmdet's model zoo",
-            True: 'released by the authors',
-            False: 'never released by the authors',
-        }
-        assert model['Published']['Config'] == origin[row.get('config_published')]
-
-
 def test_the_later_2x_numbers_are_in_the_metafile(models, rows):
     for depth in (50, 101):
         published = re.search(r'prints 2x ([\d.]+)', rows[f'faster-r{depth}-bnet5-3x']['note'])[1]
         model = models[f'faster-rcnn_r{depth}_fpn_bnet5_ms-2x_coco']
         assert 'Row' not in model['Published']
         assert model['Results'][0]['Metrics'] == {'box AP': float(published)}
-
-
-def test_the_readme_has_a_table_line_for_every_model_of_the_metafile(models):
-    lines = (CONFIGS / 'bnet' / 'README.md').read_text().splitlines()
-    for name, model in models.items():
-        (line,) = [line for line in lines if line.startswith('|') and f'{name}.py)' in line]
-        cells = [cell.strip() for cell in line.strip('|').split('|')]
-        published = model['Published']
-        metrics = {key: value for result in model['Results'] for key, value in result['Metrics'].items()}
-        assert published.get('Row', 'none') in cells[0]
-        assert cells[2:5] == [
-            str(metrics['box AP']),
-            str(metrics.get('mask AP', '-')),
-            str(published.get('FPS', '-')),
-        ]
-        assert ('never' in cells[5]) == published['Config'].startswith('never')

@@ -1,0 +1,10 @@
+# For the authors' checkpoint of this row, converted: evaluates it in the conventions of mmdet 1,
+# which it was trained in (docs/legacy-geometry.md).
+# tools/convert_checkpoint.py SRC DST --from an --config THIS && tools/test.py THIS DST --eval bbox segm
+_base_ = [
+    '../mask-rcnn_r101_fpn_bn_2x_coco.py', '../../_base_/models/legacy_mmdet-v1_mask-rcnn.py'
+]
+model = _base_.legacy_model
+test_pipeline = [_base_.legacy_resize if step['type'] == 'Resize' else step for step in _base_.test_pipeline]
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader
