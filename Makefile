@@ -10,16 +10,17 @@ DEMO_DIR := work_dirs/demo
 # Threads that spin for long while they wait cost a factor of ten where something else uses a core.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help install data demo test lint clean
+.PHONY: help install data demo test bench lint clean
 
 help:
 	@echo 'make demo   install, generate shapes, train a small Mask R-CNN with BNET-5, test it, draw a picture sheet'
 	@echo 'make test   the whole test suite'
+	@echo 'make bench  what each norm costs beside batch norm: layers, convolutions, Faster R-CNN (docs/benchmark.md)'
 	@echo 'make install | data | lint | clean'
 
 install: $(STAMP)
 
-$(STAMP): setup.py requirements/constraints.txt
+$(STAMP): setup.py requirements/constraints.txt $(wildcard mmdet_norms/kernels/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo 'mmdet_norms needs Python >= 3.10: make PYTHON=python3.11 ...' >&2; exit 1; }
 	@test -x $(BIN)/python || { echo 'creating .venv'; $(PYTHON) -m venv .venv; }
@@ -46,6 +47,9 @@ demo: data
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q
+
+bench: $(STAMP)
+	@$(BIN)/python tools/benchmark.py $(BENCH)
 
 lint: $(STAMP)
 	@$(BIN)/python -m ruff check .

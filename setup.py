@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 here = Path(__file__).parent
 version = {}
@@ -17,6 +17,18 @@ setup(
     license='Apache-2.0',
     license_files=['LICENSE'],
     packages=find_packages(include=['mmdet_norms', 'mmdet_norms.*']),
+    # A plain library for ctypes (mmdet_norms/kernels/compiled.py); without a C compiler the package does without it.
+    ext_modules=[
+        Extension(
+            'mmdet_norms.kernels._cpu',
+            ['mmdet_norms/kernels/csrc/cpu.c'],
+            depends=['mmdet_norms/kernels/csrc/bnet.h'],
+            extra_compile_args=['-O3', '-ffp-contract=fast', '-fvisibility=hidden'],
+            extra_link_args=['-pthread'],
+            libraries=['m'],
+            optional=True,
+        )
+    ],
     python_requires='>=3.10',
     install_requires=[
         'torch>=2.1',
@@ -33,6 +45,7 @@ setup(
         'lite': ['mmcv-lite>=2.0.0,<2.2.0'],
         'mmcv': ['mmcv>=2.0.0,<2.2.0'],
         'dev': ['pytest', 'pytest-timeout', 'ruff'],
+        'onnx': ['onnx', 'onnxscript', 'onnxruntime'],  # tools/export.py to ONNX
     },
     classifiers=[
         'Programming Language :: Python :: 3',

@@ -48,6 +48,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--per-class', action='store_true', help='AP of every class as well')
     parser.add_argument('--out', metavar='FILE.pkl', help='save the detections')
     parser.add_argument('--show-dir', metavar='DIR', help='save every test image with its detections')
+    parser.add_argument(
+        '--fuse', action='store_true', help='fold the norms into the convolutions first: the model as it is deployed'
+    )
     add_common_arguments(parser)
     return parser.parse_args(argv)
 
@@ -67,11 +70,23 @@ def test_config(args: argparse.Namespace) -> Config:
             metric.type = 'PerClassCocoMetric'
     if args.show_dir is not None:
         _draw_into(cfg, args.show_dir)
+    _add_fuse_hook(cfg, args.fuse)
     require_annotations(cfg, 'test_dataloader')
     return cfg
 
 
 test_config.__test__ = False  # the name is for people, not for pytest
+
+
+def _add_fuse_hook(cfg: Config, fuse: bool) -> None:
+    """With or without --fuse, so that checkpoints of fused models are recognized."""
+    hooks = [dict(hook) for hook in cfg.get('custom_hooks') or []]
+    ours = [hook for hook in hooks if hook.get('type') == 'FuseHook']
+    if not ours:
+        hooks.append(dict(type='FuseHook', fuse=fuse))
+    elif fuse:
+        ours[0]['fuse'] = True
+    cfg.custom_hooks = hooks
 
 
 def _evaluate(cfg: Config, args: argparse.Namespace) -> None:

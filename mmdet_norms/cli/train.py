@@ -47,6 +47,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar='CKPT',
         help='go on from CKPT or, without a value, from the latest checkpoint in the work dir',
     )
+    parser.add_argument(
+        '--tune-mode',
+        action='store_true',
+        help='compute norms with fixed statistics (norm_eval, frozen_stages, FrozenBN) as part of their convolutions',
+    )
     parser.add_argument('--seed', type=int, help='seed of the run')
     parser.add_argument('--deterministic', action='store_true', help='deterministic algorithms, slower')
     add_common_arguments(parser)
@@ -64,6 +69,8 @@ def train_config(args: argparse.Namespace) -> Config:
         _scale_learning_rate(cfg)
     if args.resume is not None:
         _resume(cfg, args.resume)
+    if args.tune_mode:
+        add_hook(cfg, 'TuneModeHook')
     if args.seed is not None or args.deterministic:
         asked = dict(seed=args.seed, deterministic=args.deterministic)
         cfg.randomness = dict(cfg.get('randomness') or {}, **asked)

@@ -13,16 +13,21 @@ The answer is not to switch the protection off. Two things suffice:
   that a stock run saved earlier the name ``getattr`` resolves to :func:`_statistic_by_name`, which
   can hand out those four functions and nothing else.
 
-Any other object in a checkpoint is still refused, see :func:`explain_refusal`.
+Any other object in a checkpoint is still refused, see :func:`explain_refusal`. Files of strangers are read by
+:func:`load_stranger`, which does not depend on torch's default.
 """
 
+import os
 import pickle
+import re
+import zipfile
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
 _STATISTICS = ('min', 'max', 'mean', 'current')
+_LEGACY_START = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # pickle of the number that torch < 1.6 writes first
 
 
 def allow_own_checkpoints() -> None:
@@ -30,6 +35,43 @@ def allow_own_checkpoints() -> None:
     HistoryBuffer.__getstate__ = _state_without_functions
     if _loads_weights_only_by_default():
         torch.serialization.add_safe_globals(_harmless_globals())
+
+
+class UntrustedCheckpointError(ValueError):
+    """A checkpoint holds more than tensors and plain data, and was not read."""
+
+
+def load_stranger(path: str | os.PathLike, trust_pickle: bool = False) -> object:
+    """Read a checkpoint that somebody else wrote, to the CPU, running none of its code.
+
+    Args:
+        path: a file of ``torch.save``, of today's format or that of torch < 1.6.
+        trust_pickle: read it with the full unpickler, which runs what the file says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UntrustedCheckpointError: the restricted unpickler met something that is neither tensor nor plain data.
+        ValueError: not a file of ``torch.save``, or a damaged one.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'there is no file {path}')
+    with open(path, 'rb') as file:
+        start = file.read(len(_LEGACY_START))
+    if not (zipfile.is_zipfile(path) or start == _LEGACY_START):
+        raise ValueError(
+            f'{path} is no checkpoint of torch, or a damaged one (it starts with {start!r}); was the download complete?'
+        )
+    try:
+        return torch.load(path, map_location='cpu', weights_only=not trust_pickle)
+    except Exception as error:  # torch's readers raise whatever damaged bytes make them
+        if trust_pickle or not isinstance(error, pickle.UnpicklingError):
+            raise ValueError(f'{path} is damaged: {_reason(error)}') from error
+        cut = ' A download that broke off can look the same.' if start == _LEGACY_START else ''
+        raise UntrustedCheckpointError(
+            f'{explain_refusal(path)} Or read it with trust_pickle=True (--trust-pickle on the command line): the file '
+            f'may then do on this machine whatever you may. What stopped it: {_reason(error)}.{cut}'
+        ) from error
 
 
 def explain_refusal(path: str) -> str:
@@ -45,6 +87,12 @@ def explain_refusal(path: str) -> str:
     return (f'refused to load the checkpoint {path}: it holds more than tensors and plain data{found}, '
             'and unpickling such objects can run any code. If you trust its origin, load it once '
             'yourself and save only its "state_dict" with torch.save.')
+
+
+def _reason(error: Exception) -> str:
+    """The one sentence of torch's message that names what was refused, or where the bytes made no sense."""
+    found = re.search(r'(Unsupported|Trying to|Can only)[^\n]*?(?=\.? Please|\.? was not|\.?\n|$)', str(error))
+    return found[0] if found else (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _loads_weights_only_by_default() -> bool:

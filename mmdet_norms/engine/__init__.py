@@ -1,20 +1,27 @@
-"""What the package adds to mmengine's runner: results, progress, CPU processes, memory format."""
+"""What the package adds to mmengine's runner: results, progress, CPU processes, memory format, tune mode."""
 
 from .dist import CPUAmpOptimWrapper, end_processes, start_cpu_processes
+from .fuse import FuseHook
 from .memory_format import ChannelsLastHook
 from .norms import NormHook
 from .optim import NormOptimWrapperConstructor
 from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
+from .tune import TuneModeHook, TuneReport, tune_mode, undo_tune_mode
 
 __all__ = [
     'CPUAmpOptimWrapper',
     'ChannelsLastHook',
+    'FuseHook',
     'NormHook',
     'NormOptimWrapperConstructor',
     'PerClassCocoMetric',
     'ResultsHook',
     'TimedLoggerHook',
+    'TuneModeHook',
+    'TuneReport',
     'end_processes',
     'start_cpu_processes',
+    'tune_mode',
+    'undo_tune_mode',
 ]

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.instance_affine import instance_affine, serves
 from ._args import check_number, reject_unknown
-from ._recompute import run_batch_norm
+from ._fold import InferenceOnly, batch_norm_affine, exact
+from ._recompute import in_backward, run_batch_norm
 from ._with_batch_norm import WithBatchNorm
 
 _NORMS = ('BN', 'GN')
@@ -30,8 +32,12 @@ def _describe(x: Tensor, dtype: torch.dtype) -> Tensor:
         correction = 1 if x.shape[2] * x.shape[3] > 1 else 0
         var, mean = torch.var_mean(x, (2, 3), correction=correction, keepdim=True)
         d = mean / (var + _DESCRIPTOR_EPS).sqrt()
+    return _in_range(d, dtype)
+
+
+def _in_range(d: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype in _HALVES:  # a whole model in half precision: flat channels, and sums over them, may exceed its range
-        limit = torch.finfo(dtype).max / x.shape[1]
+        limit = torch.finfo(dtype).max / d.shape[1]
         d = d.clamp(-limit, limit)
     return d.to(dtype)
 
@@ -71,11 +77,68 @@ class _Attention(nn.Module):
         self.attention = nn.Sequential(conv) if norm is None else nn.Sequential(conv, norm)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._gates(_describe(x, self.attention[0].weight.dtype))
+
+    def from_moments(self, mean: Tensor, var: Tensor) -> Tensor:
+        """The same from mean and unbiased variance ``(N, C)`` of every channel of every instance."""
+        d = mean / (var + _DESCRIPTOR_EPS).sqrt()
+        return self._gates(_in_range(d[..., None, None], self.attention[0].weight.dtype))
+
+    def _gates(self, d: Tensor) -> Tensor:
         conv, *norms = self.attention
-        logits = conv(_describe(x, conv.weight.dtype))
+        logits = conv(d)
         for norm in norms:
             logits = run_batch_norm(norm, logits)
         return F.relu6(logits + 3) / 6  # not F.hardsigmoid, whose gradient has only fp32's digits of 1/6 in fp64
+
+
+class FoldedAN(InferenceOnly, nn.Module):
+    r"""AN at inference: the instance's moments, two small matrix products, one scale-shift pass.
+
+    .. math::
+        g_n = \min(\max(A d_n + a, 0), 6), \qquad (s_n, t_n) = g_n M, \qquad y_{nc} = s_{nc} x_{nc} + t_{nc}
+
+    A and a hold the attention's convolution, its logit norm and the 3 of hsigmoid; M, ``(k, 2 C)``, holds
+    :math:`\gamma / 6`, :math:`\beta / 6` and, for batch norm, the running statistics:
+    :math:`\gamma_{kc} / 6 \sigma_c` and :math:`(\beta_{kc} - \gamma_{kc} \mu_c / \sigma_c) / 6`. Group norm's
+    statistics follow from the instance's moments. Nothing goes into the convolution in front, whose raw output the
+    attention reads.
+
+    Same shapes, dtypes and treatment of 1x1 maps and N = 0 as :class:`AN`. State dict: ``attention.weight``
+    ``(k, C)``, ``attention.bias`` ``(k,)``, ``mixture`` ``(k, 2 C)``.
+    """
+
+    def __init__(self, num_features: int, k: int, num_groups: int | None, eps: float):
+        super().__init__()
+        self.num_features, self.num_groups, self.eps = num_features, num_groups, eps
+        self.attention = nn.Linear(num_features, k)
+        self.mixture = nn.Parameter(torch.empty(k, 2 * num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 0:
+            return x
+        with _no_autocast(x):
+            if serves(x):
+                return instance_affine(x, lambda mean, var: self._rule(x, mean, var))
+            wide = x.float() if x.dtype in _HALVES else x
+            var, mean = torch.var_mean(wide, (2, 3), correction=0)
+            scale, origin, shift = (t[..., None, None] for t in self._rule(x, mean, var))
+            return torch.addcmul(shift, wide - origin, scale).to(x.dtype)
+
+    def _rule(self, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, origin and shift of every channel of every instance from its mean and biased variance (N, C)."""
+        size = x.shape[2] * x.shape[3]
+        d = mean / (var * (size / max(size - 1, 1)) + _DESCRIPTOR_EPS).sqrt()
+        weight, bias, mixture = (p.to(mean.dtype) for p in (*self.attention.parameters(), self.mixture))
+        scale, shift = (F.relu6(F.linear(d, weight, bias)) @ mixture).chunk(2, 1)
+        if self.num_groups is None:
+            return scale, torch.zeros_like(mean), shift
+        scale, mean, var = (t.unflatten(1, (self.num_groups, -1)) for t in (scale, mean, var))
+        origin, var = _pool(mean, var, 2)
+        return (scale * (var + self.eps).rsqrt()).flatten(1), origin.expand_as(mean).flatten(1), shift
+
+    def extra_repr(self) -> str:
+        return f'{self.num_features}' + ('' if self.num_groups is None else f', num_groups={self.num_groups}')
 
 
 class AN(WithBatchNorm):
@@ -197,12 +260,64 @@ class AN(WithBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         with _no_autocast(x):
+            if serves(x) and self._is_as_built():
+                batch_statistics = self.norm == 'BN' and self.bn.training and x.numel() > x.shape[1]
+                return instance_affine(x, lambda mean, var: self._rule(x, mean, var, batch_statistics))
             if self.norm == 'BN':
                 x_hat = run_batch_norm(self.bn, x)
             else:
                 # nn.functional's checks refuse one value per group, which is a normal thing: x_hat = 0.
                 x_hat = torch.group_norm(x, self.num_groups, None, None, self.eps)
             return _mix(x_hat, self.attention_weights(x), self.weight_, self.bias_, x.dtype)
+
+    def _is_as_built(self) -> bool:
+        """Neither child was replaced (SyncBN conversion, fusion) or is being watched by hooks."""
+        children = [self.attention_weights, *([self.bn] if self.norm == 'BN' else [])]
+        return (
+            (self.norm == 'GN' or (type(self.bn) is nn.BatchNorm2d and self.bn.track_running_stats))
+            and type(self.attention_weights) is _Attention
+            and not any('forward' in vars(m) for m in children)  # replaced on the instance, as mmengine does
+            and not any(
+                m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+                for m in children
+            )
+        )
+
+    def _rule(self, x: Tensor, mean: Tensor, var: Tensor, batch_statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, origin and shift of every channel of every instance from its mean and biased variance (N, C)."""
+        size = x.shape[2] * x.shape[3]
+        lam = self.attention_weights.from_moments(mean, var * (size / max(size - 1, 1))).flatten(1).to(mean.dtype)
+        scale, shift = lam @ self.weight_.to(mean.dtype), lam @ self.bias_.to(mean.dtype)
+        if self.norm == 'GN':
+            scale, mean, var = (t.unflatten(1, (self.num_groups, -1)) for t in (scale, mean, var))
+            origin, var = _pool(mean, var, 2)
+            return (scale * (var + self.eps).rsqrt()).flatten(1), origin.expand_as(mean).flatten(1), shift
+        if not batch_statistics:
+            origin, var = self.bn.running_mean.to(mean.dtype), self.bn.running_var.to(mean.dtype)
+        else:
+            origin, var = (t.squeeze(0) for t in _pool(mean, var, 0))
+            if not in_backward():  # activation checkpointing repeats a forward that was counted
+                count = len(x) * size
+                self._update(origin.detach(), var.detach() * (count / (count - 1)))
+        return scale * (var + self.bn.eps).rsqrt(), origin, shift
+
+    def folded(self) -> FoldedAN:
+        """See :mod:`._fold`: the layer in eval mode, with all that is fixed multiplied out."""
+        conv, *norms = self.attention_weights.attention
+        weight = exact(conv.weight).flatten(1)
+        bias = weight.new_zeros(self.k) if conv.bias is None else exact(conv.bias)
+        for bn in norms:
+            if not isinstance(bn, nn.Identity):  # left by another tool's fusion
+                scale, shift = batch_norm_affine(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+                weight, bias = weight * scale[:, None], bias * scale + shift
+        gamma, beta = exact(self.weight_) / 6, exact(self.bias_) / 6
+        if self.norm == 'BN':
+            scale, shift = batch_norm_affine(None, None, self.bn.running_mean, self.bn.running_var, self.bn.eps)
+            gamma, beta = gamma * scale, beta + gamma * shift
+        folded = FoldedAN(self.num_features, self.k, self.num_groups if self.norm == 'GN' else None, self.eps)
+        state = {'attention.weight': weight, 'attention.bias': bias + 3, 'mixture': torch.cat([gamma, beta], 1)}
+        folded.to(self.weight_).load_state_dict(state)
+        return folded.eval()
 
     def extra_repr(self) -> str:
         groups = f', num_groups={self.num_groups}' if self.norm == 'GN' else ''
@@ -229,6 +344,12 @@ class AN(WithBatchNorm):
             with torch.no_grad():
                 for parameter in self.attention_weights.attention[-1].parameters():
                     parameter.zero_()
+
+
+def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over parts of equal size with these; ``dim`` is kept."""
+    origin = mean.mean(dim, keepdim=True)
+    return origin, (var + (mean - origin).square()).mean(dim, keepdim=True)
 
 
 def _is_positive_integer(value) -> bool:

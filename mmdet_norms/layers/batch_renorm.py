@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ._args import check_number, reject_unknown
+from ._fold import fold_batch_norm
 from ._recompute import in_backward
 from ._with_batch_norm import WithBatchNorm
 
@@ -111,6 +112,10 @@ class BRN(WithBatchNorm):
                 self._recent.appendleft((mean, r, d))
             self._update(mean, var * (count / (count - 1)) if count > 1 else None)
         return y
+
+    def fold_into(self, conv: nn.Module) -> None:
+        """See :mod:`._fold`: eval is batch norm, of which nothing remains."""
+        fold_batch_norm(conv, self.bn)
 
     def limits(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """r_max and d_max of the coming training batch, as tensors on the layer's device."""

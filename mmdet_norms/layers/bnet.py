@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels import compiled
+from ..kernels.bnet import normalize_and_convolve, serves
 from ._args import check_number, reject_unknown
-from ._recompute import run_batch_norm
+from ._fold import InferenceOnly, fold_batch_norm
+from ._recompute import in_backward, run_batch_norm
 from ._with_batch_norm import WithBatchNorm
 
 
@@ -40,6 +43,24 @@ class BNETTaps(_DepthwiseConv2d):
     """
 
 
+class FoldedBNET(InferenceOnly, BNETTaps):
+    """What is left of :class:`BNET` when its batch norm is part of the convolution in front: the depthwise one.
+
+    Zero padding is zero in normalized space still, which the convolution in front now puts out. State dict: ``weight``
+    ``(C, 1, k, k)``, ``bias`` ``(C,)``. On a CPU, the compiled kernel computes it where that is the faster.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if serves(x, self.weight, self.bias) and x.numel() and self._suits_the_library(x):
+            nothing = torch.zeros_like(self.bias), torch.ones_like(self.bias)  # mean and variance to normalize with
+            return normalize_and_convolve(x, self.weight, self.bias, 0.0, *nothing)[0]
+        return super().forward(x)
+
+    def _suits_the_library(self, x: Tensor) -> bool:
+        in_its_layout = x.is_contiguous() or self.kernel_size[0] > 3
+        return in_its_layout and compiled.library() is not None and compiled.is_plain(x, self.weight)
+
+
 class BNET(WithBatchNorm):
     r"""Batch norm followed by a depthwise k x k convolution in place of the per-channel affine step.
 
@@ -56,6 +77,9 @@ class BNET(WithBatchNorm):
     running statistics as they are; so does a batch with one value per channel, which has no variance and is normalized
     with the running statistics. A forward repeated by activation checkpointing counts once. Statistics are accumulated
     in fp32 for fp16/bf16 inputs; y has the dtype of x.
+
+    Training in fp32 on a CPU runs in :mod:`mmdet_norms.kernels.bnet`, which saves x only and costs about what batch
+    norm does; every other case is the two modules one after the other.
 
     The layer starts as the identity transform (centre tap 1, the rest 0), so a network that swaps BN for BNET starts as
     the same function. ``zero_init_residual`` of a ResNet zeroes the taps, as it zeroes BN's weight.
@@ -104,7 +128,42 @@ class BNET(WithBatchNorm):
         self.bnconv = BNETTaps(num_features, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and self._is_as_built() and serves(x, *self.parameters(), self.bn.running_mean):
+            if not self.bn.training:
+                return self._train(x, self.bn.running_mean, self.bn.running_var)[0]
+            if x.numel() > x.shape[1]:
+                return self._train_on_batch_statistics(x)
         return self.bnconv(run_batch_norm(self.bn, x))
+
+    def _train(self, x: Tensor, *statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return normalize_and_convolve(x, self.bnconv.weight, self.bnconv.bias, self.bn.eps, *statistics)
+
+    def _train_on_batch_statistics(self, x: Tensor) -> Tensor:
+        y, mean, var = self._train(x)
+        if not in_backward():  # activation checkpointing repeats a forward that was counted
+            count = x.numel() // x.shape[1]
+            self._update(mean, var * (count / (count - 1)))
+        return y
+
+    def _is_as_built(self) -> bool:
+        """Neither child was replaced (SyncBN conversion, fusion, parametrization) or is being watched by hooks."""
+        bn, taps = self.bn, self.bnconv
+        return (
+            type(bn) is nn.BatchNorm2d
+            and type(taps) is BNETTaps
+            and bn.track_running_stats
+            and not any(
+                m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+                for m in (bn, taps)
+            )
+        )
+
+    def fold_into(self, conv: nn.Module) -> FoldedBNET:
+        """See :mod:`._fold`: the depthwise convolution remains. (Folding into *that* is wrong at the borders.)"""
+        fold_batch_norm(conv, self.bn)
+        taps = FoldedBNET(self.num_features, self.kernel_size).to(self.bnconv.weight)
+        taps.load_state_dict(self.bnconv.state_dict())
+        return taps.eval()
 
     def extra_repr(self) -> str:
         return f'{self.num_features}, kernel_size={self.kernel_size}'

@@ -16,7 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..kernels import passes, winograd
 from ._args import check_number, reject_unknown
+from ._fold import exact, fold_affine
 
 _HISTORY = ('history_patch', 'history_grad', 'history_moments', 'history_index')
 _REMEMBERED_CALLS = 32  # training forwards that activation checkpointing may still replay: C-sized vectors each
@@ -155,7 +157,7 @@ class CBN(nn.Module):
             self._conv_call = None
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            mean, var = _moments(x.detach())
+            mean, var = passes.moments(x.detach())
             if torch._C._current_graph_task_id() != -1:
                 # A forward inside a backward is activation checkpointing computing a forward again.
                 self._conv_call = None
@@ -225,6 +227,13 @@ class CBN(nn.Module):
             plain.running_mean.copy_(self.running_mean)
             plain.running_var.copy_(self._plain_running_var(torch.float64))
         return plain.eval()
+
+    def fold_into(self, conv: nn.Module) -> None:
+        """See :mod:`._fold`: nothing of the layer remains."""
+        var = exact(self.running_var)
+        denominator = (var + self.eps).sqrt() if self.eps_in_sqrt else var.sqrt() + self.eps
+        scale = exact(self.weight) / denominator
+        fold_affine(conv, scale, exact(self.bias) - scale * exact(self.running_mean))
 
     # ------------------------------------------------------------------------------------------------ burn-in
 
@@ -486,53 +495,36 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx, x, weight, bias, mean, denominator, mean_share, var_share):
         ctx.save_for_backward(x, weight, mean, denominator, mean_share, var_share)
         # A constant channel becomes the bias exactly, not 1 / eps times what rounding leaves of x - mean.
-        return _affine(x, mean, torch.where(var_share > 0, denominator, float('inf')), weight, bias)
+        scale = torch.where(var_share > 0, weight.to(mean.dtype) / denominator, 0)
+        return passes.affine(x, mean, scale, bias.to(mean.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight, mean, denominator, mean_share, var_share = ctx.saved_tensors
-        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        grad = grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        gain = weight.to(mean.dtype)
-        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, gain, mean, denominator.square(), mean, 1 / denominator, False, 0.0, [False, True, True])
+        grad_bias, centred = passes.gradient_sums(grad, x, mean)
+        grad_weight = centred / denominator
         grad_x = None
         if ctx.needs_input_grad[0]:
-            scale = gain / denominator
-            through_var = -scale * var_share * grad_weight
+            scale = weight.to(mean.dtype) / denominator
+            through_var = -scale * var_share * grad_weight / denominator
             through_mean = -scale * mean_share * grad_bias
-            grad_x = _affine(x, mean, denominator, through_var, through_mean)
-            grad_x.addcmul_(grad, scale.view(-1, 1, 1))
+            grad_x = passes.gradient(grad, x, scale, mean, through_var, through_mean)
         return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None, None
-
-
-def _affine(x: Tensor, mean: Tensor, denominator: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``weight * (x - mean) / denominator + bias`` in one kernel that keeps dtype and layout of x."""
-    weight = weight.to(mean.dtype)
-    bias = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
-    return torch.batch_norm(x, weight, bias, mean, denominator.square(), False, 0.0, 0.0, False)
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel, in fp32 or better."""
-    if x.device.type not in ('cpu', 'cuda'):
-        return torch.var_mean(x.to(_statistics_dtype(x)), (0, 2, 3), correction=0)[::-1]
-    # The kernel of batch norm: several times faster than var_mean on CPU. Running statistics (dummies) make it use
-    # their dtype for its results.
-    dummies = torch.zeros(2, x.shape[1], dtype=_statistics_dtype(x), device=x.device)
-    return torch.batch_norm_update_stats(x, dummies[0], dummies[1], 0.0)
-
-
 def _mean_patch(conv: _Conv, x: Tensor) -> Tensor:
     """Mean over all output positions of the input patch there, ``(C_in, kh, kw)``; padding counts as zeros."""
     # Output positions of a tap form a strided window of the padded map, so sums of windows do: over the batch first.
     pad_h, pad_w = conv.padding
-    total = conv.input.sum(0, dtype=_statistics_dtype(x))
+    if passes.is_channels_last(conv.input):  # of which sum(0) takes 10 times as long
+        total = conv.input.permute(0, 2, 3, 1).sum(0, dtype=_statistics_dtype(x)).permute(2, 0, 1)
+    else:
+        total = conv.input.sum(0, dtype=_statistics_dtype(x))
     total = F.pad(total, (pad_w, pad_w, pad_h, pad_h))
     for axis in (1, 0):  # columns, then rows: each sum goes and the taps come last
         taps, stride, dilation = conv.weight.shape[2 + axis], conv.stride[axis], conv.dilation[axis]
@@ -549,11 +541,17 @@ def _variance_gradient(conv: _Conv, x: Tensor, mean: Tensor, var: Tensor) -> Ten
     """
     positions = x.numel() // x.shape[1]
     std = (var + 1e-12).sqrt()
-    upstream = _affine(x, mean, std, torch.full_like(mean, positions**-0.75), None)
-    grad = torch.ops.aten.convolution_backward(
-        upstream, conv.input, x.new_empty(1).expand(conv.weight.shape), None, conv.stride, conv.padding,
-        conv.dilation, False, (0, 0), conv.groups, (False, True, False))[1]
+    upstream = passes.affine(x, mean, positions**-0.75 / std, torch.zeros_like(mean))
+    grad = _weight_gradient(conv, upstream)
     return grad.to(mean.dtype).flatten(1) * (2 * positions**-0.25 * std).unsqueeze(1)
+
+
+def _weight_gradient(conv: _Conv, upstream: Tensor) -> Tensor:
+    if winograd.serves(upstream, conv.input, conv.weight, conv.stride, conv.dilation, conv.groups):
+        return winograd.weight_gradient(upstream, conv.input, conv.padding)
+    return torch.ops.aten.convolution_backward(
+        upstream, conv.input, upstream.new_empty(1).expand(conv.weight.shape), None, conv.stride, conv.padding,
+        conv.dilation, False, (0, 0), conv.groups, (False, True, False))[1]
 
 
 def _full_precision_weight(node) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ._args import check_number, reject_unknown
+from ._fold import fold_batch_norm
 
 
 class FrozenBN(nn.Module):
@@ -61,6 +62,10 @@ class FrozenBN(nn.Module):
         bn = nn.BatchNorm2d(self.num_features, eps=self.eps).to(self.weight.device, self.weight.dtype)
         bn.load_state_dict(self.state_dict())
         return bn.requires_grad_(False).eval()
+
+    def fold_into(self, conv: nn.Module) -> None:
+        """See :mod:`._fold`: nothing of the layer remains."""
+        fold_batch_norm(conv, self)
 
     def extra_repr(self) -> str:
         return f'{self.num_features}, eps={self.eps}'

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..kernels import passes
 from ._args import check_number, reject_unknown
+from ._fold import exact, fold_affine
 
 _FIX = "write conv_cfg=dict(type='CenConv') beside norm_cfg=dict(type='MABN')"
 # Calls of one module that may lie between a forward and its recomputation by activation checkpointing: a head shared
@@ -92,19 +94,19 @@ class _Normalize(torch.autograd.Function):
         x, weight, moment, renorm, t = ctx.saved_tensors
         buffer_gz, inverse = ctx.buffer_gz, (moment + ctx.eps).rsqrt()
         scale = weight.to(moment.dtype) * renorm * inverse
-        wide = grad.to(moment.dtype)
-        product = (wide * x).sum((0, 2, 3))
+        centre = torch.zeros_like(moment)
+        total, product = passes.gradient_sums(grad, x, centre)
         psi = scale * product * (x.shape[1] / x.numel())
         _push(buffer_gz, t, psi)
         average = buffer_gz.to(psi.dtype).mean(0)
         p = torch.where(_single(t, len(buffer_gz), ctx.warmup_iters), psi, average)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad * _per_channel(scale) - x * _per_channel(inverse.square() * p)).to(x.dtype)
+            grad_x = passes.gradient(grad, x, scale, centre, -inverse.square() * p, centre)
         if ctx.needs_input_grad[1]:
             grad_weight = (renorm * inverse * product).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = wide.sum((0, 2, 3)).to(ctx.bias_dtype)
+            grad_bias = total.to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
 
 
@@ -247,7 +249,7 @@ class MABN(nn.Module):
 
     @torch.no_grad()
     def _statistics(self, x: Tensor) -> _Call:
-        batch = x.to(_statistics_dtype(x)).square().mean((0, 2, 3))
+        batch = passes.second_moment(x)
         state = self.iters, self.buffer_x2, self.running_var
         if torch.compiler.is_compiling():
             return _Call(batch, *_compiled_call(batch, *state, self._handle))
@@ -321,6 +323,11 @@ class MABN(nn.Module):
             norm.bias.copy_(self.bias)
             norm.running_var.copy_(self.running_var.flatten())
         return norm.eval()
+
+    def fold_into(self, conv: nn.Module) -> None:
+        """See :mod:`._fold`: nothing of the layer remains. Give it :meth:`CenConv2d.to_conv2d` of a centred one."""
+        scale = exact(self.weight) / (exact(self.running_var).flatten() + self.eps).sqrt()
+        fold_affine(conv, scale, exact(self.bias))
 
     def extra_repr(self) -> str:
         return (
@@ -425,7 +432,13 @@ class CenConv2d(nn.Conv2d):
         return (weight - weight.mean((1, 2, 3), keepdim=True)).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.centred_weight(), self.bias)
+        return super()._conv_forward(x, self.centred_weight(), self.bias)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # For efficient_conv_bn_eval of mmcv and mmengine, which calls this with the raw weight times a factor per
+        # output channel: centring commutes with that.
+        wide = weight.to(_statistics_dtype(weight))
+        return super()._conv_forward(x, (wide - wide.mean((1, 2, 3), keepdim=True)).to(weight.dtype), bias)
 
     @torch.no_grad()
     def to_conv2d(self) -> nn.Conv2d:

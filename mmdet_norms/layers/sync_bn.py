@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._args import check_number, reject_unknown
+from ._fold import fold_batch_norm
 from ._recompute import in_backward, statistics_kept
 
 _LOG = logging.getLogger(__name__)
@@ -93,6 +94,10 @@ class SyncBN(_BatchNorm):
     # What torch's forward calls on itself.
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
+
+    def fold_into(self, conv: nn.Module) -> None:
+        """See :mod:`._fold`: nothing of the layer remains."""
+        fold_batch_norm(conv, self)
 
     def _world_size(self) -> int:
         if not (dist.is_available() and dist.is_initialized()):

@@ -333,18 +333,21 @@ def huge_means(norm):
 
 
 def _layout(norm, change):
-    """The same result through the module in training, and through the norm alone, which then sees this layout."""
-    module = ready(norm)
-    x, other = batch(9), change(batch(9))
+    """The same result through the module in training, and through the norm alone, which then sees this layout.
+
+    In float64: AN's logit norm, over two instances here, multiplies rounding by hundreds.
+    """
+    module = ready(norm).double()
+    x, other = batch(9).double(), change(batch(9).double())
     a, b = copy.deepcopy(module), copy.deepcopy(module)
-    same(gradients(a, x), gradients(b, other), rtol=1e-4, atol=1e-5)
-    same(state(a), state(b), rtol=1e-4, atol=1e-5)
+    same(gradients(a, x), gradients(b, other), rtol=1e-8, atol=1e-8)
+    same(state(a), state(b), rtol=1e-8, atol=1e-8)
     z = module.conv(x).detach()
     for training in (True, False):
         a, b = (copy.deepcopy(module.norm).train(training) for _ in range(2))
         y = b(change(z))
-        torch.testing.assert_close(y, a(z), rtol=1e-4, atol=1e-5)
-        same(state(a), state(b), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(y, a(z), rtol=1e-8, atol=1e-8)
+        same(state(a), state(b), rtol=1e-8, atol=1e-8)
     return module(other), y
 
 

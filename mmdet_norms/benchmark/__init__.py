@@ -1,0 +1,8 @@
+"""Measure norm layers, convolutions with norms, and detectors against batch norm, in interleaved runs."""
+
+from .detectors import Detectors
+from .groups import Case, Entry, Group, Setting
+from .layers import conv_group, layer_group
+from .reference import REFERENCES
+
+__all__ = ['REFERENCES', 'Case', 'Detectors', 'Entry', 'Group', 'Setting', 'conv_group', 'layer_group']

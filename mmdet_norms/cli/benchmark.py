@@ -1,0 +1,227 @@
+"""``tools/benchmark.py``: what the norms cost, beside batch norm and the published formulations."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from mmengine.config import Config, DictAction
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mmdet_norms.benchmark import detectors, layers, measure, report
+from mmdet_norms.benchmark.groups import LAYOUTS, PRECISIONS, Group, Setting
+from mmdet_norms.placement import PLACEMENTS, apply_norm
+
+from .common import UserError, command, read_config
+
+LEVELS = ('layer', 'conv', 'detector')
+_TITLE_WIDTH = 58
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what the command line says, show it and write it down."""
+    args = parse_args(argv)
+    plan = list(make_plan(args))
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.device != 'cpu':
+        torch.cuda.set_device(args.device)
+    given = sys.argv[1:] if argv is None else argv
+    result = dict(
+        command=shlex.join(['python', 'tools/benchmark.py', *given]),
+        date=measure.now(),
+        machine=measure.describe_machine(args.device),
+        settings=vars(args),
+        groups=[],
+    )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    paths = []
+    while plan:
+        group = plan.pop(0)()  # and let go of it, with its models, when it is done
+        repeats = args.detector_repeats if group.level == 'detector' else args.repeats
+        result['groups'].append(_measure(group, repeats, args.warmup))
+        report.print_group(result['groups'][-1], console)
+        paths = report.write(result, args.out)  # after every group: an interrupted run keeps what it has
+    print('written:', *paths)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and fill in what depends on other options."""
+    parser = argparse.ArgumentParser(
+        prog='tools/benchmark.py',
+        description='Time and memory of norm layers, of convolutions with norms, and of detectors, beside batch norm. '
+        'docs/benchmark.md says what the columns mean.',
+    )
+    parser.add_argument('--level', nargs='+', choices=LEVELS, default=list(LEVELS), help='default: all three')
+    parser.add_argument(
+        '--mode',
+        nargs='+',
+        choices=[*layers.MODES, *detectors.MODES],
+        help='what to time: the first three for layer and conv, the others for detectors; default: all',
+    )
+    parser.add_argument(
+        '--layers',
+        nargs='+',
+        metavar='NAME',
+        help=f"layers for layer and conv, from: {', '.join(layers.LAYERS)}; or any norm_cfg: 'BNET(kernel_size=9)'",
+    )
+    parser.add_argument('--no-reference', action='store_true', help='without the published formulations')
+    parser.add_argument('--size', nargs=4, type=int, metavar=('N', 'C', 'H', 'W'),
+                        help='feature map of level layer; default 2 256 100 160')
+    parser.add_argument('--conv-size', nargs=4, type=int, metavar=('N', 'C', 'H', 'W'),
+                        help='input of level conv; default 2 256 50 80')
+    parser.add_argument('--config', nargs='+', metavar='CONFIG',
+                        help=f'detectors; default {detectors.CONFIG}')
+    parser.add_argument(
+        '--norm',
+        nargs='+',
+        metavar='NAME',
+        help=f'put each of these into every --config: {", ".join(PLACEMENTS)}; default: the configs as they are, or '
+        f'{" ".join(detectors.NORMS_BY_DEFAULT)} without --config',
+    )
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='change values of the configs')
+    parser.add_argument('--image', nargs=2, type=int, metavar=('H', 'W'), help='image of detectors; default 512 800')
+    parser.add_argument('--batch', type=int, default=2, help='images of a training step; default 2')
+    parser.add_argument('--no-fuse', action='store_true', help='without inference with folded norms')
+    parser.add_argument('--tune-mode', action='store_true',
+                        help='train detectors with norms of fixed statistics computed in their convolutions as well')
+    parser.add_argument('--device', help='cpu, cuda, cuda:1, ...; default: cuda where there is one')
+    parser.add_argument('--precision', nargs='+', choices=list(PRECISIONS), default=['fp32'],
+                        help='fp32, or mixed precision in bf16 or fp16; default fp32')
+    parser.add_argument('--layout', nargs='+', choices=list(LAYOUTS), default=['nchw'], help='default nchw')
+    parser.add_argument('--threads', type=int, help='CPU threads of torch')
+    parser.add_argument('--repeats', type=int,
+                        help='timed calls of each candidate; default 20, and 5 of a detector on a CPU')
+    parser.add_argument('--warmup', type=int, help='calls before, beside those that full histories take; default 3')
+    parser.add_argument('--quick', action='store_true', help='small maps and images, 3 repeats: a look, not a result')
+    parser.add_argument('--out', default='work_dirs/benchmark', metavar='DIR',
+                        help='for benchmark.json, .md and .png; default work_dirs/benchmark')
+    args = parser.parse_args(argv)
+    args.device = str(_device(args.device))
+    _fill_in(args)
+    return args
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    except RuntimeError as error:
+        raise UserError(f'--device {name}: {measure.explain(error)}') from error
+    if device.type == 'cpu':
+        return torch.device('cpu')
+    if device.type != 'cuda':
+        raise UserError(f'--device {name}: this measures on cpu and cuda only')
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise UserError(f'--device {name}: torch {torch.__version__} sees {count} CUDA devices here')
+    return torch.device('cuda', device.index or 0)
+
+
+def _fill_in(args: argparse.Namespace) -> None:
+    quick, on_cpu = args.quick, args.device == 'cpu'
+    for name in ('repeats', 'threads', 'batch'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f'--{name} {getattr(args, name)}: must be at least 1')
+    if args.warmup is not None and args.warmup < 0:
+        raise UserError(f'--warmup {args.warmup}: must be at least 0')
+    for name in ('size', 'conv_size', 'image'):
+        size = getattr(args, name)
+        if size is not None and min(size) < 1:
+            raise UserError(f'--{name.replace("_", "-")} {" ".join(map(str, size))}: sizes are at least 1')
+    if on_cpu and 'fp16' in args.precision:
+        raise UserError('--precision fp16: a CPU has bf16 only; write --precision bf16')
+    args.detector_repeats = args.repeats or (3 if quick else 5 if on_cpu else 20)
+    args.repeats = args.repeats or (3 if quick else 20)
+    args.warmup = (1 if quick else 3) if args.warmup is None else args.warmup
+    args.size = args.size or ([2, 64, 50, 80] if quick else [2, 256, 100, 160])
+    args.conv_size = args.conv_size or ([2, 64, 25, 40] if quick else [2, 256, 50, 80])
+    args.image = args.image or ([128, 192] if quick else [512, 800])
+    if args.norm is None and args.config is None:
+        args.norm = ['bn', 'bnet5'] if quick else list(detectors.NORMS_BY_DEFAULT)
+    args.config = args.config or [detectors.CONFIG]
+
+
+def make_plan(args: argparse.Namespace) -> Iterator[Callable[[], Group]]:
+    """The groups to measure, each made when its turn comes. What is wrong with the arguments is said before."""
+    levels = [level for level in LEVELS if level in args.level]
+    modes = {level: [mode for mode in _modes(level) if args.mode is None or mode in args.mode] for level in levels}
+    if not any(modes.values()):
+        raise UserError(f'--mode {" ".join(args.mode)}: level {" ".join(levels)} has none of them; it has '
+                        f'{", ".join(mode for level in levels for mode in _modes(level))}')
+    for name in args.layers or ():
+        try:
+            layers.norm_cfg_of(name)
+        except ValueError as error:
+            raise UserError(f'--layers: {error}') from error
+    configs = _configs(args) if modes.get('detector') else {}
+    return _groups(args, modes, configs)
+
+
+def _modes(level: str) -> tuple[str, ...]:
+    return detectors.MODES if level == 'detector' else layers.MODES
+
+
+def _groups(args: argparse.Namespace, modes: dict[str, list[str]], configs: dict) -> Iterator[Callable[[], Group]]:
+    for precision in args.precision:
+        for layout in args.layout:
+            setting = Setting(torch.device(args.device), precision, layout)
+            bare = ('layer', layers.layer_group, args.size), ('conv', layers.conv_group, args.conv_size)
+            for level, make, size in bare:
+                names = args.layers or layers.DEFAULT[level]
+                for mode in modes.get(level, ()):
+                    yield lambda make=make, names=names, size=tuple(size), mode=mode, setting=setting: make(
+                        names, size, mode, setting, not args.no_reference
+                    )
+            if configs:
+                models = detectors.Detectors(configs, setting, tuple(args.image), args.batch)
+                for mode in modes['detector'][::-1]:  # inference first
+                    yield lambda models=models, mode=mode: models.group(
+                        mode, not args.no_fuse, args.tune_mode
+                    )
+
+
+def _configs(args: argparse.Namespace) -> dict[str, Config]:
+    """Name -> config, for every --config with every --norm."""
+    configs = {}
+    for path in dict.fromkeys(args.config):
+        stem = path.replace('\\', '/').rsplit('/', 1)[-1].removesuffix('.py')
+        for norm in dict.fromkeys(args.norm or [None]):
+            cfg = read_config(path)
+            if norm is not None:
+                try:
+                    cfg.model = apply_norm(cfg.model, norm)
+                except ValueError as error:
+                    raise UserError(f'--norm {norm}: {error}') from error
+            if args.cfg_options is not None:
+                cfg.merge_from_dict(args.cfg_options)
+            name = stem if norm is None else norm if len(args.config) == 1 else f'{stem} {norm}'
+            if name in configs:
+                raise UserError(f'--config: two files are called {stem}.py; measure them one at a time')
+            configs[name] = cfg
+    return configs
+
+
+def _measure(group: Group, repeats: int, warmup: int) -> dict:
+    columns = (
+        TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )
+    title = group.title[:_TITLE_WIDTH]
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=group.count_calls(repeats, warmup))
+
+        def on_call(name: str) -> None:
+            bar.update(task, advance=1, description=f'{title}: {name}')
+
+        row = group.measure(repeats, warmup, on_call)
+        bar.update(task, completed=group.count_calls(repeats, warmup), description=title)
+    return row
+
+
+if __name__ == '__main__':
+    main()

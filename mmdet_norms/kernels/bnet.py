@@ -1,0 +1,200 @@
+"""BNET on a CPU in the passes over the map that the maths needs, saving its input only.
+
+Backward needs no reduction for the second term of batch norm, because per channel
+``sum(grad_xhat * xhat) = sum over the taps of (taps * grad_taps)``. Two ways to compute it:
+
+* compiled (``csrc/bnet.h``): channel by channel, so that the map is read once forward and once backward;
+* in torch, for installations without a C compiler. There, the convolution sees ``x - mean`` and
+  ``1 / std`` is multiplied into its taps: zero padding means the same in both spaces, and statistics cost a sum and a
+  norm instead of torch's slow variance. oneDNN has a fast weight gradient for depthwise kernels up to three columns
+  wide, ten times faster per tap than its wider ones, so the taps' gradient is computed a few columns at a time.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from . import compiled
+
+_CHANNEL = (1, -1, 1, 1)
+
+
+def normalize_and_convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor | None = None, var: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Depthwise convolution of the normalized map, with statistics of the batch unless some are given.
+
+    Args:
+        x: (N, C, H, W), fp32 or fp64, on a CPU, with at least two values per channel unless statistics are given.
+        weight: taps (C, 1, k, k), k odd.
+        bias: (C,).
+        eps: added to the variance inside the root.
+        mean, var: (C,), constants to normalize with.
+
+    Returns:
+        y (N, C, H, W), and the mean and biased variance (C,) that were used, which carry no gradient.
+    """
+    way = _Compiled if compiled.library() and compiled.is_plain(x, weight, bias, mean, var) else _InTorch
+    return way.apply(x, weight, bias, eps, mean, var)
+
+
+def serves(x: Tensor, *others: Tensor) -> bool:
+    """Is this a case for :func:`normalize_and_convolve`: eager, fp32 or fp64 on a CPU, not under autocast?"""
+    return (
+        isinstance(x, Tensor)
+        and x.dim() == 4
+        and x.dtype in (torch.float32, torch.float64)
+        and all(t.dtype == x.dtype and t.device.type == "cpu" for t in (x, *others))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+class _Job(ctypes.Structure):
+    """``job`` of ``csrc/bnet.h``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "grad", "weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("y", "grad_x", "grad_weight", "grad_bias", "mean", "var")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("n", "c", "h", "w")),
+        *((name, ctypes.c_int32) for name in ("k", "last", "of_batch", "needs_x", "needs_weight")),
+    ]
+
+    def __init__(self, x: Tensor, weight: Tensor, eps: float, of_batch: bool, tensors: dict, **flags):
+        tensors = dict(tensors, x=x, weight=weight)
+        pointers = {name: compiled.address(tensor) for name, tensor in tensors.items()}
+        sizes = dict(zip("nchw", x.shape), k=weight.shape[-1], last=_layout(x) == torch.channels_last)
+        super().__init__(eps=eps, of_batch=of_batch, **pointers, **sizes, **flags)
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, mean, var):
+        of_batch = mean is None
+        if of_batch:
+            mean, var = torch.empty_like(bias), torch.empty_like(bias)
+        y = torch.empty_like(x)
+        job = _Job(x, weight, eps, of_batch, dict(bias=bias, y=y, mean=mean, var=var))
+        compiled.call("bnet_forward", job, x)
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.of_batch, ctx.eps = of_batch, eps
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        x, weight, mean, var = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(mean)
+        grad = grad.contiguous(memory_format=_layout(x))
+        tensors = dict(grad=grad, grad_x=grad_x, grad_weight=grad_weight, grad_bias=grad_bias, mean=mean, var=var)
+        job = _Job(x, weight, ctx.eps, ctx.of_batch, tensors, needs_x=needs_x, needs_weight=needs_weight)
+        compiled.call("bnet_backward", job, x)
+        return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
+
+
+class _InTorch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, mean, var):
+        ctx.of_batch = mean is None
+        mean, centred, var = _centre(x) if ctx.of_batch else (mean, x - mean.view(_CHANNEL), var)
+        rstd = torch.rsqrt(var + eps)
+        y = _depthwise(centred, weight * rstd.view(-1, 1, 1, 1), bias)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        x, weight, mean, rstd = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=_layout(x))
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_bias = _sum(grad) if needs_bias else None
+        grad_weight = grad_x = None
+        if needs_weight or (needs_x and ctx.of_batch):
+            grad_weight = _taps_gradient(grad, x, mean, weight) * rstd.view(-1, 1, 1, 1)
+        if needs_x:
+            scaled = weight * rstd.view(-1, 1, 1, 1)
+            grad_x = _depthwise(grad, scaled.flip(2, 3), None)
+            if ctx.of_batch:
+                count = x.numel() // x.shape[1]
+                projection = (weight * grad_weight).sum((1, 2, 3)) * rstd.square() / count
+                average = _sum(grad_x) / count
+                centred = x - mean.view(_CHANNEL)
+                grad_x.addcmul_(centred, projection.view(_CHANNEL), value=-1).sub_(average.view(_CHANNEL))
+        return grad_x, grad_weight if needs_weight else None, grad_bias, None, None, None
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum((0, 2, 3))
+
+
+def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, ``x - mean`` and biased variance. From deviations, as ``E[x^2] - E[x]^2`` cancels for large means."""
+    count = x.numel() // x.shape[1]
+    mean = _sum(x) / count
+    centred = x - mean.view(_CHANNEL)
+    if _layout(x) == torch.channels_last:  # a norm is slow there
+        return mean, centred, _sum(centred.square()) / count
+    squares = torch.linalg.vector_norm(centred, dim=(2, 3)).square().sum(0)
+    return mean, centred, squares / count
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight, bias, 1, weight.shape[-1] // 2, 1, weight.shape[0])
+
+
+def _taps_gradient(grad: Tensor, x: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the taps of a depthwise convolution of ``x - mean``, at most three columns of taps at a time."""
+    channels, _, size, _ = weight.shape
+    half, mean = size // 2, mean.view(_CHANNEL)
+    parts = []
+    for first, columns in _column_groups(size):
+        shifted = _shifted(x, mean, first - half, columns - 1)
+        taps = weight.new_empty(channels, 1, size, columns)
+        parts.append(_convolution_weight_gradient(grad, shifted, taps, half))
+    return torch.cat(parts, 3) if len(parts) > 1 else parts[0]
+
+
+def _column_groups(size: int) -> list[tuple[int, int]]:
+    """(first column, how many): 3, 3 + 2, 3 + 2 + 2, ..., as a single column alone is slow again."""
+    groups, first = [], 0
+    while first < size:
+        left = size - first
+        columns = 3 if left % 2 else 2
+        groups.append((first, min(columns, left)))
+        first += columns
+    return groups
+
+
+def _shifted(x: Tensor, mean: Tensor, start: int, more: int) -> Tensor:
+    """Columns ``start .. start + W + more`` of ``x - mean`` with zeros outside the map."""
+    n, c, h, w = x.shape
+    out = torch.empty((n, c, h, w + more), dtype=x.dtype, memory_format=_layout(x))
+    begin, end = max(0, -start), min(w + more, w - start)
+    if begin >= end:
+        return out.zero_()
+    out[..., :begin].zero_()
+    out[..., end:].zero_()
+    torch.sub(x[..., begin + start : end + start], mean, out=out[..., begin:end])
+    return out
+
+
+def _convolution_weight_gradient(grad: Tensor, x: Tensor, taps: Tensor, half: int) -> Tensor:
+    return torch.ops.aten.convolution_backward(
+        grad, x, taps, None, [1, 1], [half, 0], [1, 1], False, [0, 0], taps.shape[0], [False, True, False]
+    )[1]

@@ -1,0 +1,371 @@
+/* BNET for one floating point type; included by bnet.c with REAL and NAME() set.
+ *
+ * One channel after the other, all images of it: its planes stay in the cache, so the map itself is read once forward
+ * and once backward. Rows are copied into planes with a border of zeros, which makes the convolution free of cases.
+ */
+
+enum { NAME(LANES) = 64 / sizeof(REAL), NAME(BLOCK) = 4 * 64 / sizeof(REAL) };
+
+typedef REAL NAME(vec) __attribute__((vector_size(64)));
+typedef REAL NAME(loose) __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+
+typedef struct {
+    const REAL *x, *grad, *weight, *bias;
+    REAL *y, *grad_x, *grad_weight, *grad_bias, *mean, *var;
+    double eps;
+    int64_t n, c, h, w;
+    int32_t k, last, of_batch, needs_x, needs_weight;
+} NAME(job);
+
+#define LOAD(p) (*(const NAME(loose) *)(p))
+
+static inline double NAME(total)(const NAME(vec) *v) {
+    double sum = 0;
+    for (int i = 0; i < NAME(LANES); i++) sum += (*v)[i];
+    return sum;
+}
+
+/* Sum of (x - shift) ^ power over a plane; each row in REAL, the rows in double. */
+CLONES static double NAME(moment)(const REAL *x, int64_t count, REAL shift, int power) {
+    double sum = 0;
+    for (int64_t start = 0; start < count; start += 4096) {
+        const int64_t end = start + 4096 < count ? start + 4096 : count;
+        NAME(vec) part[4] = {{0}};
+        int64_t i = start;
+        for (; i + NAME(BLOCK) <= end; i += NAME(BLOCK))
+            for (int b = 0; b < 4; b++) {
+                const NAME(vec) d = LOAD(x + i + b * NAME(LANES)) - shift;
+                part[b] += power == 2 ? d * d : d;
+            }
+        sum += NAME(total)(part) + NAME(total)(part + 1) + NAME(total)(part + 2) + NAME(total)(part + 3);
+        for (; i < end; i++) sum += power == 2 ? (double)(x[i] - shift) * (x[i] - shift) : x[i] - shift;
+    }
+    return sum;
+}
+
+/* dst: a plane with a zeroed border, whose inner part becomes (src - shift) * scale. */
+CLONES static void NAME(fill)(REAL *dst, const REAL *src, int64_t h, int64_t w, int k, REAL shift, REAL scale) {
+    const int64_t stride = w + k - 1;
+    dst += (k / 2) * stride + k / 2;
+    for (int64_t row = 0; row < h; row++)
+        for (int64_t col = 0; col < w; col++) dst[row * stride + col] = (src[row * w + col] - shift) * scale;
+}
+
+/* out = bias + taps * plane. Runs over the plane as one long row; what it computes between the rows is not copied. */
+static inline __attribute__((always_inline)) void NAME(convolve_k)(
+    REAL *out, REAL *row_by_row, const REAL *plane, const REAL *taps, REAL bias, int64_t h, int64_t w, const int k) {
+    const int64_t stride = w + k - 1;
+    for (int64_t at = 0; at < h * stride; at += NAME(BLOCK)) {
+        const NAME(vec) start = bias - (NAME(vec)){0};
+        NAME(vec) acc[4] = {start, start, start, start};
+        for (int i = 0; i < k; i++)
+            for (int j = 0; j < k; j++) {
+                const REAL *p = plane + at + i * stride + j;
+                for (int b = 0; b < 4; b++) acc[b] += taps[i * k + j] * LOAD(p + b * NAME(LANES));
+            }
+        for (int b = 0; b < 4; b++) *(NAME(loose) *)(row_by_row + at + b * NAME(LANES)) = acc[b];
+    }
+    for (int64_t row = 0; row < h; row++) memcpy(out + row * w, row_by_row + row * stride, w * sizeof(REAL));
+}
+
+CLONES static void NAME(convolve)(
+    REAL *out, REAL *row_by_row, const REAL *plane, const REAL *taps, REAL bias, int64_t h, int64_t w, int k) {
+    if (k == 3) NAME(convolve_k)(out, row_by_row, plane, taps, bias, h, w, 3);
+    else if (k == 5) NAME(convolve_k)(out, row_by_row, plane, taps, bias, h, w, 5);
+    else if (k == 7) NAME(convolve_k)(out, row_by_row, plane, taps, bias, h, w, 7);
+    else NAME(convolve_k)(out, row_by_row, plane, taps, bias, h, w, k);
+}
+
+/* sums[i * k + j] += sum of grad[row, col] * plane[row + i, col + j]; both planes are bordered. */
+static inline __attribute__((always_inline)) void NAME(correlate_k)(
+    double *sums, const REAL *grad, const REAL *plane, int64_t h, int64_t w, const int k, const int unrolled) {
+    const int64_t stride = w + k - 1;
+    grad += (k / 2) * stride + k / 2;
+    for (int i = 0; i < k; i++)
+        for (int first = 0; first < k; first += unrolled) {
+            NAME(vec) acc[7] = {{0}};
+            for (int64_t at = 0; at < h * stride; at += NAME(LANES)) {
+                const NAME(vec) g = LOAD(grad + at);
+                const REAL *p = plane + at + i * stride + first;
+                for (int j = 0; j < unrolled; j++) acc[j] += g * LOAD(p + j);
+            }
+            for (int j = 0; j < unrolled; j++) sums[i * k + first + j] += NAME(total)(acc + j);
+        }
+}
+
+CLONES static void NAME(correlate)(double *sums, const REAL *grad, const REAL *plane, int64_t h, int64_t w, int k) {
+    if (k == 3) NAME(correlate_k)(sums, grad, plane, h, w, 3, 3);
+    else if (k == 5) NAME(correlate_k)(sums, grad, plane, h, w, 5, 5);
+    else if (k == 7) NAME(correlate_k)(sums, grad, plane, h, w, 7, 7);
+    else NAME(correlate_k)(sums, grad, plane, h, w, k, 1);
+}
+
+/* grad_x = rstd * (grad_x - average - (x - mean) * slope) */
+CLONES static void NAME(finish)(
+    REAL *grad_x, const REAL *x, int64_t count, REAL mean, REAL rstd, REAL average, REAL slope) {
+    for (int64_t i = 0; i < count; i++) grad_x[i] = rstd * (grad_x[i] - average - (x[i] - mean) * slope);
+}
+
+static int NAME(channels)(void *argument, int64_t begin, int64_t end, int backward) {
+    const NAME(job) *job = argument;
+    const int k = job->k;
+    const int64_t n = job->n, h = job->h, w = job->w, size = h * w, taps = (int64_t)k * k;
+    const double count = (double)n * size;
+    /* The last block of columns reaches beyond the last row. */
+    const size_t plane_size = (size_t)(h + k - 1) * (w + k - 1) + NAME(BLOCK) + k;
+    REAL *plane = calloc(plane_size, sizeof(REAL)), *other = backward ? calloc(plane_size, sizeof(REAL)) : plane;
+    REAL *row_by_row = malloc(plane_size * sizeof(REAL)), *flipped = malloc(taps * sizeof(REAL));
+    double *sums = malloc(taps * sizeof(double));
+    int failed = !plane || !other || !row_by_row || !flipped || !sums;
+    for (int64_t c = begin; c < end && !failed; c++) {
+        const REAL *weight = job->weight + c * taps;
+        if (!backward && job->of_batch) {
+            double sum = 0, squares = 0;
+            for (int64_t i = 0; i < n; i++) sum += NAME(moment)(job->x + (i * job->c + c) * size, size, 0, 1);
+            job->mean[c] = sum / count;
+            for (int64_t i = 0; i < n; i++)
+                squares += NAME(moment)(job->x + (i * job->c + c) * size, size, job->mean[c], 2);
+            job->var[c] = squares / count;
+        }
+        const REAL mean = job->mean[c], rstd = 1 / sqrt((double)job->var[c] + job->eps);
+        if (!backward) {
+            for (int64_t i = 0; i < n; i++) {
+                const int64_t at = (i * job->c + c) * size;
+                NAME(fill)(plane, job->x + at, h, w, k, mean, rstd);
+                NAME(convolve)(job->y + at, row_by_row, plane, weight, job->bias[c], h, w, k);
+            }
+            continue;
+        }
+        for (int64_t t = 0; t < taps; t++) sums[t] = 0, flipped[t] = weight[taps - 1 - t];
+        double bias = 0, average = 0, slope = 0;
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t at = (i * job->c + c) * size;
+            bias += NAME(moment)(job->grad + at, size, 0, 1);
+            NAME(fill)(other, job->grad + at, h, w, k, 0, 1);
+            if (job->needs_weight || job->of_batch) {
+                NAME(fill)(plane, job->x + at, h, w, k, mean, rstd);
+                NAME(correlate)(sums, other, plane, h, w, k);
+            }
+            if (job->needs_x) {
+                NAME(convolve)(job->grad_x + at, row_by_row, other, flipped, 0, h, w, k);
+                if (job->of_batch) average += NAME(moment)(job->grad_x + at, size, 0, 1);
+            }
+        }
+        job->grad_bias[c] = bias;
+        for (int64_t t = 0; t < taps; t++) {
+            job->grad_weight[c * taps + t] = sums[t];
+            slope += sums[t] * weight[t];
+        }
+        if (job->needs_x) {
+            average = job->of_batch ? average / count : 0;
+            slope = job->of_batch ? slope / count * rstd : 0;
+            for (int64_t i = 0; i < n; i++) {
+                const int64_t at = (i * job->c + c) * size;
+                NAME(finish)(job->grad_x + at, job->x + at, size, mean, rstd, average, slope);
+            }
+        }
+    }
+    if (other != plane) free(other);
+    free(plane), free(row_by_row), free(flipped), free(sums);
+    return failed;
+}
+
+/* The same for channels-last maps, a vector of channels at a time: planes hold LANES channels next to each other. */
+
+/* Sum of (x - shift) ^ power over all pixels of up to LANES channels. */
+CLONES static void NAME(moment_last)(
+    double *sums, const REAL *x, int64_t pixels, int64_t channels, int lanes, const REAL *shift, int power) {
+    const NAME(vec) minus = LOAD(shift);
+    for (int l = 0; l < lanes; l++) sums[l] = 0;
+    for (int64_t start = 0; start < pixels; start += 1024) {
+        const int64_t end = start + 1024 < pixels ? start + 1024 : pixels;
+        NAME(vec) part[4] = {{0}};
+        for (int64_t i = start; i < end; i++) {
+            NAME(vec) d = {0};
+            if (lanes == NAME(LANES)) d = LOAD(x + i * channels);
+            else memcpy(&d, x + i * channels, lanes * sizeof(REAL));
+            d -= minus;
+            part[i % 4] += power == 2 ? d * d : d;
+        }
+        part[0] += part[1] + part[2] + part[3];
+        for (int l = 0; l < lanes; l++) sums[l] += part[0][l];
+    }
+}
+
+CLONES static void NAME(fill_last)(
+    REAL *dst, const REAL *src, int64_t channels, int64_t h, int64_t w, int k, int lanes, const REAL *shift,
+    const REAL *scale, REAL *sums) {
+    const NAME(vec) minus = LOAD(shift), times = LOAD(scale);
+    NAME(vec) sum = {0};
+    for (int64_t row = 0; row < h; row++)
+        for (int64_t col = 0; col < w; col++) {
+            const REAL *from = src + (row * w + col) * channels;
+            NAME(vec) value = {0};
+            if (lanes == NAME(LANES)) value = LOAD(from);
+            else memcpy(&value, from, lanes * sizeof(REAL));
+            value = (value - minus) * times;
+            sum += value;
+            *(NAME(loose) *)(dst + ((row + k / 2) * (w + k - 1) + col + k / 2) * NAME(LANES)) = value;
+        }
+    *(NAME(loose) *)sums += sum;
+}
+
+static inline __attribute__((always_inline)) void NAME(convolve_last_k)(
+    REAL *out, const REAL *plane, const REAL *taps, const REAL *bias, int64_t channels, int64_t h, int64_t w,
+    const int k, int lanes, REAL *sums) {
+    const int64_t stride = w + k - 1;
+    NAME(vec) sum = {0};
+    for (int64_t row = 0; row < h; row++)
+        for (int64_t col = 0; col < w; col += 4) {
+            const int columns = w - col < 4 ? w - col : 4;
+            const NAME(vec) start = LOAD(bias);
+            NAME(vec) acc[4] = {start, start, start, start};
+            for (int i = 0; i < k; i++)
+                for (int j = 0; j < k; j++) {
+                    const NAME(vec) tap = LOAD(taps + (i * k + j) * NAME(LANES));
+                    const REAL *p = plane + ((row + i) * stride + col + j) * NAME(LANES);
+                    for (int b = 0; b < 4; b++) acc[b] += tap * LOAD(p + b * NAME(LANES));
+                }
+            for (int b = 0; b < columns; b++) {
+                REAL *to = out + (row * w + col + b) * channels;
+                sum += acc[b];
+                if (lanes == NAME(LANES)) *(NAME(loose) *)to = acc[b];
+                else memcpy(to, &acc[b], lanes * sizeof(REAL));
+            }
+        }
+    *(NAME(loose) *)sums += sum;
+}
+
+CLONES static void NAME(convolve_last)(
+    REAL *out, const REAL *plane, const REAL *taps, const REAL *bias, int64_t channels, int64_t h, int64_t w, int k,
+    int lanes, REAL *sums) {
+    if (k == 3) NAME(convolve_last_k)(out, plane, taps, bias, channels, h, w, 3, lanes, sums);
+    else if (k == 5) NAME(convolve_last_k)(out, plane, taps, bias, channels, h, w, 5, lanes, sums);
+    else if (k == 7) NAME(convolve_last_k)(out, plane, taps, bias, channels, h, w, 7, lanes, sums);
+    else NAME(convolve_last_k)(out, plane, taps, bias, channels, h, w, k, lanes, sums);
+}
+
+static inline __attribute__((always_inline)) void NAME(correlate_last_k)(
+    REAL *sums, const REAL *grad, const REAL *plane, int64_t h, int64_t w, const int k, const int unrolled) {
+    const int64_t stride = w + k - 1;
+    grad += ((k / 2) * stride + k / 2) * NAME(LANES);
+    for (int i = 0; i < k; i++)
+        for (int first = 0; first < k; first += unrolled) {
+            NAME(vec) acc[7] = {{0}};
+            for (int64_t row = 0; row < h; row++)
+                for (int64_t col = 0; col < w; col++) {
+                    const NAME(vec) g = LOAD(grad + (row * stride + col) * NAME(LANES));
+                    const REAL *p = plane + ((row + i) * stride + col + first) * NAME(LANES);
+                    for (int j = 0; j < unrolled; j++) acc[j] += g * LOAD(p + j * NAME(LANES));
+                }
+            for (int j = 0; j < unrolled; j++) *(NAME(loose) *)(sums + (i * k + first + j) * NAME(LANES)) += acc[j];
+        }
+}
+
+CLONES static void NAME(correlate_last)(REAL *sums, const REAL *grad, const REAL *plane, int64_t h, int64_t w, int k) {
+    if (k == 3) NAME(correlate_last_k)(sums, grad, plane, h, w, 3, 3);
+    else if (k == 5) NAME(correlate_last_k)(sums, grad, plane, h, w, 5, 5);
+    else if (k == 7) NAME(correlate_last_k)(sums, grad, plane, h, w, 7, 7);
+    else NAME(correlate_last_k)(sums, grad, plane, h, w, k, 1);
+}
+
+CLONES static void NAME(finish_last)(
+    REAL *grad_x, const REAL *x, int64_t pixels, int64_t channels, int lanes, const REAL *mean, const REAL *rstd,
+    const REAL *average, const REAL *slope) {
+    for (int64_t i = 0; i < pixels; i++)
+        for (int l = 0; l < lanes; l++) {
+            REAL *g = grad_x + i * channels + l;
+            *g = rstd[l] * (*g - average[l] - (x[i * channels + l] - mean[l]) * slope[l]);
+        }
+}
+
+static int NAME(channels_last)(void *argument, int64_t begin, int64_t end, int backward) {
+    const NAME(job) *job = argument;
+    enum { L = NAME(LANES) };
+    const int k = job->k, taps = k * k;
+    const int64_t n = job->n, h = job->h, w = job->w, image = h * w * job->c;
+    const double count = (double)n * h * w;
+    /* The last columns are read four at a time, beyond the last row. */
+    const size_t plane_size = ((size_t)(h + k - 1) * (w + k - 1) + 4) * L;
+    REAL *plane = calloc(plane_size, sizeof(REAL)), *other = backward ? calloc(plane_size, sizeof(REAL)) : plane;
+    REAL *packed = malloc(taps * L * sizeof(REAL)), *sums = malloc(taps * L * sizeof(REAL));
+    int failed = !plane || !other || !packed || !sums;
+    for (int64_t block = begin; block < end && !failed; block++) {
+        const int64_t c = block * L;
+        const int lanes = job->c - c < L ? job->c - c : L;
+        REAL mean[L] = {0}, rstd[L] = {0}, bias[L] = {0}, average[L] = {0}, slope[L] = {0}, zero[L] = {0}, one[L];
+        for (int l = 0; l < L; l++) one[l] = 1;
+        memset(sums, 0, taps * L * sizeof(REAL));
+        memset(packed, 0, taps * L * sizeof(REAL));
+        if (!backward && job->of_batch) {
+            double first[L], second[L];
+            for (int l = 0; l < lanes; l++) mean[l] = job->x[c + l]; /* near enough for a mean without cancellation */
+            NAME(moment_last)(first, job->x + c, n * h * w, job->c, lanes, mean, 1);
+            for (int l = 0; l < lanes; l++) mean[l] += first[l] / count;
+            NAME(moment_last)(second, job->x + c, n * h * w, job->c, lanes, mean, 2);
+            for (int l = 0; l < lanes; l++) job->mean[c + l] = mean[l], job->var[c + l] = second[l] / count;
+        }
+        for (int l = 0; l < lanes; l++) {
+            mean[l] = job->mean[c + l];
+            rstd[l] = 1 / sqrt((double)job->var[c + l] + job->eps);
+            if (!backward) bias[l] = job->bias[c + l];
+            for (int t = 0; t < taps; t++) packed[t * L + l] = job->weight[(c + l) * taps + (backward ? taps - 1 - t : t)];
+        }
+        if (!backward) {
+            for (int64_t i = 0; i < n; i++) {
+                NAME(fill_last)(plane, job->x + i * image + c, job->c, h, w, k, lanes, mean, rstd, average);
+                NAME(convolve_last)(job->y + i * image + c, plane, packed, bias, job->c, h, w, k, lanes, slope);
+            }
+            continue;
+        }
+        for (int64_t i = 0; i < n; i++) {
+            NAME(fill_last)(other, job->grad + i * image + c, job->c, h, w, k, lanes, zero, one, bias);
+            if (job->needs_weight || job->of_batch) {
+                REAL unused[L] = {0};
+                NAME(fill_last)(plane, job->x + i * image + c, job->c, h, w, k, lanes, mean, rstd, unused);
+                NAME(correlate_last)(sums, other, plane, h, w, k);
+            }
+            if (job->needs_x)
+                NAME(convolve_last)(job->grad_x + i * image + c, other, packed, zero, job->c, h, w, k, lanes, average);
+        }
+        for (int l = 0; l < lanes; l++) {
+            job->grad_bias[c + l] = bias[l];
+            for (int t = 0; t < taps; t++) {
+                job->grad_weight[(c + l) * taps + t] = sums[t * L + l];
+                slope[l] += sums[t * L + l] * job->weight[(c + l) * taps + t];
+            }
+            average[l] = job->of_batch ? average[l] / count : 0;
+            slope[l] = job->of_batch ? slope[l] / count * rstd[l] : 0;
+        }
+        for (int64_t i = 0; i < n && job->needs_x; i++)
+            NAME(finish_last)(
+                job->grad_x + i * image + c, job->x + i * image + c, h * w, job->c, lanes, mean, rstd, average, slope);
+    }
+    if (other != plane) free(other);
+    free(plane), free(packed), free(sums);
+    return failed;
+}
+
+static int NAME(forward_work)(void *argument, int64_t begin, int64_t end) {
+    const NAME(job) *job = argument;
+    return (job->last ? NAME(channels_last) : NAME(channels))(argument, begin, end, 0);
+}
+
+static int NAME(backward_work)(void *argument, int64_t begin, int64_t end) {
+    const NAME(job) *job = argument;
+    return (job->last ? NAME(channels_last) : NAME(channels))(argument, begin, end, 1);
+}
+
+static inline int64_t NAME(pieces)(const NAME(job) *job) {
+    return job->last ? (job->c + NAME(LANES) - 1) / NAME(LANES) : job->c;
+}
+
+EXPORT int NAME(bnet_forward)(NAME(job) *job, int threads) {
+    return in_threads(NAME(forward_work), job, NAME(pieces)(job), threads);
+}
+
+EXPORT int NAME(bnet_backward)(NAME(job) *job, int threads) {
+    return in_threads(NAME(backward_work), job, NAME(pieces)(job), threads);
+}
+
+#undef LOAD

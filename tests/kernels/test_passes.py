@@ -1,0 +1,144 @@
+"""The passes over a map against their formulas in float64, in every layout and dtype, and what they may not do."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmdet_norms.kernels import passes
+
+SHAPES = [(2, 6, 7, 9), (6, 3, 5, 4), (1, 5, 4, 4), (3, 1, 5, 5), (3, 4, 1, 1), (4, 3, 1, 8), (2, 3, 140, 150)]
+LAYOUTS = {
+    'contiguous': lambda x: x,
+    'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
+    'transposed': lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    'channels of a wider map': lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    'one instance, expanded': lambda x: x[:1].expand_as(x),
+}
+DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+EVERYWHERE = pytest.mark.parametrize('layout', LAYOUTS)
+WIDE = {torch.float64: torch.float64}
+
+
+def close(actual, expected, tolerance):
+    assert actual.shape == expected.shape
+    assert (actual.double() - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-3)
+
+
+def maps(layout, dtype):
+    for seed, shape in enumerate(SHAPES):
+        torch.manual_seed(seed)
+        x, grad = torch.randn(2, *shape, dtype=torch.float64).add_(1).to(dtype)
+        yield LAYOUTS[layout](x), grad, seed
+
+
+def spread(vector):
+    return vector.double()[..., None, None]
+
+
+@EVERYWHERE
+@pytest.mark.parametrize('dtype, tolerance', DTYPES)
+@pytest.mark.parametrize('per_instance', [False, True])
+def test_every_pass_equals_its_formula(per_instance, dtype, tolerance, layout):
+    over, wide = (2, 3) if per_instance else (0, 2, 3), WIDE.get(dtype, torch.float32)
+    statistics = max(1e-5, tolerance / 100) if dtype != torch.float64 else tolerance  # computed in fp32 of any map
+    for x, grad, _ in maps(layout, dtype):
+        exact, exact_grad = x.double(), grad.double()
+        shape = x.shape[:2] if per_instance else x.shape[1:2]
+        gain, centre, scale, shift = torch.randn(4, *shape, dtype=wide)
+        mean, var = passes.moments(x, per_instance)
+        assert mean.dtype == var.dtype == wide
+        close(mean, exact.mean(over), statistics)
+        close(var, exact.var(over, correction=0), statistics)
+        if not per_instance:
+            close(passes.second_moment(x), exact.square().mean(over), statistics)
+        y = passes.affine(x, centre, scale, shift)
+        assert y.dtype == dtype
+        close(y, spread(scale) * (exact - spread(centre)) + spread(shift), tolerance)
+        total, centred = passes.gradient_sums(grad, x, centre)
+        assert total.dtype == centred.dtype == wide
+        size = exact[:, 0].numel() ** 0.5  # of which a sum of that many may cancel to nothing
+        close(total / size, exact_grad.sum(over) / size, 10 * statistics)
+        close(centred / size, (exact_grad * (exact - spread(centre))).sum(over) / size, 10 * statistics)
+        y = passes.gradient(grad, x, gain, centre, scale, shift)
+        assert y.dtype == dtype
+        close(y, spread(gain) * exact_grad + spread(scale) * (exact - spread(centre)) + spread(shift), tolerance)
+
+
+@pytest.mark.parametrize('per_instance', [False, True])
+def test_maps_keep_their_layout_and_are_no_views(per_instance):
+    """A view, returned by an autograd function, could not be changed in place by what follows, such as a ReLU."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 3, 4, 5).contiguous(memory_format=layout)
+        vectors = torch.rand(4, 2, 3) if per_instance else torch.rand(4, 3)
+        for y in (passes.affine(x, *vectors[:3]), passes.gradient(x.clone(), x, *vectors)):
+            assert y.is_contiguous(memory_format=layout) and not y._is_view()
+
+
+@EVERYWHERE
+def test_no_input_is_changed(layout):
+    for x, grad, _ in maps(layout, torch.float32):
+        before = x.clone(), grad.clone()
+        vectors = torch.rand(4, *x.shape[:2])
+        passes.moments(x), passes.second_moment(x), passes.affine(x, *vectors[:3])
+        passes.gradient_sums(grad, x, vectors[0]), passes.gradient(grad, x, *vectors)
+        assert torch.equal(x, before[0]) and torch.equal(grad, before[1])
+
+
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+@pytest.mark.parametrize('per_instance', [False, True])
+def test_the_variance_of_values_far_from_zero_keeps_its_digits(per_instance, layout):
+    """``E[x^2] - E[x]^2`` in fp32 would have none left."""
+    torch.manual_seed(0)
+    x = LAYOUTS[layout](torch.randn(2, 4, 30, 40) + 3000)
+    expected = x.double().var((2, 3) if per_instance else (0, 2, 3), correction=0)
+    torch.testing.assert_close(passes.moments(x, per_instance)[1].double(), expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+def test_moments_of_large_maps_are_as_exact_as_those_of_small_ones(layout):
+    """Added one after the other in fp32, a million values leave three digits."""
+    torch.manual_seed(0)
+    x = LAYOUTS[layout](torch.randn(1, 2, 700, 1500) + 1)
+    exact = x.double()
+    torch.testing.assert_close(passes.moments(x)[1].double(), exact.var((0, 2, 3), correction=0), rtol=2e-5, atol=0)
+    torch.testing.assert_close(passes.second_moment(x).double(), exact.square().mean((0, 2, 3)), rtol=2e-5, atol=0)
+
+
+def test_a_constant_map_has_no_variance():
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.full((2, 3, 6, 5), 7.0).contiguous(memory_format=layout)
+        for per_instance in (False, True):
+            mean, var = passes.moments(x, per_instance)
+            assert torch.all(mean == 7) and torch.all(var < 1e-10)
+
+
+def test_compiled_code_gets_formulas_it_can_fuse():
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op.startswith('call'))
+        return graph
+
+    torch._dynamo.reset()
+    x, vectors = torch.randn(2, 3, 4, 4), torch.rand(4, 3)
+
+    def every(x, grad, gain, centre, scale, shift):
+        results = [passes.second_moment(x), *passes.moments(x), passes.affine(x, centre, scale, shift)]
+        results += passes.gradient_sums(grad, x, centre)
+        return [*results, passes.gradient(grad, x, gain, centre, scale, shift)]
+
+    expected = every(x, x, *vectors)
+    for ours, eager in zip(torch.compile(every, backend=backend, fullgraph=True)(x, x, *vectors), expected):
+        torch.testing.assert_close(ours, eager)
+    assert seen and not any('batch_norm' in target or 'group_norm' in target for target in seen)
+
+
+def test_batch_norms_kernels_still_mean_what_the_passes_take_them_for():
+    """Its gradients in eval mode with statistics 0 and 1 are the sums that :func:`passes.gradient_sums` promises."""
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    norm = nn.BatchNorm2d(3, eps=0, dtype=torch.float64).eval()
+    grad = torch.randn_like(x)
+    norm(x).backward(grad)
+    total, centred = passes.gradient_sums(grad, x, torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(norm.bias.grad, total)
+    torch.testing.assert_close(norm.weight.grad, centred)
