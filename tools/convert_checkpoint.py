@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""Convert a published checkpoint; see ``python tools/convert_checkpoint.py --help``."""
+
+import sys
+from pathlib import Path
+
+# lets the script run from a checkout in which the package is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmdet_norms.cli.convert_checkpoint import main
+
+if __name__ == '__main__':
+    main()
