@@ -165,6 +165,20 @@ def test_in_bfloat16_results_are_as_near_to_the_truth_as_the_plain_ones(how):
         assert errors[1] < max(1.5 * errors[0], 0.01), (name, errors)
 
 
+@pytest.mark.parametrize('how', ['autocast', 'half'])
+def test_the_weight_is_multiplied_in_full_precision_and_rounded_once(how):
+    torch.manual_seed(0)
+    model = norm_eval(nn.Sequential(nn.Conv2d(1, 256, 1, bias=False), nn.BatchNorm2d(256, eps=0, affine=False)))
+    model[1].running_var.uniform_(0.5, 2)
+    if how == 'half':
+        model = model.bfloat16()
+    product = model[0].weight.flatten().float() / model[1].running_var.float().sqrt()
+    tune_mode(model)
+    with torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'):
+        y = model(torch.ones(1, 1, 1, 1, dtype=model[0].weight.dtype)).flatten()
+    torch.testing.assert_close(y, product.bfloat16(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize('name', BACKBONES)
 def test_several_optimizer_steps_of_a_detector_are_the_same(name):
     cfg = Config.fromstring(tiny.CONFIG.replace('{root}', 'none'), '.py').model
@@ -394,6 +408,7 @@ def test_an_output_that_goes_elsewhere_unseen_is_an_error_and_not_another_number
 @pytest.mark.parametrize('name', ['bn', 'bnet'])
 def test_activation_checkpointing_and_channels_last_compose(name):
     plain, tuned = both(backbone(name, depth=50, with_cp=True, frozen_stages=0))
+    assert sum(isinstance(m, nn.Conv2d) and '_tune' in vars(m) for m in tuned.modules()) == 53
     tuned.to(memory_format=torch.channels_last)
     last = IMAGE.to(memory_format=torch.channels_last)
 
