@@ -8,6 +8,8 @@ Backward needs no reduction for the second term of batch norm, because per chann
   ``1 / std`` is multiplied into its taps: zero padding means the same in both spaces, and statistics cost a sum and a
   norm instead of torch's slow variance. oneDNN has a fast weight gradient for depthwise kernels up to three columns
   wide, ten times faster per tap than its wider ones, so the taps' gradient is computed a few columns at a time.
+
+On a GPU, :mod:`.triton` has a third.
 """
 
 import ctypes
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import compiled
+from . import compiled, triton
 
 _CHANNEL = (1, -1, 1, 1)
 
@@ -28,7 +30,7 @@ def normalize_and_convolve(
     """Depthwise convolution of the normalized map, with statistics of the batch unless some are given.
 
     Args:
-        x: (N, C, H, W), fp32 or fp64, on a CPU, with at least two values per channel unless statistics are given.
+        x: (N, C, H, W), as :func:`serves` wants it, with at least two values per channel unless statistics are given.
         weight: taps (C, 1, k, k), k odd.
         bias: (C,).
         eps: added to the variance inside the root.
@@ -37,13 +39,15 @@ def normalize_and_convolve(
     Returns:
         y (N, C, H, W), and the mean and biased variance (C,) that were used, which carry no gradient.
     """
+    if triton.serves(x, weight, bias):
+        return triton.normalize_and_convolve(x, weight, bias, eps, mean, var)
     way = _Compiled if compiled.library() and compiled.is_plain(x, weight, bias, mean, var) else _InTorch
     return way.apply(x, weight, bias, eps, mean, var)
 
 
 def serves(x: Tensor, *others: Tensor) -> bool:
-    """Is this a case for :func:`normalize_and_convolve`: eager, fp32 or fp64 on a CPU, not under autocast?"""
-    return (
+    """Is it a case for :func:`normalize_and_convolve`: eager, fp32 or fp64 on a CPU, not under autocast; or a GPU?"""
+    return triton.serves(x, *others) or (
         isinstance(x, Tensor)
         and x.dim() == 4
         and x.dtype in (torch.float32, torch.float64)

@@ -8,19 +8,25 @@ take half precision maps with fp32 vectors, and are fast in both layouts, of whi
 on a CPU), products followed by sums, and ``addcmul`` with two vectors are neither. Statistics of instances are those of
 channels: a contiguous map is a map of one instance with ``N C`` channels, in channels_last each instance is one.
 
+On a GPU where Triton works they are kernels of its own (:mod:`.triton`), and as many of instances as of channels.
+
 Compiled code gets the plain formulas, which the compiler fuses better; so do devices other than CPU and CUDA.
 """
 
 import torch
 from torch import Tensor
 
+from . import triton
+
 _HALVES = (torch.float16, torch.bfloat16)
-_CHUNK = 2**18  # values; of a size that stays in the cache
+_CHUNK = 2**21  # values; few enough to stay in a large cache, and to take little memory
 _PIECE = 2**14  # positions; some kernels add one after the other, which over a million costs fp32 four digits
 
 
 def second_moment(x: Tensor) -> Tensor:
     """``E[x^2]`` per channel ``(C,)``."""
+    if _has_triton(x):
+        return triton.second_moment(x)
     if not _has_kernels(x):
         return x.to(_wide(x)).square().mean((0, 2, 3))
     x = _dense(x)
@@ -34,6 +40,8 @@ def second_moment(x: Tensor) -> Tensor:
 
 def moments(x: Tensor, per_instance: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, ``(C,)`` or ``(N, C)``. From deviations: a mean that is large against them is fine."""
+    if _has_triton(x):
+        return triton.moments(x, per_instance)
     if not _has_kernels(x):
         var, mean = torch.var_mean(x.to(_wide(x)), (2, 3) if per_instance else (0, 2, 3), correction=0)
         return mean, var
@@ -49,6 +57,8 @@ def moments(x: Tensor, per_instance: bool = False) -> tuple[Tensor, Tensor]:
 
 def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``scale * (x - centre) + shift``; all vectors alike, ``(C,)`` or ``(N, C)``."""
+    if _has_triton(x):
+        return triton.affine(x, centre, scale, shift)
     if not _has_kernels(x):
         y = (x.to(_wide(x)) - _spread(centre)) * _spread(scale) + _spread(shift)
         return y.to(x.dtype)
@@ -66,6 +76,8 @@ def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def gradient_sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """``sum grad`` and ``sum grad * (x - centre)``, shaped as ``centre``: ``(C,)`` or ``(N, C)``."""
+    if _has_triton(x):
+        return triton.gradient_sums(grad, x, centre)
     if not _has_kernels(x):
         grad, over = grad.to(_wide(x)), (2, 3) if centre.dim() == 2 else (0, 2, 3)
         return grad.sum(over), (grad * (x - _spread(centre))).sum(over)
@@ -83,6 +95,8 @@ def gradient_sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tens
 
 def gradient(grad: Tensor, x: Tensor, gain: Tensor, centre: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
     """``gain * grad + slope * (x - centre) + shift``; all vectors alike, ``(C,)`` or ``(N, C)``."""
+    if _has_triton(x):
+        return triton.gradient(grad, x, gain, centre, slope, shift)
     if not _has_kernels(x):
         y = grad * _spread(gain) + (x.to(_wide(x)) - _spread(centre)) * _spread(slope) + _spread(shift)
         return y.to(x.dtype)
@@ -95,6 +109,10 @@ def gradient(grad: Tensor, x: Tensor, gain: Tensor, centre: Tensor, slope: Tenso
 
 def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _has_triton(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and triton.serves(x)
 
 
 def _has_kernels(x: Tensor) -> bool:

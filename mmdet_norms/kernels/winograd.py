@@ -20,7 +20,7 @@ from torch import Tensor
 _TILE = 4
 _SPAN = _TILE + 2
 _POINTS = (0, 1, -1, 2, -0.5)
-_TILES_AT_ONCE = 160  # so that they stay in the cache
+_TILES_AT_ONCE = 160  # so that they fit in a cache
 
 
 def serves(grad: Tensor, x: Tensor, weight: Tensor, stride: tuple, dilation: tuple, groups: int) -> bool:

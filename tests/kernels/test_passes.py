@@ -101,7 +101,7 @@ def test_moments_of_large_maps_are_as_exact_as_those_of_small_ones(layout):
     x = LAYOUTS[layout](torch.randn(1, 2, 700, 1500) + 1)
     exact = x.double()
     torch.testing.assert_close(passes.moments(x)[1].double(), exact.var((0, 2, 3), correction=0), rtol=2e-5, atol=0)
-    torch.testing.assert_close(passes.second_moment(x).double(), exact.square().mean((0, 2, 3)), rtol=2e-5, atol=0)
+    torch.testing.assert_close(passes.second_moment(x).double(), exact.square().mean((0, 2, 3)), rtol=2e-6, atol=0)
 
 
 def test_a_constant_map_has_no_variance():

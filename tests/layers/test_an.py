@@ -458,7 +458,12 @@ class TestFewPasses:
         def function(x, weight, bias):
             return torch.func.functional_call(copy.deepcopy(layer), {'weight_': weight, 'bias_': bias}, (x,))
 
-        assert torch.autograd.gradgradcheck(function, (x, layer.weight_, layer.bias_))
+        inputs = x, layer.weight_, layer.bias_
+        once, again = (
+            torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=graph) for graph in (False, True)
+        )
+        torch.testing.assert_close(again, once)
+        assert torch.autograd.gradgradcheck(function, inputs)
 
     def test_frozen_parameters_or_input_leave_the_other_gradients_as_they_are(self, norm):
         layer, x = random_an(norm), torch.randn(3, 4, 5, 5, dtype=torch.float64)

@@ -1,0 +1,171 @@
+"""Triton kernels of BNET, and of the passes that MABN, AN and CBN are made of, for training and inference on a GPU.
+
+Triton comes with torch's GPU builds and is imported when it is first needed. Where it is missing or does not work, on
+other devices, and without ``MMDET_NORMS_TRITON=1`` in the environment, :func:`serves` says so, and everything is
+computed as on any machine. The kernels are operators of torch (``torch.ops.mmdet_norms``), known to autograd and the compiler.
+"""
+
+import os
+import warnings
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_DEVICES = ('cuda',)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_OLDEST_GPU = (8, 0)  # compute capability that Triton supports
+_OLDEST_TRITON = (3, 3)  # that of torch 2.7; older ones know no tuples in kernels
+_LARGEST_KERNEL = 7  # taps of more than 7 x 7 do not fit the registers of a thread
+_answers: dict[torch.device, bool] = {}
+
+
+def serves(x: Tensor, *others: Tensor) -> bool:
+    """Is this a case for the kernels: a map on a GPU that Triton works on, not empty, plain tensors all of them?
+
+    Args:
+        x: the map ``(N, C, H, W)``.
+        others: what it is computed with. Four-dimensional ones are taps.
+    """
+    return (
+        isinstance(x, Tensor)
+        and x.device.type in _DEVICES
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and x.dim() == 4
+        and 0 < x.numel() < 2**31 * x.shape[0]  # places within an instance are 32 bit numbers
+        and all(t.device == x.device and t.dtype in _DTYPES and _is_plain(t) for t in (x, *others))
+        and all(t.shape[-1] <= _LARGEST_KERNEL for t in others if t.dim() == 4)
+        and _works(x.device)
+    )
+
+
+def normalize_and_convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor | None = None, var: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`mmdet_norms.kernels.bnet.normalize_and_convolve` on a GPU, if :func:`serves` says so.
+
+    Statistics, sums and gradients of parameters are accumulated in fp32 for halves; y has the dtype and layout of x.
+    Gradients are not differentiable themselves.
+    """
+    from . import bnet, common
+
+    x, compiling = common.dense(x), torch.compiler.is_compiling()
+    if mean is not None:
+        run = torch.ops.mmdet_norms.bnet_given if compiling else bnet.EagerBNETGiven.apply
+        return run(x, weight, bias, mean, var, eps), mean, var
+    run = torch.ops.mmdet_norms.bnet if compiling else bnet.EagerBNET.apply
+    y, mean, var = run(x, weight, bias, eps)
+    return y, mean.detach(), var.detach()
+
+
+def bnet_inference(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    r"""What is left of BNET behind a folded convolution, and the end of a residual block with it: one pass on a GPU.
+
+    .. math::
+        y_c = \mathrm{relu}(K_c * x_c + b_c + r_c)
+
+    Args:
+        x: (N, C, H, W), normalized by the convolution in front; padded with zeros.
+        weight: taps (C, 1, k, k), k odd.
+        bias: (C,).
+        residual: (N, C, H, W), added; None for none.
+        relu: whether to end with it.
+
+    Returns:
+        y (N, C, H, W) in the dtype of x, accumulated in fp32 for halves. By torch's own operators on other machines,
+        for a residual of another shape or dtype, and where a gradient is wanted.
+    """
+    tensors = [x, weight, bias] if residual is None else [x, weight, bias, residual]
+    alike = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if alike and not wanted and serves(x, weight, bias) and (residual is None or serves(residual)):
+        from . import bnet
+
+        run = torch.ops.mmdet_norms.bnet_inference if torch.compiler.is_compiling() else bnet.bnet_inference
+        return run(x, weight, bias, residual, relu)
+    y = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), 1, weight.shape[-1] // 2, 1, x.shape[1])
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
+
+
+def second_moment(x: Tensor) -> Tensor:
+    """:func:`mmdet_norms.kernels.passes.second_moment`; this and the next four if :func:`serves` says so."""
+    from . import passes
+
+    return passes.second_moment(x)
+
+
+def moments(x: Tensor, per_instance: bool = False) -> tuple[Tensor, Tensor]:
+    """:func:`mmdet_norms.kernels.passes.moments`."""
+    from . import passes
+
+    return passes.moments(x, per_instance)
+
+
+def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """:func:`mmdet_norms.kernels.passes.affine`."""
+    from . import passes
+
+    return passes.affine(x, centre, scale, shift)
+
+
+def gradient_sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`mmdet_norms.kernels.passes.gradient_sums`."""
+    from . import passes
+
+    return passes.gradient_sums(grad, x, centre)
+
+
+def gradient(grad: Tensor, x: Tensor, gain: Tensor, centre: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
+    """:func:`mmdet_norms.kernels.passes.gradient`."""
+    from . import passes
+
+    return passes.gradient(grad, x, gain, centre, slope, shift)
+
+
+def _works(device: torch.device) -> bool:
+    if device not in _answers:
+        _answers[device] = _try(device)
+    return _answers[device]
+
+
+# torch.compiler.assume_constant_result, without importing the compiler: it takes the answer instead of looking for it.
+_works._dynamo_marked_constant = True
+
+
+def _try(device: torch.device) -> bool:
+    """Triton also needs a C compiler, a driver that is new enough, and a place for its files: does it work?
+
+    Only on request as yet: the kernels were tested under Triton's interpreter, but on no GPU.
+    """
+    if os.environ.get('MMDET_NORMS_TRITON') != '1' or find_spec('triton') is None:
+        return False
+    if not hasattr(torch.library, 'custom_op'):  # torch < 2.4
+        return False
+    if device.type == 'cuda' and torch.cuda.get_device_capability(device) < _OLDEST_GPU:
+        return False
+    try:
+        import triton
+
+        if tuple(map(int, triton.__version__.split('.')[:2])) < _OLDEST_TRITON:
+            return False
+        from . import passes
+
+        x = torch.ones(1, 1, 2, 2, device=device)
+        return bool((passes.gradient(x, x, *x.new_ones(4, 1)) == 2).all())
+    except Exception as error:  # of any kind: what is missing shows in the compiler, the linker, or the driver
+        warnings.warn(
+            f'the Triton kernels of mmdet_norms do not work here, so slower ones are used: {type(error).__name__}: '
+            f'{error}. Without MMDET_NORMS_TRITON=1 in the environment they are not tried',
+            stacklevel=2,
+        )
+        return False
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """No subclass, which may not be what the kernels would read."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)

@@ -1,0 +1,482 @@
+"""Triton kernels of BNET: batch norm applied while the depthwise convolution loads its tile.
+
+The maths is that of :mod:`mmdet_norms.kernels.bnet`. Training makes the eight passes over the map that batch norm
+makes, too: statistics read x; the convolution reads x and writes y; one kernel reads x and the gradient for the taps',
+the bias's and both sums of batch norm's backward; one reads both and writes the gradient of x. x is all they save.
+
+A program owns some columns of some channels and walks down the rows: each row of x adds to the k rows of results that
+it is part of. A thread has STEP neighbouring columns of one channel, whose taps, or sums of products, it keeps in
+registers. So a value of the map is loaded about 1 + k / STEP times in place of k^2, mostly from the cache. The lanes of
+a warp have neighbouring channels in channels_last, else neighbouring columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .common import dense, is_channels_last, launch, like, pieces, power_of_two, wide
+from .passes import moments
+
+
+@triton.jit
+def _place(C, W, strips, LAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Instance (or group of them), first channel and column and strip of this program; neighbours share the cache."""
+    pid = tl.program_id(0)
+    blocks, columns = tl.cdiv(C, BLOCK_C), tl.cdiv(W, BLOCK_W)
+    if LAST:
+        block, column, strip = pid % blocks, pid // blocks % columns, pid // blocks // columns % strips
+    else:
+        column, strip, block = pid % columns, pid // columns % strips, pid // columns // strips % blocks
+    return pid // blocks // columns // strips, block * BLOCK_C, column * BLOCK_W, strip
+
+
+@triton.jit
+def _row(
+    x, w, limit, centre, by_column, BEFORE: tl.constexpr, COUNT: tl.constexpr, NORMALIZE: tl.constexpr,
+    QUADS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A tuple of the columns ``w - BEFORE`` and so on, less ``centre`` if NORMALIZE; 0 outside of 0 to ``limit``."""
+    values = ()
+    for i in tl.static_range(0, COUNT, 4 if QUADS else 1):
+        at, column = x + (i - BEFORE) * by_column, w + (i - BEFORE)
+        inside = column < limit
+        if i < BEFORE:
+            inside = inside & (column >= 0)
+        if QUADS:  # by one instruction
+            four = tl.load(at[:, :, None] + tl.arange(0, 4)[None, None, :], inside[:, :, None], other=0)
+            even, odd = tl.split(four.reshape(four.shape[0], four.shape[1], 2, 2))
+            first, third = tl.split(even)
+            second, fourth = tl.split(odd)
+            values += (
+                _centred(first, inside, centre, NORMALIZE, ACC),
+                _centred(second, inside, centre, NORMALIZE, ACC),
+                _centred(third, inside, centre, NORMALIZE, ACC),
+                _centred(fourth, inside, centre, NORMALIZE, ACC),
+            )
+        elif NORMALIZE and x.dtype.element_ty == ACC:
+            values += (tl.load(at, inside, other=centre) - centre,)
+        else:
+            values += (_centred(tl.load(at, inside, other=0), inside, centre, NORMALIZE, ACC),)
+    return values
+
+
+@triton.jit
+def _centred(value, inside, centre, NORMALIZE: tl.constexpr, ACC: tl.constexpr):
+    if NORMALIZE:
+        return tl.where(inside, value.to(ACC) - centre, 0)
+    return value.to(ACC)
+
+
+@triton.jit(do_not_specialize=('C', 'H', 'W', 'rows', 'strips'))
+def _depthwise_kernel(
+    x, weight, bias, mean, var, other, slope, shift, y, C, H, W, eps, rows, strips,
+    K: tl.constexpr, NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
+    LAST: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, QUADS: tl.constexpr, BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Convolution of ``rows`` rows. NORMALIZE: of the normalized map. ADD: plus ``other``.
+
+    BACKWARD: x is the gradient, the convolution transposed; minus ``slope * (other - mean) + shift`` if ADD.
+    QUADS: the width is 4 W, and STEP is 4.
+    """
+    HALF: tl.constexpr = K // 2
+    BEFORE: tl.constexpr = (HALF + 3) // 4 * 4 if QUADS else HALF
+    WIDE: tl.constexpr = STEP + 2 * BEFORE
+    if QUADS:
+        W *= 4
+    n, first_c, first_w, strip = _place(C, W, strips, LAST, LANES * STEP, BLOCK_C)
+    c, w = (first_c + tl.arange(0, BLOCK_C))[None, :], (first_w + STEP * tl.arange(0, LANES))[:, None]
+    place = n.to(tl.int64) * C * H * W + (w * C + c if LAST else c * H * W + w)
+    by_row, by_column = (W * C, C) if LAST else (W, 1)
+    x += place
+    y += place
+    if ADD:
+        other += place
+    limit = tl.where(c < C, W, 0)
+
+    scale = tl.full((1, BLOCK_C), 1, ACC)
+    centre = tl.zeros((1, BLOCK_C), ACC)
+    if NORMALIZE or BACKWARD:
+        scale = 1 / tl.sqrt(tl.load(var + c, c < C, other=1).to(ACC) + eps)
+    if NORMALIZE or (BACKWARD and ADD):
+        centre = tl.load(mean + c, c < C, other=0).to(ACC)
+    first = tl.zeros((1, BLOCK_C), ACC)  # of a sum
+    tilt = first
+    if not BACKWARD:
+        first = tl.load(bias + c, c < C, other=0).to(ACC)
+    elif ADD:
+        first, tilt = -tl.load(shift + c, c < C, other=0), tl.load(slope + c, c < C, other=0)
+    taps = ()
+    for i in tl.static_range(K * K):
+        tap = tl.load(weight + c * (K * K) + (K * K - 1 - i if BACKWARD else i), c < C, other=0).to(ACC)
+        taps += (tap * scale,)
+
+    empty = tl.zeros((LANES, BLOCK_C), ACC) + first
+    pending = ()  # sums of the rows row + HALF, ..., row - HALF of y, to which rows above x's row were added
+    for _ in tl.static_range(K * STEP):
+        pending += (empty,)
+    begin = strip * rows
+    end = tl.minimum(begin + rows, H)
+    for start in range(begin - HALF, end + HALF, UNROLL):
+        # All loads of a turn before its first store, which the compiler does not move them over.
+        values = ()
+        others = ()
+        for u in tl.static_range(UNROLL):
+            row = start + u
+            row_of_x = x + row * by_row
+            right = tl.where((row >= 0) & (row < H), limit, 0)
+            values += _row(row_of_x, w, right, centre, by_column, BEFORE, WIDE, NORMALIZE, QUADS, ACC)
+            if ADD:
+                row_of_other = other + (row - HALF) * by_row
+                right = tl.where((row - HALF >= begin) & (row - HALF < end), limit, 0)
+                others += _row(row_of_other, w, right, centre, by_column, 0, STEP, BACKWARD, QUADS, ACC)
+        for u in tl.static_range(UNROLL):
+            row = start + u - HALF  # of y, which has got all it gets after this turn
+            sums = ()
+            for _ in tl.static_range(STEP):
+                sums += (empty,)
+            for dy in tl.static_range(K):
+                for j in tl.static_range(STEP):
+                    total = pending[dy * STEP + j]
+                    for dx in tl.static_range(K):
+                        total = tl.fma(taps[dy * K + dx], values[u * WIDE + BEFORE - HALF + j + dx], total)
+                    sums += (total,)
+            row_of_y = y + row * by_row
+            right = tl.where((row >= begin) & (row < end), limit, 0)
+            results = ()
+            for j in tl.static_range(STEP):
+                out = sums[K * STEP + j]
+                if ADD:
+                    out = out - others[u * STEP + j] * tilt if BACKWARD else out + others[u * STEP + j]
+                if RELU:
+                    out = tl.where(out < 0, 0, out)  # nan stays
+                results += (out,)
+            if QUADS:
+                four = tl.join(tl.join(results[0], results[2]), tl.join(results[1], results[3]))
+                at = row_of_y[:, :, None] + tl.arange(0, 4)[None, None, :]
+                tl.store(at, four.reshape(LANES, BLOCK_C, 4), (w < right)[:, :, None])
+            else:
+                for j in tl.static_range(STEP):
+                    tl.store(row_of_y + j * by_column, results[j], w + j < right)
+            pending = ()
+            for i in tl.static_range(K * STEP):
+                pending += (sums[i],)
+
+
+@triton.jit(do_not_specialize=('N', 'C', 'H', 'W', 'rows', 'strips', 'instances'))
+def _sums_kernel(
+    grad, x, weight, mean, parts, N, C, H, W, rows, strips, instances,
+    K: tl.constexpr, LAST: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, QUADS: tl.constexpr,
+    BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Partial sums ``(part, C, K^2 + 2)``: the taps' gradient times the deviation, ``sum grad``, and the sum of the
+    gradient of the normalized map, in which ``grad`` counts with the taps that do not reach over the border."""
+    HALF: tl.constexpr = K // 2
+    BEFORE: tl.constexpr = (HALF + 3) // 4 * 4 if QUADS else HALF
+    WIDE: tl.constexpr = STEP + 2 * BEFORE
+    if QUADS:
+        W *= 4
+    group, first_c, first_w, strip = _place(C, W, strips, LAST, LANES * STEP, BLOCK_C)
+    c, w = (first_c + tl.arange(0, BLOCK_C))[None, :], (first_w + STEP * tl.arange(0, LANES))[:, None]
+    place = w * C + c if LAST else c * H * W + w
+    by_row, by_column = (W * C, C) if LAST else (W, 1)
+    limit = tl.where(c < C, W, 0)
+    centre = tl.load(mean + c, c < C, other=0).to(ACC)
+    zero = tl.zeros((LANES, BLOCK_C), ACC)
+    products = ()
+    for _ in tl.static_range(K * K):
+        products += (zero,)
+    columns = ()
+    for _ in tl.static_range(STEP):
+        columns += (zero,)
+    within = zero
+    begin = strip * rows
+    end = tl.minimum(begin + rows, H)
+    for n in range(group * instances, tl.minimum(group * instances + instances, N)):
+        here = tl.full((), n, tl.int64) * C * H * W + place
+        held = ()  # rows row + HALF, ..., row - HALF of grad, where row is that of x
+        for _ in tl.static_range(K * STEP):
+            held += (zero,)
+        for start in range(begin - HALF, end + HALF, UNROLL):
+            values = ()
+            grads = ()
+            for u in tl.static_range(UNROLL):
+                row = start + u
+                row_of_grad = grad + here + (row + HALF) * by_row
+                right = tl.where((row + HALF >= begin) & (row + HALF < end), limit, 0)
+                grads += _row(row_of_grad, w, right, centre, by_column, 0, STEP, False, QUADS, ACC)
+                row_of_x = x + here + row * by_row
+                right = tl.where((row >= 0) & (row < H), limit, 0)
+                values += _row(row_of_x, w, right, centre, by_column, BEFORE, WIDE, True, QUADS, ACC)
+            for u in tl.static_range(UNROLL):
+                newer = ()
+                added = ()
+                for j in tl.static_range(STEP):
+                    newer += (grads[u * STEP + j],)
+                    added += (columns[j] + grads[u * STEP + j],)
+                for i in tl.static_range((K - 1) * STEP):
+                    newer += (held[i],)
+                held = newer
+                columns = added
+                sums = ()
+                for dy in tl.static_range(K):
+                    for dx in tl.static_range(K):
+                        total = products[dy * K + dx]
+                        for j in tl.static_range(STEP):
+                            total = tl.fma(held[dy * STEP + j], values[u * WIDE + BEFORE - HALF + j + dx], total)
+                        sums += (total,)
+                products = sums
+        # Not all taps reach x from the first and last rows. Those that do not are taken off what is added below.
+        for row in range(begin, end):
+            if (row < HALF) | (row >= H - HALF):
+                for j in range(STEP):
+                    value = tl.load(grad + here + row * by_row + j * by_column, w + j < limit, other=0).to(ACC)
+                    for dy in range(K):
+                        for dx in range(K):
+                            off = (row + dy < HALF) | (row + dy >= H + HALF)
+                            sees = off & (w + j + dx >= HALF) & (w + j + dx < W + HALF)
+                            tap = tl.load(weight + c * (K * K) + dy * K + dx, c < C, other=0).to(ACC)
+                            within -= tl.where(sees, tap, 0) * value
+
+    plain = zero
+    for j in tl.static_range(STEP):
+        plain += columns[j]
+        for dx in range(K):
+            tap = tl.zeros((1, BLOCK_C), ACC)
+            for dy in range(K):
+                tap += tl.load(weight + c * (K * K) + dy * K + dx, c < C, other=0).to(ACC)
+            within += tl.where((w + j + dx >= HALF) & (w + j + dx < W + HALF), tap, 0) * columns[j]
+    part = (group * strips + strip) * tl.cdiv(W, LANES * STEP) + first_w // (LANES * STEP)
+    lane = first_c + tl.arange(0, BLOCK_C)
+    out = parts + (part.to(tl.int64) * C + lane) * (K * K + 2)
+    for i in tl.static_range(K * K):
+        tl.store(out + i, tl.sum(products[i], 0), lane < C)
+    tl.store(out + K * K, tl.sum(plain, 0), lane < C)
+    tl.store(out + (K * K + 1), tl.sum(within, 0), lane < C)
+
+
+@triton.jit(do_not_specialize=('C', 'count', 'total'))
+def _join_kernel(
+    parts, weight, var, grad_weight, grad_bias, slope, shift, C, count, eps, total,
+    TAPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Of one channel: the gradients of taps and bias, and what batch norm's backward subtracts."""
+    c, j = tl.program_id(0), tl.arange(0, BLOCK)
+    joined = tl.zeros((BLOCK_P, BLOCK), ACC)
+    for start in range(0, count, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        place = (p.to(tl.int64) * C + c)[:, None] * (TAPS + 2) + j[None, :]
+        joined += tl.load(parts + place, (p < count)[:, None] & (j < TAPS + 2)[None, :], other=0)
+    sums = tl.sum(joined, 0)
+    scale = 1 / tl.sqrt(tl.load(var + c).to(ACC) + eps)
+    taps = tl.load(weight + c * TAPS + j, j < TAPS, other=0).to(ACC)
+    tl.store(grad_weight + c * TAPS + j, sums * scale, j < TAPS)
+    tl.store(grad_bias + c + j * 0, sums, j == TAPS)
+    values = tl.full((), total, ACC)
+    tl.store(slope + c, tl.sum(taps * sums, 0) * scale * scale * scale / values)
+    tl.store(shift + c, tl.sum(tl.where(j == TAPS + 1, sums, 0), 0) * scale / values)
+
+
+def _tile(x: Tensor, size: int) -> dict[str, int]:
+    """Lanes along the columns, columns of a lane, channels, rows that are loaded at a time, and warps."""
+    step = 4 if x.shape[3] > 8 else 1
+    if is_channels_last(x):
+        lanes = power_of_two(triton.cdiv(x.shape[3], step), 1, 4)
+        return dict(LANES=lanes, STEP=step, QUADS=False, BLOCK_C=32, UNROLL=2 if size <= 5 else 1, num_warps=lanes)
+    # One warp, which more columns than the map has would leave idle, and more channels make read from more places.
+    padded = {lanes: triton.cdiv(x.shape[3], lanes * step) * lanes for lanes in (4, 8, 16, 32)}
+    lanes = max(lanes for lanes in padded if padded[lanes] <= 1.15 * min(padded.values()))
+    quads = step == 4 and x.shape[3] % 4 == 0
+    return dict(LANES=lanes, STEP=step, QUADS=quads, BLOCK_C=32 // lanes, UNROLL=2, num_warps=1)
+
+
+def _cut(x: Tensor, tile: dict[str, int], size: int) -> dict[str, int]:
+    """Rows of a program, at least so many that those it loads for its border are few, and the strips they make."""
+    height = x.shape[2]
+    count = pieces(height, x.shape[0] * _columns(x, tile), 4 * size)
+    rows = triton.cdiv(height, count)
+    return dict(rows=rows, strips=triton.cdiv(height, rows))
+
+
+def _columns(x: Tensor, tile: dict[str, int]) -> int:
+    """Programs of one strip of one instance."""
+    return triton.cdiv(x.shape[1], tile['BLOCK_C']) * triton.cdiv(x.shape[3], tile['LANES'] * tile['STEP'])
+
+
+def _sizes(x: Tensor, tile: dict[str, int]) -> dict[str, int]:
+    return dict(C=x.shape[1], H=x.shape[2], W=x.shape[3] // 4 if tile['QUADS'] else x.shape[3])
+
+
+def _depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 0.0, mean: Tensor | None = None,
+    var: Tensor | None = None, other: Tensor | None = None, slope: Tensor | None = None, shift: Tensor | None = None,
+    normalize: bool = False, backward: bool = False, relu: bool = False,
+) -> Tensor:  # fmt: skip
+    size, tile = weight.shape[-1], _tile(x, weight.shape[-1])
+    cut = _cut(x, tile, size)
+    y = torch.empty_like(x)
+    launch(
+        _depthwise_kernel, x.shape[0] * cut['strips'] * _columns(x, tile), x, x, weight, bias, mean, var, other, slope,
+        shift, y, **_sizes(x, tile), eps=eps, **cut, K=size, NORMALIZE=normalize, BACKWARD=backward,
+        ADD=other is not None, RELU=relu, LAST=is_channels_last(x), **tile,
+    )  # fmt: skip
+    return y
+
+
+def _sums(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
+    """``(parts, C, k^2 + 2)``, see :func:`_sums_kernel`."""
+    size, tile = weight.shape[-1], _tile(x, weight.shape[-1])
+    cut = _cut(x, tile, size)
+    # Small maps: several instances in one program, so that the partial sums stay small against the map.
+    columns = cut['strips'] * _columns(x, tile)
+    groups = pieces(x.shape[0], columns, max(1, 2048 // (cut['rows'] * tile['LANES'] * tile['STEP'])))
+    instances = triton.cdiv(x.shape[0], groups)
+    groups = triton.cdiv(x.shape[0], instances)
+    count = groups * cut['strips'] * triton.cdiv(x.shape[3], tile['LANES'] * tile['STEP'])
+    parts = torch.empty(count, x.shape[1], size * size + 2, dtype=wide(x.dtype), device=x.device)
+    launch(
+        _sums_kernel, groups * columns, x, grad, x, weight, mean, parts, x.shape[0], **_sizes(x, tile), **cut,
+        instances=instances, K=size, LAST=is_channels_last(x), **tile,
+    )  # fmt: skip
+    return parts
+
+
+def _join(parts: Tensor, x: Tensor, weight: Tensor, var: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """Gradients of taps and bias, slope and shift of the gradient of x."""
+    channels, taps = x.shape[1], weight.shape[-1] ** 2
+    grad_weight, grad_bias = parts.new_empty(weight.shape), parts.new_empty(channels)
+    slope, shift = parts.new_empty(2, channels)
+    launch(
+        _join_kernel, channels, x, parts, weight, var, grad_weight, grad_bias, slope, shift, channels, len(parts), eps,
+        x.numel() // channels, TAPS=taps, BLOCK=triton.next_power_of_2(taps + 2),
+        BLOCK_P=power_of_two(len(parts), 1, 16),
+    )  # fmt: skip
+    return grad_weight, grad_bias, slope, shift
+
+
+def bnet(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Depthwise convolution of the map, normalized with its own statistics; their mean and biased variance ``(C,)``.
+
+    x ``(N, C, H, W)`` with two values a channel or more, weight ``(C, 1, k, k)``, k odd, bias ``(C,)``.
+    """
+    x = dense(x)
+    mean, var = moments(x)
+    y = _depthwise(x, weight.contiguous(), bias.contiguous(), eps=eps, mean=mean, var=var, normalize=True)
+    return y, mean, var
+
+
+def bnet_given(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """:func:`bnet` with the statistics ``mean`` and ``var`` ``(C,)``, which are constants: ``norm_eval``."""
+    x, (weight, bias, mean, var) = dense(x), (t.contiguous() for t in (weight, bias, mean, var))
+    return _depthwise(x, weight, bias, eps=eps, mean=mean, var=var, normalize=True)
+
+
+def bnet_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, of_batch: bool, needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, and, in fp32 or fp64, of weight and bias; those not needed are empty.
+
+    ``of_batch``: mean and var are those of x itself, through which its gradient flows, too.
+    """
+    x, (weight, mean, var) = dense(x), (t.contiguous() for t in (weight, mean, var))
+    grad = like(grad, x)
+    grad_x, grad_weight, grad_bias, slope, shift = x.new_empty(0), *_nothing(x), None, None
+    if needs_weight or (needs_x and of_batch):
+        grad_weight, grad_bias, slope, shift = _join(_sums(grad, x, weight, mean), x, weight, var, eps)
+    if needs_x:
+        through = dict(other=x, mean=mean, slope=slope, shift=shift) if of_batch else {}
+        grad_x = _depthwise(grad, weight, None, eps=eps, var=var, backward=True, **through)
+    return (grad_x, grad_weight, grad_bias) if needs_weight else (grad_x, *_nothing(x))
+
+
+def bnet_inference(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """``relu(depthwise(x) + bias + residual)`` in one pass: what is left of BNET, and the end of a residual block.
+
+    residual: like x, or None; relu: False leaves it out. Accumulates in fp32, result in the dtype of x.
+    """
+    x = dense(x)
+    other = None if residual is None else like(residual, x)
+    return _depthwise(x, weight.contiguous(), bias.contiguous(), other=other, relu=relu)
+
+
+def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two, as operators must not return one tensor twice."""
+    return x.new_empty(0, dtype=wide(x.dtype)), x.new_empty(0, dtype=wide(x.dtype))
+
+
+bnet_op, bnet_given_op, bnet_backward_op, bnet_inference_op = (
+    torch.library.custom_op(f'mmdet_norms::{function.__name__}', function, mutates_args=())
+    for function in (bnet, bnet_given, bnet_backward, bnet_inference)
+)
+
+
+@bnet_op.register_fake
+def _(x, weight, bias, eps):
+    mean, var = (x.new_empty(x.shape[1], dtype=wide(x.dtype)) for _ in range(2))
+    return torch.empty_like(dense(x)), mean, var
+
+
+@bnet_given_op.register_fake
+def _(x, weight, bias, mean, var, eps):
+    return torch.empty_like(dense(x))
+
+
+@bnet_backward_op.register_fake
+def _(grad, x, weight, mean, var, eps, of_batch, needs_x, needs_weight):
+    grad_x = torch.empty_like(dense(x)) if needs_x else x.new_empty(0)
+    if not needs_weight:
+        return grad_x, *_nothing(x)
+    return grad_x, *(x.new_empty(shape, dtype=wide(x.dtype)) for shape in (weight.shape, x.shape[1]))
+
+
+@bnet_inference_op.register_fake
+def _(x, weight, bias, residual, relu):
+    return torch.empty_like(dense(x))
+
+
+def _save(ctx, inputs, output):
+    x, weight, *_, eps = inputs
+    ctx.of_batch, ctx.eps = len(inputs) == 4, eps
+    mean, var = output[1:] if ctx.of_batch else inputs[3:5]
+    ctx.save_for_backward(x, weight, mean, var)
+
+
+def _backward_by(function):
+    def backward(ctx, grad, *_):
+        x, weight, mean, var = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_x, grad_weight, grad_bias = function(
+            grad, x, weight, mean, var, ctx.eps, ctx.of_batch, needs_x, needs_weight or needs_bias
+        )
+        constants = (None,) * (1 if ctx.of_batch else 3)
+        return (
+            grad_x if needs_x else None,
+            grad_weight.to(weight.dtype) if needs_weight else None,
+            grad_bias.to(weight.dtype) if needs_bias else None,
+            *constants,
+        )
+
+    return backward
+
+
+bnet_op.register_autograd(_backward_by(bnet_backward_op), setup_context=_save)
+bnet_given_op.register_autograd(_backward_by(bnet_backward_op), setup_context=_save)
+
+
+class EagerBNET(torch.autograd.Function):
+    """``torch.ops.mmdet_norms.bnet`` in half the time that the operator takes besides its kernels."""
+
+    forward = staticmethod(bnet)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(once_differentiable(_backward_by(bnet_backward)))
+
+
+class EagerBNETGiven(torch.autograd.Function):
+    """The same of ``torch.ops.mmdet_norms.bnet_given``."""
+
+    forward = staticmethod(bnet_given)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(once_differentiable(_backward_by(bnet_backward)))

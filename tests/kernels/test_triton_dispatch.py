@@ -1,0 +1,135 @@
+"""When the Triton kernels are taken, what happens where they are not, and that GPUs could run them."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmdet_norms.kernels import passes, triton
+from mmdet_norms.layers import BNET
+
+CPU = torch.device('cpu')
+needs_triton = pytest.mark.skipif(find_spec('triton') is None, reason='Triton is not installed; torch for GPUs has it')
+
+
+@pytest.fixture
+def asked_anew(monkeypatch):
+    """As on a machine that has Triton, and has not tried it yet."""
+    monkeypatch.setattr(triton, '_answers', {})
+    monkeypatch.setattr(triton, '_DEVICES', ('cpu',))
+    monkeypatch.setattr(triton, 'find_spec', lambda name: object())
+    monkeypatch.setenv('MMDET_NORMS_TRITON', '1')
+
+
+def test_training_on_a_cpu_does_not_import_the_kernels():
+    code = (
+        'import sys, torch, mmdet_norms.layers as l\n'
+        'for layer in (l.BNET(4), l.MABN(4), l.AN(4), l.CBN(4)): layer(torch.randn(2, 4, 5, 5)).sum().backward()\n'
+        'print(any(name.startswith("mmdet_norms.kernels.triton.") for name in sys.modules))'
+    )
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert done.stdout.split()[-1] == 'False', done.stderr
+
+
+def test_a_cpu_is_not_served():
+    x = torch.randn(1, 2, 3, 3)
+    assert not triton.serves(x) and not passes._has_triton(x)
+    assert 'BNET' not in str(BNET(2)(x.requires_grad_()).grad_fn)
+
+
+def test_they_are_off_unless_the_environment_asks_for_them(asked_anew, monkeypatch, recwarn):
+    monkeypatch.delenv('MMDET_NORMS_TRITON')
+    assert not triton.serves(torch.randn(1, 2, 3, 3))
+    assert not recwarn.list
+
+
+def test_no_triton_or_an_old_one_means_none_without_a_word(asked_anew, monkeypatch, recwarn):
+    monkeypatch.setitem(sys.modules, 'triton', SimpleNamespace(__version__='3.2.0'))
+    assert not triton.serves(torch.randn(1, 2, 3, 3))
+    triton._answers.clear()
+    monkeypatch.setattr(triton, 'find_spec', lambda name: None)
+    assert not triton.serves(torch.randn(1, 2, 3, 3))
+    assert not recwarn.list
+
+
+def test_a_triton_that_does_not_work_warns_once_and_training_goes_on(asked_anew, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'triton', None)  # import triton raises
+    x, layer = torch.randn(2, 2, 3, 3, requires_grad=True), BNET(2)
+    with pytest.warns(UserWarning, match='do not work here.*MMDET_NORMS_TRITON=1') as caught:
+        layer(x).sum().backward()
+        layer(x).sum().backward()
+    assert len(caught) == 1
+    torch.testing.assert_close(x.grad, torch.zeros_like(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('relu', [False, True])
+@pytest.mark.parametrize('residual', [False, True])
+def test_inference_without_them_is_torchs_and_differentiable(residual, relu):
+    x, other = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(3, 1, 5, 5, requires_grad=True), torch.randn(3, requires_grad=True)
+    y = triton.bnet_inference(x, weight, bias, other if residual else None, relu)
+    expected = F.conv2d(x, weight.double(), bias.double(), padding=2, groups=3) + (other if residual else 0)
+    torch.testing.assert_close(y, expected.relu() if relu else expected)
+    y.sum().backward()
+    assert weight.grad is not None and bias.grad is not None
+
+
+TYPES = {torch.float16: 'fp16', torch.float32: 'fp32', torch.bfloat16: 'bf16'}
+
+
+def compile_for_a_gpu(kernel, options, *args, **sizes):
+    """To machine code of compute capability 9.0, with what a launch on that GPU would have been called with."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    values, constants, signature, aligned = {**dict(zip(kernel.arg_names, args)), **sizes}, {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[(i,)] = 'constexpr', value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], aligned[(i,)] = f'*{TYPES[value.dtype]}', [['tt.divisibility', 16]]
+        else:
+            signature[parameter.name] = 'fp32' if isinstance(value, float) else 'i32'
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    return compile(source, target=GPUTarget('cuda', 90, 32), options=options)
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get('TRITON_INTERPRET') == '1', reason='Triton interprets in this process')
+@pytest.mark.parametrize(
+    'dtype, layout, width', [(torch.float16, torch.contiguous_format, 12), (torch.float32, torch.channels_last, 9)]
+)
+def test_every_kernel_compiles_for_a_gpu_that_is_not_there(dtype, layout, width, monkeypatch, tmp_path):
+    """The interpreter takes code that the compiler does not."""
+    from mmdet_norms.kernels.triton import bnet
+    from mmdet_norms.kernels.triton import passes as kernels
+
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    compiled = []
+
+    def launch(kernel, programs, x, *args, num_warps=4, **sizes):
+        options = dict(num_warps=num_warps, enable_fp_fusion=True)
+        result = compile_for_a_gpu(kernel, options, *args, **sizes, ACC=bnet.tl.float32)
+        assert result.asm['cubin']
+        compiled.append(kernel.__name__)
+
+    monkeypatch.setattr(bnet, 'launch', launch)
+    monkeypatch.setattr(kernels, 'launch', launch)
+    x = torch.ones(2, 4, 5, width, dtype=dtype).contiguous(memory_format=layout)
+    weight, (bias, mean, var) = torch.ones(4, 1, 3, 3), torch.ones(3, 4)
+    bnet.bnet(x, weight, bias, 1e-5)
+    bnet.bnet_backward(x, x, weight, mean, var, 1e-5, True, True, True)
+    bnet.bnet_inference(x, weight, bias, x, True)
+    kernels.second_moment(x)
+    kernels.gradient_sums(x, x, mean)
+    kernels.affine(x, mean, mean, mean)
+    kernels.gradient(x, x, *torch.ones(4, 2, 4))
+    written = {name for module in (bnet, kernels) for name in vars(module) if name.endswith('_kernel')}
+    assert set(compiled) == written
