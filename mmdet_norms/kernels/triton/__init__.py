@@ -2,7 +2,8 @@
 
 Triton comes with torch's GPU builds and is imported when it is first needed. Where it is missing or does not work, on
 other devices, and without ``MMDET_NORMS_TRITON=1`` in the environment, :func:`serves` says so, and everything is
-computed as on any machine. The kernels are operators of torch (``torch.ops.mmdet_norms``), known to autograd and the compiler.
+computed as on any machine. The kernels are operators of torch (``torch.ops.mmdet_norms``), known to autograd and the
+compiler.
 """
 
 import os
