@@ -116,6 +116,22 @@ def test_every_pass_equals_its_formula(per_instance, dtype, tolerance, layout):
             close(passes.second_moment(x), exact.square().mean(over), exactly)
 
 
+def test_nan_stays_nan():
+    x = torch.ones(1, 2, 5, 12, device=GPU)
+    x[0, 0, 0, 0] = torch.nan
+    assert [v.isnan().tolist() for v in passes.moments(x)] == [[True, False]] * 2
+    y = triton.bnet_inference(x, torch.ones(2, 1, 3, 3, device=GPU), torch.ones(2, device=GPU), None, True)
+    assert y.isnan().sum() == 4
+
+
+def test_moments_survive_a_huge_mean():
+    x = (torch.randn(2, 64, 200, 336, device=GPU, dtype=torch.float64) + 1e4).float()
+    for per_instance, over in ((False, (0, 2, 3)), (True, (2, 3))):
+        mean, var = passes.moments(x, per_instance)
+        torch.testing.assert_close(mean.double(), x.double().mean(over), rtol=2e-7, atol=0)
+        torch.testing.assert_close(var.double(), x.double().var(over, correction=0), rtol=1e-4, atol=0)
+
+
 LAYERS = {
     'BNET-3': lambda c: BNET(c, 3),
     'BNET-5': lambda c: BNET(c, 5),
