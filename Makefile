@@ -53,6 +53,7 @@ bench: $(STAMP)
 
 lint: $(STAMP)
 	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check --quiet .
 
 clean:
 	rm -rf work_dirs data/shapes

@@ -108,12 +108,17 @@ def test_layers_import_torch_and_each_other_only():
             assert ours or top == 'torch' or top in sys.stdlib_module_names, f'{path.name} imports {name}'
 
 
-@pytest.mark.parametrize('below, above', [('kernels', ('layers', 'models', 'registry', 'placement', 'engine', 'cli')),
-                                          ('registry.py', ('models', 'placement', 'engine', 'cli', 'datasets')),
-                                          ('models', ('placement', 'engine', 'cli', 'datasets')),
-                                          ('placement.py', ('models', 'registry', 'layers', 'engine', 'cli')),
-                                          ('engine', ('cli',)),
-                                          ('compat', ('layers', 'models', 'registry', 'placement', 'engine', 'cli'))])
+@pytest.mark.parametrize(
+    'below, above',
+    [
+        ('kernels', ('layers', 'models', 'registry', 'placement', 'engine', 'cli')),
+        ('registry.py', ('models', 'placement', 'engine', 'cli', 'datasets')),
+        ('models', ('placement', 'engine', 'cli', 'datasets')),
+        ('placement.py', ('models', 'registry', 'layers', 'engine', 'cli')),
+        ('engine', ('cli',)),
+        ('compat', ('layers', 'models', 'registry', 'placement', 'engine', 'cli')),
+    ],
+)
 def test_imports_run_downwards(below, above):
     where = PACKAGE / below
     for path in where.rglob('*.py') if where.is_dir() else [where]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
 """Write the generated ``shapes`` dataset; see ``python tools/make_shapes.py --help``."""
+
 import sys
 from pathlib import Path
 

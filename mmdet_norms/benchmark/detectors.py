@@ -64,8 +64,14 @@ class Detectors:
         """
         images = self.batch if mode == 'train' else 1
         group = Group('detector', mode, self.setting, (images, 3, *self.image), images=images)
-        data = demo_mm_inputs(images, (3, *self.image), [_BOXES_PER_IMAGE] * images, with_mask=True,
-                              use_box_type=True, device=str(self.setting.device))
+        data = demo_mm_inputs(
+            images,
+            (3, *self.image),
+            [_BOXES_PER_IMAGE] * images,
+            with_mask=True,
+            use_box_type=True,
+            device=str(self.setting.device),
+        )
         for sample in data['data_samples']:
             sample.gt_instances.labels.zero_()  # the one class that every detector has
         for name, model in self._built().items():

@@ -224,8 +224,11 @@ def failed_entry(label: str, error: Exception) -> Entry:
 
 def settling_calls(model: nn.Module) -> int:
     """Training steps after which CBN's history is full and :func:`settle` finds what it needs."""
-    counts = [m.buffer_num + 1 if isinstance(m, (CBN, ReferenceCBN)) else 1
-              for m in model.modules() if isinstance(m, (CBN, MABN, ReferenceCBN, ReferenceMABN))]
+    counts = [
+        m.buffer_num + 1 if isinstance(m, (CBN, ReferenceCBN)) else 1
+        for m in model.modules()
+        if isinstance(m, (CBN, MABN, ReferenceCBN, ReferenceMABN))
+    ]
     return max(counts, default=0)
 
 

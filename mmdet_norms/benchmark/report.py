@@ -31,9 +31,7 @@ _ONLY_IN_FILES = ('ms spread', 'peak ratio', 'parameters M')
 
 
 def _spread(name: str, digits: int) -> Callable[[dict], str | None]:
-    return lambda row: (
-        f'{row[f"{name}_q1"]:.{digits}f}-{row[f"{name}_q3"]:.{digits}f}' if f'{name}_q1' in row else None
-    )
+    return lambda row: f'{row[f"{name}_q1"]:.{digits}f}-{row[f"{name}_q3"]:.{digits}f}' if f'{name}_q1' in row else None
 
 
 def _number(name: str, digits: int, unit: float = 1) -> Callable[[dict], str | None]:
@@ -169,8 +167,14 @@ def _draw_group(axis, group: dict) -> None:
         axis.barh(i, ratio, color=_COLOURS[kind], xerr=error, error_kw=dict(lw=1, capsize=2))
         right = row.get('ratio_q3', ratio)
         digits = 0 if row['ms'] >= 100 else 1 if row['ms'] >= 10 else 2
-        axis.annotate(f'{ratio:.2f}  ({row["ms"]:.{digits}f} ms)', (right, i), (4, 0), textcoords='offset points',
-                      va='center', fontsize=7)
+        axis.annotate(
+            f'{ratio:.2f}  ({row["ms"]:.{digits}f} ms)',
+            (right, i),
+            (4, 0),
+            textcoords='offset points',
+            va='center',
+            fontsize=7,
+        )
     axis.set_yticks(range(len(rows)), [row['name'] for row in rows], fontsize=8)
     axis.axvline(1, color='black', lw=0.8, ls=':')
     axis.margins(x=0.25)

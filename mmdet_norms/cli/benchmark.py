@@ -71,12 +71,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"layers for layer and conv, from: {', '.join(layers.LAYERS)}; or any norm_cfg: 'BNET(kernel_size=9)'",
     )
     parser.add_argument('--no-reference', action='store_true', help='without the published formulations')
-    parser.add_argument('--size', nargs=4, type=int, metavar=('N', 'C', 'H', 'W'),
-                        help='feature map of level layer; default 2 256 100 160')
-    parser.add_argument('--conv-size', nargs=4, type=int, metavar=('N', 'C', 'H', 'W'),
-                        help='input of level conv; default 2 256 50 80')
-    parser.add_argument('--config', nargs='+', metavar='CONFIG',
-                        help=f'detectors; default {detectors.CONFIG}')
+    parser.add_argument(
+        '--size',
+        nargs=4,
+        type=int,
+        metavar=('N', 'C', 'H', 'W'),
+        help='feature map of level layer; default 2 256 100 160',
+    )
+    parser.add_argument(
+        '--conv-size', nargs=4, type=int, metavar=('N', 'C', 'H', 'W'), help='input of level conv; default 2 256 50 80'
+    )
+    parser.add_argument('--config', nargs='+', metavar='CONFIG', help=f'detectors; default {detectors.CONFIG}')
     parser.add_argument(
         '--norm',
         nargs='+',
@@ -84,24 +89,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f'put each of these into every --config: {", ".join(PLACEMENTS)}; default: the configs as they are, or '
         f'{" ".join(detectors.NORMS_BY_DEFAULT)} without --config',
     )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='change values of the configs')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='change values of the configs'
+    )
     parser.add_argument('--image', nargs=2, type=int, metavar=('H', 'W'), help='image of detectors; default 512 800')
     parser.add_argument('--batch', type=int, default=2, help='images of a training step; default 2')
     parser.add_argument('--no-fuse', action='store_true', help='without inference with folded norms')
-    parser.add_argument('--tune-mode', action='store_true',
-                        help='train detectors with norms of fixed statistics computed in their convolutions as well')
+    parser.add_argument(
+        '--tune-mode',
+        action='store_true',
+        help='train detectors with norms of fixed statistics computed in their convolutions as well',
+    )
     parser.add_argument('--device', help='cpu, cuda, cuda:1, ...; default: cuda where there is one')
-    parser.add_argument('--precision', nargs='+', choices=list(PRECISIONS), default=['fp32'],
-                        help='fp32, or mixed precision in bf16 or fp16; default fp32')
+    parser.add_argument(
+        '--precision',
+        nargs='+',
+        choices=list(PRECISIONS),
+        default=['fp32'],
+        help='fp32, or mixed precision in bf16 or fp16; default fp32',
+    )
     parser.add_argument('--layout', nargs='+', choices=list(LAYOUTS), default=['nchw'], help='default nchw')
     parser.add_argument('--threads', type=int, help='CPU threads of torch')
-    parser.add_argument('--repeats', type=int,
-                        help='timed calls of each candidate; default 20, and 5 of a detector on a CPU')
+    parser.add_argument(
+        '--repeats', type=int, help='timed calls of each candidate; default 20, and 5 of a detector on a CPU'
+    )
     parser.add_argument('--warmup', type=int, help='calls before, beside those that full histories take; default 3')
     parser.add_argument('--quick', action='store_true', help='small maps and images, 3 repeats: a look, not a result')
-    parser.add_argument('--out', default='work_dirs/benchmark', metavar='DIR',
-                        help='for benchmark.json, .md and .png; default work_dirs/benchmark')
+    parser.add_argument(
+        '--out',
+        default='work_dirs/benchmark',
+        metavar='DIR',
+        help='for benchmark.json, .md and .png; default work_dirs/benchmark',
+    )
     args = parser.parse_args(argv)
     args.device = str(_device(args.device))
     _fill_in(args)
@@ -152,8 +171,10 @@ def make_plan(args: argparse.Namespace) -> Iterator[Callable[[], Group]]:
     levels = [level for level in LEVELS if level in args.level]
     modes = {level: [mode for mode in _modes(level) if args.mode is None or mode in args.mode] for level in levels}
     if not any(modes.values()):
-        raise UserError(f'--mode {" ".join(args.mode)}: level {" ".join(levels)} has none of them; it has '
-                        f'{", ".join(mode for level in levels for mode in _modes(level))}')
+        raise UserError(
+            f'--mode {" ".join(args.mode)}: level {" ".join(levels)} has none of them; it has '
+            f'{", ".join(mode for level in levels for mode in _modes(level))}'
+        )
     for name in args.layers or ():
         try:
             layers.norm_cfg_of(name)
@@ -181,9 +202,7 @@ def _groups(args: argparse.Namespace, modes: dict[str, list[str]], configs: dict
             if configs:
                 models = detectors.Detectors(configs, setting, tuple(args.image), args.batch)
                 for mode in modes['detector'][::-1]:  # inference first
-                    yield lambda models=models, mode=mode: models.group(
-                        mode, not args.no_fuse, args.tune_mode
-                    )
+                    yield lambda models=models, mode=mode: models.group(mode, not args.no_fuse, args.tune_mode)
 
 
 def _configs(args: argparse.Namespace) -> dict[str, Config]:
@@ -209,7 +228,11 @@ def _configs(args: argparse.Namespace) -> dict[str, Config]:
 
 def _measure(group: Group, repeats: int, warmup: int) -> dict:
     columns = (
-        TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        TextColumn('{task.description}'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
     title = group.title[:_TITLE_WIDTH]
     with Progress(*columns, console=Console(stderr=True)) as bar:

@@ -48,13 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog='tools/picture_sheet.py', description='Draw detections against ground truth.'
-    )
+    parser = argparse.ArgumentParser(prog='tools/picture_sheet.py', description='Draw detections against ground truth.')
     parser.add_argument('config', help='the config that made the results; its test data are drawn')
-    parser.add_argument(
-        'results', help='what tools/test.py --out wrote (a pickle: only open one that you trust)'
-    )
+    parser.add_argument('results', help='what tools/test.py --out wrote (a pickle: only open one that you trust)')
     parser.add_argument('--out', metavar='FILE.png', default='sheet.png', help='default: sheet.png')
     parser.add_argument('--num', type=int, default=12, help='number of images, spread over the data set')
     parser.add_argument('--score-thr', type=float, default=0.5, help='least score to draw (default: 0.5)')
@@ -63,9 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_pairs(
-    dataset, results: list[dict], colours: dict[str, Colour], num: int, score_thr: float
-) -> list[Pair]:
+def make_pairs(dataset, results: list[dict], colours: dict[str, Colour], num: int, score_thr: float) -> list[Pair]:
     """``num`` images, evenly spread over the results, each with its ground truth and detections."""
     truth = {info['img_id']: info for info in (dataset.get_data_info(i) for i in range(len(dataset)))}
     unknown = [result['img_id'] for result in results if result['img_id'] not in truth]

@@ -140,8 +140,7 @@ def _draw_into(cfg: Config, directory: str) -> None:
     hooks = cfg.get('default_hooks', {})
     if 'visualization' not in hooks:
         raise UserError(
-            '--show-dir needs a visualization hook; set '
-            "default_hooks.visualization=dict(type='DetVisualizationHook')"
+            "--show-dir needs a visualization hook; set default_hooks.visualization=dict(type='DetVisualizationHook')"
         )
     # an absolute path is taken as it is, a relative one would land in the dated folder of the run
     hooks.visualization.update(draw=True, test_out_dir=os.path.abspath(directory))

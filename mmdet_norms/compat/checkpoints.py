@@ -84,9 +84,11 @@ def explain_refusal(path: str) -> str:
         found = f' (it asks for: {names})' if names else ''
     except Exception:  # an older torch, or no readable zip: the message stands without the names
         pass
-    return (f'refused to load the checkpoint {path}: it holds more than tensors and plain data{found}, '
-            'and unpickling such objects can run any code. If you trust its origin, load it once '
-            'yourself and save only its "state_dict" with torch.save.')
+    return (
+        f'refused to load the checkpoint {path}: it holds more than tensors and plain data{found}, '
+        'and unpickling such objects can run any code. If you trust its origin, load it once '
+        'yourself and save only its "state_dict" with torch.save.'
+    )
 
 
 def _reason(error: Exception) -> str:

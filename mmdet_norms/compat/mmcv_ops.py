@@ -9,6 +9,7 @@ A compiled mmcv, where there is one, is left alone and used.
 The functions here have the signatures that mmcv's Python wrappers call: results are written into
 the tensors passed in. Autograd comes from the wrappers (``mmcv.ops.roi_align`` and so on).
 """
+
 import functools
 import importlib.util
 import logging
@@ -37,8 +38,10 @@ EXT_NAME = 'mmcv._ext'
 NMS_BLOCK = 128
 # Non-zeros of the RoIAlign matrix held at a time; one takes about 100 bytes in temporaries.
 ROI_ALIGN_BUDGET = 4_000_000
-_REMEDY = ("For all ops replace mmcv-lite by the full mmcv: `pip uninstall mmcv-lite`, then `pip install "
-           "'mmcv>=2.0.0,<2.2.0'` (a wheel for your torch and CUDA, or 10-40 minutes of building).")
+_REMEDY = (
+    'For all ops replace mmcv-lite by the full mmcv: `pip uninstall mmcv-lite`, then `pip install '
+    "'mmcv>=2.0.0,<2.2.0'` (a wheel for your torch and CUDA, or 10-40 minutes of building)."
+)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
@@ -93,8 +96,16 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) ->
 
 
 @torch.no_grad()
-def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, sigma: float,
-            min_score: float, method: int, offset: int) -> Tensor:
+def softnms(
+    boxes: Tensor,
+    scores: Tensor,
+    dets: Tensor,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: int,
+    offset: int,
+) -> Tensor:
     """Soft-NMS: take the best box, lower the scores of the others by their overlap, repeat.
 
     The factor is ``[iou < t]`` (method 0, naive), ``1 - iou`` where ``iou >= t`` (1, linear) or
@@ -121,7 +132,7 @@ def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, s
         iou = _pairwise_iou(left[:1, :4], left[1:, :4], offset)[0].nan_to_num_(nan=0)
         left, inds = left[1:], inds[1:]
         if method == 2:
-            left[:, 4] *= torch.exp(-iou**2 / sigma)
+            left[:, 4] *= torch.exp(-(iou**2) / sigma)
         else:
             left[:, 4] *= torch.where(iou >= iou_threshold, (1 - iou) * method, 1)
         alive = ~(left[:, 4] < min_score)
@@ -158,8 +169,11 @@ def _axis_taps(start: Tensor, length: Tensor, bins: int, sampling_ratio: int, si
     sample = torch.arange(most, device=start.device, dtype=start.dtype)
     # Surplus samples of RoIs with a smaller grid repeat the last one, at weight zero.
     used = torch.minimum(sample, grid - 1)
-    at = (start[:, None, None] + torch.arange(bins, device=start.device)[:, None] * bin_size
-          + (used + 0.5) * bin_size / divisor)
+    at = (
+        start[:, None, None]
+        + torch.arange(bins, device=start.device)[:, None] * bin_size
+        + (used + 0.5) * bin_size / divisor
+    )
     inside = (sample < grid) & (at >= -1) & (at <= size)
     share = inside / divisor
     at = at.nan_to_num_(nan=0).clamp_(0, size - 1)
@@ -185,9 +199,9 @@ def _expand(counts: Tensor) -> tuple[Tensor, Tensor]:
     return group, torch.arange(len(group), device=counts.device) - first[group]
 
 
-def _roi_align_matrix(rois: Tensor, shape: torch.Size, bins: tuple[int, int],
-                      spatial_scale: float, sampling_ratio: int,
-                      aligned: bool) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+def _roi_align_matrix(
+    rois: Tensor, shape: torch.Size, bins: tuple[int, int], spatial_scale: float, sampling_ratio: int, aligned: bool
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """RoIAlign as a sparse matrix; it is linear in the features.
 
     A bin is the mean of bilinear samples on a grid. Both are products of a y and an x part, so
@@ -219,29 +233,42 @@ def _roi_align_matrix(rois: Tensor, shape: torch.Size, bins: tuple[int, int],
         line_x = line_bin // (bins_h * bins_w) * bins_w + line_bin % bins_w
         line, x_at = _expand(xs.count[part].view(-1)[line_x])
         x_at += (line_x * xs.pixel.shape[2])[line]
-        yield (part, line_bin[line], line_pixel[line] + xs.pixel[part].view(-1)[x_at],
-               line_weight[line] * xs.weight[part].view(-1)[x_at])
+        yield (
+            part,
+            line_bin[line],
+            line_pixel[line] + xs.pixel[part].view(-1)[x_at],
+            line_weight[line] * xs.weight[part].view(-1)[x_at],
+        )
 
 
 def _sparse_matmul(row: Tensor, column: Tensor, weight: Tensor, rows: int, dense: Tensor) -> Tensor:
     """``out[i] = sum of weight * dense[column] where row == i``; ``row`` must be sorted."""
     counts = torch.bincount(row, minlength=rows)
-    return F.embedding_bag(column, dense, counts.cumsum(0) - counts, mode='sum',
-                           per_sample_weights=weight)
+    return F.embedding_bag(column, dense, counts.cumsum(0) - counts, mode='sum', per_sample_weights=weight)
 
 
 def _check_pool_mode(pool_mode: int) -> None:
     if pool_mode != 1:
         raise NotImplementedError(
             "roi_align with pool_mode='max' is not among the PyTorch ops of mmdet_norms, which "
-            f"know pool_mode='avg'. {_REMEDY}")
+            f"know pool_mode='avg'. {_REMEDY}"
+        )
 
 
 @torch.no_grad()
-def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor,
-                      argmax_x: Tensor, aligned_height: int, aligned_width: int,
-                      spatial_scale: float, sampling_ratio: int, pool_mode: int,
-                      aligned: bool) -> None:
+def roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
     """RoIAlign: each bin of a RoI is the mean of a grid of bilinear samples.
 
     Samples outside [-1, size] count as 0. Half precision is computed in fp32 and rounded once.
@@ -264,36 +291,43 @@ def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Ten
     channels = input.shape[1]
     pixels = _at_least_fp32(input).permute(0, 2, 3, 1).reshape(-1, channels)
     for part, bin_, pixel, weight in _roi_align_matrix(
-            rois.to(pixels), input.shape, (aligned_height, aligned_width), spatial_scale,
-            sampling_ratio, aligned):
+        rois.to(pixels), input.shape, (aligned_height, aligned_width), spatial_scale, sampling_ratio, aligned
+    ):
         out = output[part].permute(0, 2, 3, 1)
         out.copy_(_sparse_matmul(bin_, pixel, weight, out[..., 0].numel(), pixels).view(out.shape))
 
 
 @torch.no_grad()
-def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor,
-                       grad_input: Tensor, aligned_height: int, aligned_width: int,
-                       spatial_scale: float, sampling_ratio: int, pool_mode: int,
-                       aligned: bool) -> None:
+def roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
     """Gradient of :func:`roi_align_forward` by ``input``, written into ``grad_input``."""
     _check_pool_mode(pool_mode)
     channels = grad_output.shape[1]
     grads = _at_least_fp32(grad_output).permute(0, 2, 3, 1)
     total = grads.new_zeros(grad_input[:, 0].numel(), channels)
     for part, bin_, pixel, weight in _roi_align_matrix(
-            rois.to(grads), grad_input.shape, (aligned_height, aligned_width), spatial_scale,
-            sampling_ratio, aligned):
+        rois.to(grads), grad_input.shape, (aligned_height, aligned_width), spatial_scale, sampling_ratio, aligned
+    ):
         # The transposed product. Sorted sums, not atomic adds, so runs repeat exactly on a GPU.
         pixel, order = pixel.sort(stable=True)
-        total += _sparse_matmul(pixel, bin_[order], weight[order], len(total),
-                                grads[part].reshape(-1, channels))
+        total += _sparse_matmul(pixel, bin_[order], weight[order], len(total), grads[part].reshape(-1, channels))
     image = grad_input.permute(0, 2, 3, 1)
     image.copy_(total.view(image.shape))
 
 
 # --- Focal loss ---
-def _focal_terms(input: Tensor, target: Tensor, weight: Tensor,
-                 alpha: float) -> tuple[Tensor, Tensor]:
+def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Per logit the sign of the truth and its alpha factor times the weight."""
     hit = target[:, None] == torch.arange(input.shape[1], device=input.device)
     factor = torch.full_like(_at_least_fp32(input), 1 - alpha).masked_fill_(hit, alpha)
@@ -303,8 +337,9 @@ def _focal_terms(input: Tensor, target: Tensor, weight: Tensor,
 
 
 @torch.no_grad()
-def sigmoid_focal_loss_forward(input: Tensor, target: Tensor, weight: Tensor, output: Tensor,
-                               gamma: float, alpha: float) -> None:
+def sigmoid_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
     """Focal loss ``-a * (1 - p)**gamma * log(p)`` per logit, written into ``output``.
 
     ``p`` is the probability of the truth: ``sigmoid(x)`` with ``a = alpha`` for the target class,
@@ -317,12 +352,13 @@ def sigmoid_focal_loss_forward(input: Tensor, target: Tensor, weight: Tensor, ou
     """
     sign, factor = _focal_terms(input, target, weight, alpha)
     x = _at_least_fp32(input) * sign
-    output.copy_(-factor * torch.sigmoid(-x)**gamma * F.logsigmoid(x))
+    output.copy_(-factor * torch.sigmoid(-x) ** gamma * F.logsigmoid(x))
 
 
 @torch.no_grad()
-def sigmoid_focal_loss_backward(input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor,
-                                gamma: float, alpha: float) -> None:
+def sigmoid_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
+) -> None:
     """Gradient ``-a * (1 - p)**gamma * (1 - p - gamma * p * log(p))`` of the loss by the logit."""
     sign, factor = _focal_terms(input, target, weight, alpha)
     x = _at_least_fp32(input) * sign
@@ -332,9 +368,17 @@ def sigmoid_focal_loss_backward(input: Tensor, target: Tensor, weight: Tensor, g
 
 
 # --- The stand-in for mmcv._ext ---
-SUPPLIED = {op.__name__: op for op in (
-    nms, softnms, roi_align_forward, roi_align_backward, sigmoid_focal_loss_forward,
-    sigmoid_focal_loss_backward)}
+SUPPLIED = {
+    op.__name__: op
+    for op in (
+        nms,
+        softnms,
+        roi_align_forward,
+        roi_align_backward,
+        sigmoid_focal_loss_forward,
+        sigmoid_focal_loss_backward,
+    )
+}
 
 
 class _PyTorchExt(types.ModuleType):
@@ -352,7 +396,8 @@ class _PyTorchExt(types.ModuleType):
                 return 'N/A'
             raise NotImplementedError(
                 f'mmcv op {name!r} is not available: mmcv-lite has no compiled ops and mmdet_norms '
-                f'supplies only {", ".join(SUPPLIED)} in PyTorch. {_REMEDY}')
+                f'supplies only {", ".join(SUPPLIED)} in PyTorch. {_REMEDY}'
+            )
 
         op.__name__ = name
         setattr(self, name, op)
@@ -377,8 +422,10 @@ def describe() -> str:
     """One line that says which mmcv ops are active."""
     if active() == 'compiled':
         return f'mmcv ops: compiled (mmcv {mmcv.__version__})'
-    return (f'mmcv ops: PyTorch, from mmdet_norms (mmcv-lite {mmcv.__version__} has none): '
-            f'{", ".join(SUPPLIED)}; others raise NotImplementedError')
+    return (
+        f'mmcv ops: PyTorch, from mmdet_norms (mmcv-lite {mmcv.__version__} has none): '
+        f'{", ".join(SUPPLIED)}; others raise NotImplementedError'
+    )
 
 
 def install() -> str:

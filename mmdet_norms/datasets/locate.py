@@ -8,8 +8,12 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 
 # Where COCO and common exports of it keep a split's files, relative to the root.
-_ANNOTATIONS = ('annotations/instances_{split}2017.json', 'annotations/instances_{split}.json',
-                'annotations/{split}.json', '{split}.json')
+_ANNOTATIONS = (
+    'annotations/instances_{split}2017.json',
+    'annotations/instances_{split}.json',
+    'annotations/{split}.json',
+    '{split}.json',
+)
 _IMAGES = ('{split}2017/', '{split}/', 'images/{split}2017/', 'images/{split}/', 'images/', '')
 
 
@@ -33,8 +37,10 @@ def use_data_root(cfg: Config, root: str) -> list[str]:
     """
     old = cfg.get('data_root')
     if not old:
-        raise DataRootError('the config has no data_root to replace; set train_dataloader.dataset.data_root and the '
-                            'like by --cfg-options')
+        raise DataRootError(
+            'the config has no data_root to replace; set train_dataloader.dataset.data_root and the '
+            'like by --cfg-options'
+        )
     root = Path(root)
     for split in ('train', 'val', 'test'):
         for key in (f'{split}_dataloader', f'{split}_evaluator'):
@@ -67,7 +73,7 @@ def datasets(node: object) -> Iterator[dict]:
 
 def _moved(node: object, old: str, new: str) -> object:
     if isinstance(node, str):
-        return new + node[len(old):] if node == old or node.startswith(f'{old}/') else node
+        return new + node[len(old) :] if node == old or node.startswith(f'{old}/') else node
     if isinstance(node, dict):
         return type(node)({key: _moved(value, old, new) for key, value in node.items()})
     if isinstance(node, (list, tuple)):
@@ -82,8 +88,10 @@ def _fit_layout(dataset: dict, root: Path, split: str) -> list[str]:
         found = next((name for name in names if (root / name).is_file()), None)
         if found is None:
             looked_for = ', '.join(dict.fromkeys([dataset['ann_file'], *names]))
-            raise DataRootError(f'{root} has no annotations for {split}, looked for {looked_for}; give a folder in '
-                                'COCO format, or set ann_file by --cfg-options')
+            raise DataRootError(
+                f'{root} has no annotations for {split}, looked for {looked_for}; give a folder in '
+                'COCO format, or set ann_file by --cfg-options'
+            )
         notes.append(f'{split}: annotations {found} (the config says {dataset["ann_file"]})')
         dataset['ann_file'] = found
     prefix = dataset.get('data_prefix') or {}
@@ -92,8 +100,10 @@ def _fit_layout(dataset: dict, root: Path, split: str) -> list[str]:
         names = [pattern.format(split=split) for pattern in _IMAGES]
         found = next((name for name in names if (root / name / first['file_name']).is_file()), None)
         if found is None:
-            raise DataRootError(f'{root}: image {first["file_name"]} of {dataset["ann_file"]} is in none of '
-                                f'{prefix["img"]}, {", ".join(name or "./" for name in names)}')
+            raise DataRootError(
+                f'{root}: image {first["file_name"]} of {dataset["ann_file"]} is in none of '
+                f'{prefix["img"]}, {", ".join(name or "./" for name in names)}'
+            )
         notes.append(f'{split}: images {found or "./"} (the config says {prefix["img"]})')
         dataset['data_prefix'] = dict(prefix, img=found)
     return notes

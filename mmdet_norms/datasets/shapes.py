@@ -18,6 +18,7 @@ The folder is read by mmdet's ordinary ``CocoDataset``::
 Image ``i`` of a split is drawn from a random generator seeded with ``[seed, split, i]``, so
 it does not depend on how many images are made, nor on the order in which they are made.
 """
+
 import argparse
 import dataclasses
 import hashlib
@@ -65,8 +66,8 @@ CLASSES = ('ellipse', 'rectangle', 'triangle', 'star', 'cross', 'ring')
 #: ``metainfo`` for mmdet's ``CocoDataset``; the palette is for visualisers only.
 METAINFO = dict(
     classes=CLASSES,
-    palette=[(220, 20, 60), (0, 130, 200), (60, 180, 75), (255, 200, 25), (145, 30, 180),
-             (70, 220, 220)])
+    palette=[(220, 20, 60), (0, 130, 200), (60, 180, 75), (255, 200, 25), (145, 30, 180), (70, 220, 220)],
+)
 
 _SPLITS = ('train', 'val')
 _NAME = 'mmdet_norms shapes'
@@ -113,6 +114,7 @@ class ShapesConfig:
     Raises:
         ValueError: A value is out of range.
     """
+
     size: int = 128
     min_object: float = 0.18
     max_object: float = 0.6
@@ -134,30 +136,28 @@ class ShapesConfig:
                 raise ValueError(f'ShapesConfig: {message}')
 
         check(64 <= self.size <= 1024, f'size must be 64 to 1024 px, not {self.size}')
-        check(0 < self.min_object <= self.max_object <= 0.9,
-              'need 0 < min_object <= max_object <= 0.9 (fractions of the image side), got '
-              f'{self.min_object} and {self.max_object}')
-        check(self.min_object * self.size >= 10,
-              f'min_object * size is {self.min_object * self.size:.1f} px; classes cannot be '
-              'told apart below 10 px')
-        check(1 <= self.max_objects <= 100,
-              f'max_objects must be 1 to 100, not {self.max_objects}')
-        check(0.1 <= self.min_visible <= 1,
-              f'min_visible must be 0.1 to 1, not {self.min_visible}')
-        check(0 <= self.min_contrast <= 0.8,
-              f'min_contrast must be 0 to 0.8, not {self.min_contrast}')
-        for name in ('occlusion', 'texture', 'lighting', 'noise', 'crowd_fraction',
-                     'empty_fraction'):
-            check(0 <= getattr(self, name) <= 1,
-                  f'{name} must be 0 to 1, not {getattr(self, name)}')
-        check(self.crowd_fraction + self.empty_fraction <= 1,
-              'crowd_fraction + empty_fraction must not exceed 1')
+        check(
+            0 < self.min_object <= self.max_object <= 0.9,
+            'need 0 < min_object <= max_object <= 0.9 (fractions of the image side), got '
+            f'{self.min_object} and {self.max_object}',
+        )
+        check(
+            self.min_object * self.size >= 10,
+            f'min_object * size is {self.min_object * self.size:.1f} px; classes cannot be told apart below 10 px',
+        )
+        check(1 <= self.max_objects <= 100, f'max_objects must be 1 to 100, not {self.max_objects}')
+        check(0.1 <= self.min_visible <= 1, f'min_visible must be 0.1 to 1, not {self.min_visible}')
+        check(0 <= self.min_contrast <= 0.8, f'min_contrast must be 0 to 0.8, not {self.min_contrast}')
+        for name in ('occlusion', 'texture', 'lighting', 'noise', 'crowd_fraction', 'empty_fraction'):
+            check(0 <= getattr(self, name) <= 1, f'{name} must be 0 to 1, not {getattr(self, name)}')
+        check(self.crowd_fraction + self.empty_fraction <= 1, 'crowd_fraction + empty_fraction must not exceed 1')
         check(0 <= self.clutter <= 200, f'clutter must be 0 to 200, not {self.clutter}')
         check(0 <= self.blur <= 5, f'blur must be 0 to 5 px, not {self.blur}')
 
 
 class SceneObject(NamedTuple):
     """One annotated thing: an object, or a crowd region."""
+
     label: int  # index into CLASSES
     fine: np.ndarray  # visible mask at 4x the image's resolution, bool
     mask: np.ndarray  # visible mask at image resolution (more than half covered), bool
@@ -167,6 +167,7 @@ class SceneObject(NamedTuple):
 
 class Scene(NamedTuple):
     """An image (H, W, 3 uint8, BGR as OpenCV has it) and what is in it."""
+
     image: np.ndarray
     objects: list[SceneObject]
 
@@ -228,14 +229,12 @@ def _area(contours: Sequence[np.ndarray]) -> float:
     return shoelace(contours[0]) - sum(shoelace(p) for p in contours[1:])
 
 
-def _fine_points(contours: Sequence[np.ndarray], centre: tuple[float, float]
-                 ) -> list[np.ndarray]:
+def _fine_points(contours: Sequence[np.ndarray], centre: tuple[float, float]) -> list[np.ndarray]:
     # Continuous image coordinates to indices of fine pixel centres.
     return [np.rint((p + centre) * _SUPERSAMPLE - 0.5).astype(np.int32) for p in contours]
 
 
-def _patch(points: Sequence[np.ndarray], side: int
-           ) -> tuple[tuple[slice, slice], np.ndarray] | None:
+def _patch(points: Sequence[np.ndarray], side: int) -> tuple[tuple[slice, slice], np.ndarray] | None:
     """The fine mask of an outline, cut to its bounding box within the image."""
     x0, y0 = np.maximum(points[0].min(0), 0)
     x1, y1 = np.minimum(points[0].max(0) + 1, side)
@@ -249,8 +248,7 @@ def _patch(points: Sequence[np.ndarray], side: int
 # --------------------------------------------------------------------------------------
 # Scenes
 # --------------------------------------------------------------------------------------
-def _colour(rng: np.random.Generator, others: Sequence[tuple[np.ndarray, float]]
-            ) -> np.ndarray:
+def _colour(rng: np.random.Generator, others: Sequence[tuple[np.ndarray, float]]) -> np.ndarray:
     """A random colour at the given distances from others, or the best of 30 tries."""
     candidates = rng.uniform(0.05, 0.95, (30, 3))
     slack = np.full(30, np.inf)
@@ -272,8 +270,9 @@ def _texture(size: int, amplitude: float, rng: np.random.Generator) -> np.ndarra
         period = size * rng.uniform(0.05, 0.3)
         angle, phase = rng.uniform(0, 2 * math.pi, 2)
         ramp = np.arange(size, dtype=np.float32) * np.float32(2 * math.pi / period)
-        field += np.sin(ramp[None] * np.float32(math.cos(angle))
-                        + ramp[:, None] * np.float32(math.sin(angle)) + np.float32(phase))
+        field += np.sin(
+            ramp[None] * np.float32(math.cos(angle)) + ramp[:, None] * np.float32(math.sin(angle)) + np.float32(phase)
+        )
     return field * np.float32(amplitude)
 
 
@@ -296,17 +295,21 @@ def _background(cfg: ShapesConfig, base: np.ndarray, rng: np.random.Generator) -
         elif kind == 1:  # thin arc, never closed: a closed one would be a ring's edge
             axes = tuple(int(v * size * 16) for v in rng.uniform(0.05, 0.3, 2))
             turn, start, sweep = rng.uniform((0, 0, 50), (360, 360, 180))
-            cv2.ellipse(image8, (x, y), axes, turn, start, start + sweep, colour, 1,
-                        cv2.LINE_AA, 4)
+            cv2.ellipse(image8, (x, y), axes, turn, start, start + sweep, colour, 1, cv2.LINE_AA, 4)
         else:  # dot
             radius = int(rng.uniform(0.8, 2.2) * unit * 16)
             cv2.circle(image8, (x, y), radius, colour, -1, cv2.LINE_AA, 4)
     return image8.astype(np.float32) / np.float32(255)
 
 
-def _place(cfg: ShapesConfig, rng: np.random.Generator, ids: np.ndarray,
-           placed: list[_Placed], blocked: list[tuple[float, float, float]],
-           base: np.ndarray) -> bool:
+def _place(
+    cfg: ShapesConfig,
+    rng: np.random.Generator,
+    ids: np.ndarray,
+    placed: list[_Placed],
+    blocked: list[tuple[float, float, float]],
+    base: np.ndarray,
+) -> bool:
     """Draw one more object into ``ids``; False if no place was found for it."""
     label = int(rng.integers(len(CLASSES)))
     over = bool(placed) and rng.random() < cfg.occlusion
@@ -319,8 +322,7 @@ def _place(cfg: ShapesConfig, rng: np.random.Generator, ids: np.ndarray,
         if over:
             angle = rng.uniform(0, 2 * math.pi)
             reach = (radius + target.radius) * rng.uniform(0.45, 0.9)
-            centre = (target.centre[0] + reach * math.cos(angle),
-                      target.centre[1] + reach * math.sin(angle))
+            centre = (target.centre[0] + reach * math.cos(angle), target.centre[1] + reach * math.sin(angle))
             if not all(0.75 * radius <= c <= cfg.size - 0.75 * radius for c in centre):
                 continue
             keep_clear = blocked
@@ -328,8 +330,7 @@ def _place(cfg: ShapesConfig, rng: np.random.Generator, ids: np.ndarray,
             centre = tuple(rng.uniform(0.75 * radius, cfg.size - 0.75 * radius, 2))
             # Circles rather than outlines, so that a slim class does not fit in more often.
             keep_clear = blocked + [(*p.centre, p.radius) for p in placed]
-        if any(math.hypot(centre[0] - x, centre[1] - y) < radius + r
-               for x, y, r in keep_clear):
+        if any(math.hypot(centre[0] - x, centre[1] - y) < radius + r for x, y, r in keep_clear):
             continue
         contours = _shape(label, radius, rng)
         area = _area(contours) * _SUPERSAMPLE**2
@@ -342,19 +343,24 @@ def _place(cfg: ShapesConfig, rng: np.random.Generator, ids: np.ndarray,
         if over:
             hidden = np.bincount(ids[where][mask], minlength=256)
             if not hidden[1:].any() or any(
-                    visible[i] - hidden[i] < cfg.min_visible * p.area
-                    for i, p in enumerate(placed, 1)):
+                visible[i] - hidden[i] < cfg.min_visible * p.area for i, p in enumerate(placed, 1)
+            ):
                 continue
-        placed.append(_Placed(label, centre, radius, area, _colour(
-            rng, [(base, cfg.min_contrast)]
-            + [(p.colour, 0.6 * cfg.min_contrast) for p in placed])))
+        placed.append(
+            _Placed(
+                label,
+                centre,
+                radius,
+                area,
+                _colour(rng, [(base, cfg.min_contrast)] + [(p.colour, 0.6 * cfg.min_contrast) for p in placed]),
+            )
+        )
         ids[where][mask] = len(placed)
         return True
     return False
 
 
-def _crowd(cfg: ShapesConfig, rng: np.random.Generator, ids: np.ndarray
-           ) -> tuple[int, int, tuple[float, float, float]]:
+def _crowd(cfg: ShapesConfig, rng: np.random.Generator, ids: np.ndarray) -> tuple[int, int, tuple[float, float, float]]:
     """Draw a cluster of tiny shapes of one class; its label, count and bounding circle."""
     label = int(rng.integers(len(CLASSES)))
     spread = cfg.size * rng.uniform(0.16, 0.24)
@@ -431,8 +437,7 @@ def render_scene(cfg: ShapesConfig, seed: int, split: str, index: int) -> Scene:
         shade = _texture(size, 0.5 * cfg.texture * rng.uniform(0.0, 1.0), rng)
         colour = p.colour.astype(np.float32) + shade[..., None]
         paint += cover[..., None] * (colour - image)
-        objects.append(SceneObject(p.label, fine, cover > 0.5, False,
-                                   min(1.0, float(fine.sum()) / p.area)))
+        objects.append(SceneObject(p.label, fine, cover > 0.5, False, min(1.0, float(fine.sum()) / p.area)))
     return Scene(_expose(cfg, paint, rng), objects)
 
 
@@ -442,9 +447,11 @@ def _expose(cfg: ShapesConfig, image: np.ndarray, rng: np.random.Generator) -> n
     angle = rng.uniform(0, 2 * math.pi)
     ramp = np.linspace(-0.7, 0.7, size, dtype=np.float32)
     slope = np.float32(cfg.lighting * rng.random())
-    light = (ramp[None] * (slope * np.float32(math.cos(angle)))
-             + ramp[:, None] * (slope * np.float32(math.sin(angle)))
-             + np.float32(1 + cfg.lighting * rng.uniform(-1, 1)))
+    light = (
+        ramp[None] * (slope * np.float32(math.cos(angle)))
+        + ramp[:, None] * (slope * np.float32(math.sin(angle)))
+        + np.float32(1 + cfg.lighting * rng.uniform(-1, 1))
+    )
     image = image * light[..., None]
     sigma = cfg.blur * rng.random()
     if sigma > 0.2:  # less cannot be seen
@@ -468,8 +475,7 @@ def _rle(mask: np.ndarray) -> dict[str, list]:
 
 def _polygons(fine: np.ndarray) -> list[list[float]] | None:
     """Outlines of a fine mask in image px, or None if it has holes."""
-    contours, hierarchy = cv2.findContours(fine.astype(np.uint8), cv2.RETR_CCOMP,
-                                           cv2.CHAIN_APPROX_SIMPLE)
+    contours, hierarchy = cv2.findContours(fine.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     polygons = []
     for contour, (_, _, _, parent) in zip(contours, hierarchy[0] if contours else ()):
         big = cv2.contourArea(contour) >= _SUPERSAMPLE**2  # 1 px: less is a rounding artefact
@@ -499,16 +505,19 @@ def annotate(obj: SceneObject) -> dict:
         drawn = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
         if coco_mask.iou([drawn], [rle], [0])[0, 0] > 0.92:
             segmentation, rle = polygons, drawn
-    return dict(segmentation=segmentation, area=int(coco_mask.area(rle)),
-                bbox=[int(v) for v in coco_mask.toBbox(rle)], iscrowd=int(obj.is_crowd),
-                category_id=obj.label + 1)
+    return dict(
+        segmentation=segmentation,
+        area=int(coco_mask.area(rle)),
+        bbox=[int(v) for v in coco_mask.toBbox(rle)],
+        iscrowd=int(obj.is_crowd),
+        category_id=obj.label + 1,
+    )
 
 
 # --------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------
-def _write_split(folder: Path, cfg: ShapesConfig, seed: int, split: str, count: int
-                 ) -> Iterator[None]:
+def _write_split(folder: Path, cfg: ShapesConfig, seed: int, split: str, count: int) -> Iterator[None]:
     """Write one split; yields after every image."""
     (folder / split).mkdir()
     images, annotations = [], []
@@ -520,16 +529,23 @@ def _write_split(folder: Path, cfg: ShapesConfig, seed: int, split: str, count: 
         (folder / split / name).write_bytes(data.tobytes())  # raises on a full disk
         images.append(dict(id=index + 1, file_name=name, width=cfg.size, height=cfg.size))
         for obj in scene.objects:
-            annotations.append(dict(id=len(annotations) + 1, image_id=index + 1,
-                                    **annotate(obj)))
+            annotations.append(dict(id=len(annotations) + 1, image_id=index + 1, **annotate(obj)))
         yield
     # No date: the same seed has to give the same bytes.
     content = dict(
-        info=dict(description=f'{_NAME}, {split} split', version=str(VERSION), year=2024,
-                  contributor='', url='', date_created=''),
-        licenses=[], images=images, annotations=annotations,
-        categories=[dict(id=i, name=name, supercategory='shape')
-                    for i, name in enumerate(CLASSES, 1)])
+        info=dict(
+            description=f'{_NAME}, {split} split',
+            version=str(VERSION),
+            year=2024,
+            contributor='',
+            url='',
+            date_created='',
+        ),
+        licenses=[],
+        images=images,
+        annotations=annotations,
+        categories=[dict(id=i, name=name, supercategory='shape') for i, name in enumerate(CLASSES, 1)],
+    )
     text = json.dumps(content, separators=(',', ':'))
     (folder / 'annotations' / f'{split}.json').write_text(text, encoding='utf-8')
 
@@ -555,8 +571,7 @@ def _complete(root: Path, meta: dict) -> bool:
     for split in _SPLITS:
         expected = meta['arguments'][f'num_{split}']
         folder = root / split
-        if not folder.is_dir() or sum(
-                name.endswith('.png') for name in os.listdir(folder)) != expected:
+        if not folder.is_dir() or sum(name.endswith('.png') for name in os.listdir(folder)) != expected:
             return False
         path = root / 'annotations' / f'{split}.json'
         if _sha256(path) != meta.get('sha256', {}).get(path.name):
@@ -564,9 +579,17 @@ def _complete(root: Path, meta: dict) -> bool:
     return True
 
 
-def make_shapes(root: str | Path, num_train: int = 1600, num_val: int = 200,
-                size: int | None = None, seed: int = 0, *, overwrite: bool = False,
-                config: ShapesConfig | None = None, progress: bool = False) -> Path:
+def make_shapes(
+    root: str | Path,
+    num_train: int = 1600,
+    num_val: int = 200,
+    size: int | None = None,
+    seed: int = 0,
+    *,
+    overwrite: bool = False,
+    config: ShapesConfig | None = None,
+    progress: bool = False,
+) -> Path:
     """Write the dataset: ``{train,val}/*.png``, ``annotations/{train,val}.json``, meta.json.
 
     If ``root`` already holds exactly this dataset, nothing is done.  All files are first
@@ -595,12 +618,10 @@ def make_shapes(root: str | Path, num_train: int = 1600, num_val: int = 200,
     config = config or ShapesConfig()
     if size is not None:
         config = dataclasses.replace(config, size=size)
-    for name, value, least in (('num_train', num_train, 1), ('num_val', num_val, 1),
-                               ('seed', seed, 0)):
+    for name, value, least in (('num_train', num_train, 1), ('num_val', num_val, 1), ('seed', seed, 0)):
         if value < least:
             raise ValueError(f'{name} must be at least {least}, not {value}')
-    arguments = dict(num_train=int(num_train), num_val=int(num_val), seed=int(seed),
-                     **dataclasses.asdict(config))
+    arguments = dict(num_train=int(num_train), num_val=int(num_val), seed=int(seed), **dataclasses.asdict(config))
     root = Path(root).expanduser()
     target = root.resolve()  # a link to a folder on another disk stays a link
     if _is_done(target, root, arguments, overwrite):
@@ -614,17 +635,26 @@ def make_shapes(root: str | Path, num_train: int = 1600, num_val: int = 200,
     try:
         (fresh / 'annotations').mkdir()
         counts = dict(train=num_train, val=num_val)
-        columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
-                   TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
+        columns = (
+            TextColumn('{task.description}'),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn('left'),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task('shapes', total=num_train + num_val)
             for split, count in counts.items():
                 for _ in _write_split(fresh, config, seed, split, count):
                     bar.advance(task)
         meta = dict(
-            generator=_NAME, version=VERSION, arguments=arguments, classes=list(CLASSES),
-            sha256={f'{split}.json': _sha256(fresh / 'annotations' / f'{split}.json')
-                    for split in counts})
+            generator=_NAME,
+            version=VERSION,
+            arguments=arguments,
+            classes=list(CLASSES),
+            sha256={f'{split}.json': _sha256(fresh / 'annotations' / f'{split}.json') for split in counts},
+        )
         (fresh / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n', encoding='utf-8')
         # Somebody else may have written the folder meanwhile.
         if not _is_done(target, root, arguments, overwrite):
@@ -648,7 +678,8 @@ def _is_done(target: Path, root: Path, arguments: dict, overwrite: bool) -> bool
     if meta is None:
         raise ShapesError(
             f'{root} exists and is not a shapes dataset. Choose another folder (--out), or '
-            'delete it yourself; --overwrite replaces shapes datasets only.')
+            'delete it yourself; --overwrite replaces shapes datasets only.'
+        )
     if (meta.get('version'), meta.get('arguments')) != (VERSION, arguments):
         problem = 'holds a shapes dataset made by another version or with other arguments'
     elif not _complete(target, meta):
@@ -657,11 +688,14 @@ def _is_done(target: Path, root: Path, arguments: dict, overwrite: bool) -> bool
         return True
     foreign = sorted(set(os.listdir(target)) - {*_SPLITS, 'annotations', 'meta.json'})
     if foreign and overwrite:
-        raise ShapesError(f'{root} holds files that are not part of the dataset '
-                          f'({", ".join(foreign[:5])}). Move them away before replacing it.')
+        raise ShapesError(
+            f'{root} holds files that are not part of the dataset '
+            f'({", ".join(foreign[:5])}). Move them away before replacing it.'
+        )
     if not overwrite:
-        raise ShapesError(f'{root} {problem}. Use --overwrite (overwrite=True) to replace it, '
-                          'or choose another folder (--out).')
+        raise ShapesError(
+            f'{root} {problem}. Use --overwrite (overwrite=True) to replace it, or choose another folder (--out).'
+        )
     return False
 
 
@@ -669,20 +703,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of ``tools/make_shapes.py``; returns the exit status."""
     defaults = ShapesConfig()
     parser = argparse.ArgumentParser(
-        prog='make_shapes', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description='Generate the shapes dataset (COCO format) from a seed.')
+        prog='make_shapes',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description='Generate the shapes dataset (COCO format) from a seed.',
+    )
     parser.add_argument('--out', default='data/shapes', metavar='DIR', help='folder to write')
     parser.add_argument('--train', type=int, default=1600, metavar='N', help='train images')
     parser.add_argument('--val', type=int, default=200, metavar='N', help='val images')
-    parser.add_argument('--size', type=int, default=defaults.size, metavar='PX',
-                        help='side of the square images')
+    parser.add_argument('--size', type=int, default=defaults.size, metavar='PX', help='side of the square images')
     parser.add_argument('--seed', type=int, default=0, metavar='S', help='random seed')
-    parser.add_argument('--overwrite', action='store_true',
-                        help='replace another shapes dataset in DIR')
+    parser.add_argument('--overwrite', action='store_true', help='replace another shapes dataset in DIR')
     args = parser.parse_args(argv)
     try:
-        root = make_shapes(args.out, args.train, args.val, args.size, args.seed,
-                           overwrite=args.overwrite, progress=True)
+        root = make_shapes(
+            args.out, args.train, args.val, args.size, args.seed, overwrite=args.overwrite, progress=True
+        )
     except (ShapesError, ValueError, OSError) as error:
         print(f'make_shapes: error: {error}', file=sys.stderr)
         return 2
@@ -692,8 +727,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         content = json.loads(path.read_text(encoding='utf-8'))
         crowds = sum(a['iscrowd'] for a in content['annotations'])
         empty = len(content['images']) - len({a['image_id'] for a in content['annotations']})
-        print(f'  {split + ":":6} {len(content["images"])} images ({empty} without objects), '
-              f'{len(content["annotations"]) - crowds} objects, {crowds} crowds; {path}')
+        print(
+            f'  {split + ":":6} {len(content["images"])} images ({empty} without objects), '
+            f'{len(content["annotations"]) - crowds} objects, {crowds} crowds; {path}'
+        )
     print(f'  classes: {", ".join(CLASSES)}')
     return 0
 

@@ -22,8 +22,7 @@ def reject_unknown(cls: type, unknown: dict) -> None:
     close = difflib.get_close_matches(key, valid, n=1)
     hint = f' (did you mean {close[0]!r}?)' if close else ''
     raise TypeError(
-        f'norm_cfg of type {cls.__name__!r} has an unknown key {key}={value!r}{hint}; '
-        f'valid keys: {", ".join(valid)}'
+        f'norm_cfg of type {cls.__name__!r} has an unknown key {key}={value!r}{hint}; valid keys: {", ".join(valid)}'
     )
 
 
@@ -31,6 +30,4 @@ def check_number(cls: type, key: str, value, low: float, high: float = float('in
     """Raise ``ValueError`` unless ``value`` is a real number with ``low < value <= high``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
         upper = '' if high == float('inf') else f' and at most {high:g}'
-        raise ValueError(
-            f'norm_cfg of type {cls.__name__!r}: {key}={value!r} must be a number above {low:g}{upper}'
-        )
+        raise ValueError(f'norm_cfg of type {cls.__name__!r}: {key}={value!r} must be a number above {low:g}{upper}')

@@ -278,8 +278,7 @@ class AN(WithBatchNorm):
             and type(self.attention_weights) is _Attention
             and not any('forward' in vars(m) for m in children)  # replaced on the instance, as mmengine does
             and not any(
-                m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-                for m in children
+                m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in children
             )
         )
 
@@ -333,7 +332,7 @@ class AN(WithBatchNorm):
         for name, value in plain.items():
             if value.shape != (self.num_features,):
                 errors.append(
-                    f'size mismatch for {prefix}{name}: a plain norm\'s {name} of shape ({self.num_features},) can '
+                    f"size mismatch for {prefix}{name}: a plain norm's {name} of shape ({self.num_features},) can "
                     f'become the rows of {prefix}{name}_, but the checkpoint has {tuple(value.shape)}'
                 )
                 return

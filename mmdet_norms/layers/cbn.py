@@ -273,8 +273,9 @@ class CBN(nn.Module):
             return None
         if call is not None and call[2] is x:
             conv, source, _ = call
-            return _Conv(source.detach().to(x.dtype), conv.weight.detach(),
-                         conv.stride, conv.padding, conv.dilation, conv.groups)
+            return _Conv(
+                source.detach().to(x.dtype), conv.weight.detach(), conv.stride, conv.padding, conv.dilation, conv.groups
+            )
         node = x.grad_fn
         if node is None and x.requires_grad and not window:
             return None
@@ -285,8 +286,14 @@ class CBN(nn.Module):
             self._fail(f'must follow a convolution directly, but autograd says its input comes from {origin}')
         if _is_checkpointed(node):
             self._fail('runs inside activation checkpointing, where its convolution cannot be found')
-        return _Conv(node._saved_input.detach(), _full_precision_weight(node),
-                     node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_groups)
+        return _Conv(
+            node._saved_input.detach(),
+            _full_precision_weight(node),
+            node._saved_stride,
+            node._saved_padding,
+            node._saved_dilation,
+            node._saved_groups,
+        )
 
     def _fail(self, what: str):
         raise RuntimeError(
@@ -411,8 +418,11 @@ class _History:
     @classmethod
     def empty(cls, rows: int, weight: Tensor, groups: int) -> '_History':
         channels, size = weight.shape
-        return cls(weight.new_zeros(rows, groups, size), weight.new_zeros(rows, channels, size),
-                   weight.new_zeros(rows, 4, channels))
+        return cls(
+            weight.new_zeros(rows, groups, size),
+            weight.new_zeros(rows, channels, size),
+            weight.new_zeros(rows, 4, channels),
+        )
 
     @classmethod
     def load(cls, patch, grad, moments, index, rows: int, device) -> '_History':
@@ -477,8 +487,9 @@ class _History:
         by_group = weight.unflatten(0, (len(patch), -1))
         self.patch[self.next].copy_(patch)
         self.grad[self.next].copy_(grad)
-        self.moments[self.next].copy_(torch.stack(
-            (mean, var, (patch.unsqueeze(1) * by_group).sum(-1).flatten(), (grad * weight).sum(-1))))
+        self.moments[self.next].copy_(
+            torch.stack((mean, var, (patch.unsqueeze(1) * by_group).sum(-1).flatten(), (grad * weight).sum(-1)))
+        )
         self.next = (self.next + 1) % len(self.grad)
         self.length = min(self.length + 1, keep)
 
@@ -550,8 +561,18 @@ def _weight_gradient(conv: _Conv, upstream: Tensor) -> Tensor:
     if winograd.serves(upstream, conv.input, conv.weight, conv.stride, conv.dilation, conv.groups):
         return winograd.weight_gradient(upstream, conv.input, conv.padding)
     return torch.ops.aten.convolution_backward(
-        upstream, conv.input, upstream.new_empty(1).expand(conv.weight.shape), None, conv.stride, conv.padding,
-        conv.dilation, False, (0, 0), conv.groups, (False, True, False))[1]
+        upstream,
+        conv.input,
+        upstream.new_empty(1).expand(conv.weight.shape),
+        None,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        False,
+        (0, 0),
+        conv.groups,
+        (False, True, False),
+    )[1]
 
 
 def _full_precision_weight(node) -> Tensor:
@@ -587,8 +608,11 @@ def _in_reentrant_checkpoint() -> bool:
 def _is_plain_conv(module: nn.Module | None) -> bool:
     # mmcv's wrapper of the same name only adds empty inputs for old versions of torch
     plain = type(module) is nn.Conv2d or type(module).__module__ == 'mmcv.cnn.bricks.wrappers'
-    return plain and isinstance(module, nn.Conv2d) and (
-        module.padding_mode == 'zeros' and not isinstance(module.padding, str))
+    return (
+        plain
+        and isinstance(module, nn.Conv2d)
+        and (module.padding_mode == 'zeros' and not isinstance(module.padding, str))
+    )
 
 
 def _parse_burnin(burnin) -> int | None:

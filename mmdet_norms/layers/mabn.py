@@ -240,8 +240,10 @@ class MABN(nn.Module):
         if not (self._conv_checked or torch.compiler.is_compiling()) and x.grad_fn is not None:
             self._conv_checked = True
             if _made_with_weight_as_is(x):
-                warnings.warn(f'MABN subtracts no mean, but the convolution in front of it does not centre its weight; '
-                              f'{_FIX}', stacklevel=2)
+                warnings.warn(
+                    f'MABN subtracts no mean, but the convolution in front of it does not centre its weight; {_FIX}',
+                    stacklevel=2,
+                )
         call = self._statistics(x.detach())
         return _Normalize.apply(
             x, self.weight, self.bias, call.used, call.renorm, call.t, self.buffer_gz, self.warmup_iters, self.eps
@@ -356,8 +358,11 @@ class MABN(nn.Module):
             state[prefix + 'bias'] = (bias.double() - shift).to(bias.dtype)
         for name in _WINDOWS:
             state[prefix + name] = torch.zeros_like(getattr(self, name))
-        warnings.warn('MABN loaded a batch norm: its mean went into the bias (the same function in eval mode); iters, '
-                      'buffer_x2 and buffer_gz start from 0', stacklevel=2)
+        warnings.warn(
+            'MABN loaded a batch norm: its mean went into the bias (the same function in eval mode); iters, '
+            'buffer_x2 and buffer_gz start from 0',
+            stacklevel=2,
+        )
 
     def _take_windows(self, state, prefix, missing) -> None:
         absent = [name for name in _WINDOWS if prefix + name not in state]
@@ -370,8 +375,11 @@ class MABN(nn.Module):
             rows = state[prefix + name]
             if rows.dim() == 2 and rows.shape[1] == self.num_features and len(rows) != self.buffer_size:
                 state[prefix + name] = _resize(rows, int(state[prefix + 'iters']), self.buffer_size)
-                warnings.warn(f'MABN loaded a window of {len(rows)} iterations into one of {self.buffer_size}: the '
-                              'newest rows are kept', stacklevel=2)
+                warnings.warn(
+                    f'MABN loaded a window of {len(rows)} iterations into one of {self.buffer_size}: the '
+                    'newest rows are kept',
+                    stacklevel=2,
+                )
 
 
 def _resize(rows: Tensor, t: int, size: int) -> Tensor:
@@ -444,8 +452,17 @@ class CenConv2d(nn.Conv2d):
     def to_conv2d(self) -> nn.Conv2d:
         """A plain convolution of the same function, for deployment: the weight is centred once."""
         conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-            self.groups, self.bias is not None, self.padding_mode, self.weight.device, self.weight.dtype,
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            self.weight.device,
+            self.weight.dtype,
         )
         conv.weight.copy_(self.centred_weight())
         if self.bias is not None:
@@ -477,8 +494,11 @@ def warn_if_uncentred(model: nn.Module) -> list[str]:
                 conv = child
     if found:
         more = f' and {len(found) - 5} more' if len(found) > 5 else ''
-        warnings.warn(f'MABN subtracts no mean, but the convolutions in front of {", ".join(found[:5])}{more} do not '
-                      f'centre their weights; {_FIX}', stacklevel=2)
+        warnings.warn(
+            f'MABN subtracts no mean, but the convolutions in front of {", ".join(found[:5])}{more} do not '
+            f'centre their weights; {_FIX}',
+            stacklevel=2,
+        )
     return found
 
 

@@ -75,8 +75,14 @@ class TestTwins:
         detectors = Detectors({name: with_norm(MASK_RCNN, name) for name in names}, CPU, (64, 96), 1)
         assert list(detectors.configs) == ['bnet3', 'bn (as cbn)', 'cbn', 'syncbn', 'bn', 'bn (as mabn)', 'mabn']
         assert detectors.twins == {
-            'bnet3': 'bn', 'bn': 'bn', 'cbn': 'bn (as cbn)', 'syncbn': 'bn (as cbn)', 'bn (as cbn)': 'bn (as cbn)',
-            'mabn': 'bn (as mabn)', 'bn (as mabn)': 'bn (as mabn)'}
+            'bnet3': 'bn',
+            'bn': 'bn',
+            'cbn': 'bn (as cbn)',
+            'syncbn': 'bn (as cbn)',
+            'bn (as cbn)': 'bn (as cbn)',
+            'mabn': 'bn (as mabn)',
+            'bn (as mabn)': 'bn (as mabn)',
+        }
 
 
 class TestMeasuring:

@@ -123,8 +123,12 @@ class TestConvLevel:
         monkeypatch.setattr(layers, 'ConvNorm', lambda *parts: made.append(parts) or ConvNorm(*parts))
         conv_group(['bn', 'mabn'], SIZE, 'forward', CPU)
         kinds = [(type(conv), type(norm)) for conv, norm in made]
-        assert kinds == [(nn.Conv2d, type(None)), (nn.Conv2d, nn.BatchNorm2d), (CenConv2d, MABN),
-                         (CenConv2d, ReferenceMABN)]
+        assert kinds == [
+            (nn.Conv2d, type(None)),
+            (nn.Conv2d, nn.BatchNorm2d),
+            (CenConv2d, MABN),
+            (CenConv2d, ReferenceMABN),
+        ]
 
 
 class TestSteadyState:
@@ -135,6 +139,7 @@ class TestSteadyState:
         group = layer_group(['mabn'], SIZE, 'forward+backward', CPU)
         counters = {id(layer): [] for layer in made[1:]}
         for entry, layer in zip(group.entries[1:], made[1:]):
+
             def run(run=entry.case.run, layer=layer):
                 counters[id(layer)].append(int(layer.iters))
                 run()
@@ -165,8 +170,11 @@ class TestSteadyState:
         ours, literal = made[1:]
         assert isinstance(ours, CBN) and isinstance(literal, ReferenceCBN)
         by_name = {entry.case.name: entry.case for entry in group.entries}
-        for name, length in (('cbn', lambda: ours._history.length if ours._history else 0),
-                             ('cbn (reference)', lambda: len(literal.weights))):
+        for name, length in (
+            ('cbn', lambda: ours._history.length if ours._history else 0),
+            ('cbn (reference)', lambda: len(literal.weights)),
+        ):
+
             def run(run=by_name[name].run, length=length):
                 lengths.append(length())
                 run()

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from mmdet_norms.benchmark import report
 
-MACHINE = dict(cpu='A processor', cores=2, threads=1, load=0.5, gpu=None, cuda=None, torch='2.0', python='3.11',
-               system='Linux')
+MACHINE = dict(
+    cpu='A processor', cores=2, threads=1, load=0.5, gpu=None, cuda=None, torch='2.0', python='3.11', system='Linux'
+)
 
 
 def row(name, ms, over='bn', **more):
@@ -19,11 +20,20 @@ def row(name, ms, over='bn', **more):
 
 
 def make_result(**more):
-    rows = [row('bn', 2.0, None, saved_bytes=1_000_000), row('bnet5', 6.0, saved_bytes=2_500_000, saved_ratio=2.5),
-            row('bnet5 (reference)', 9.0), dict(name='an', over='bn', note='ValueError: a | b')]
+    rows = [
+        row('bn', 2.0, None, saved_bytes=1_000_000),
+        row('bnet5', 6.0, saved_bytes=2_500_000, saved_ratio=2.5),
+        row('bnet5 (reference)', 9.0),
+        dict(name='an', over='bn', note='ValueError: a | b'),
+    ]
     group = dict(level='layer', mode='forward', size=[2, 4, 5, 6], title='layer, forward, 2x4x5x6', rows=rows)
-    return dict(command='python tools/benchmark.py --quick', date='2026-01-02T03:04:05+00:00', machine=MACHINE,
-                settings={}, groups=[dict(group, **more)])
+    return dict(
+        command='python tools/benchmark.py --quick',
+        date='2026-01-02T03:04:05+00:00',
+        machine=MACHINE,
+        settings={},
+        groups=[dict(group, **more)],
+    )
 
 
 def test_every_file_records_command_machine_and_date(tmp_path):

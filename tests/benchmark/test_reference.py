@@ -110,8 +110,15 @@ def test_cbn_equals_the_published_numbers(name, golden):
         weight, x = data['conv_weight'][i].requires_grad_(), data['x'][i].requires_grad_()
         y = layer(F.conv2d(x, weight, padding=cfg['padding']), weight)
         y.backward(data['gy'][i])
-        measured = dict(y=y, gx=x.grad, g_conv_weight=weight.grad, g_weight=layer.weight.grad, g_bias=layer.bias.grad,
-                        running_mean=layer.running_mean, running_var=layer.running_var)
+        measured = dict(
+            y=y,
+            gx=x.grad,
+            g_conv_weight=weight.grad,
+            g_weight=layer.weight.grad,
+            g_bias=layer.bias.grad,
+            running_mean=layer.running_mean,
+            running_var=layer.running_var,
+        )
         for key, value in measured.items():
             close(value, data[key][i], (i, key), 1e-10)
 

@@ -161,8 +161,11 @@ class Detector:
                 sizes = ((wide, mid, 1), (mid, mid, 3), (mid, 4 * mid, 1))
                 for i, (before, after, kernel) in enumerate(sizes, 1):
                     role = (stage, block, i)
-                    self._add(('conv', *role), conv(before, after, kernel, strides[i - 1], kernel // 2, bias=False),
-                              f'{path}.conv{i}')
+                    self._add(
+                        ('conv', *role),
+                        conv(before, after, kernel, strides[i - 1], kernel // 2, bias=False),
+                        f'{path}.conv{i}',
+                    )
                     name = norm3 if i == 3 else f'bn{i}'
                     self._add(('norm', *role), backbone_norm(i, stage)(after), f'{path}.{name}')
                 if not block:

@@ -29,10 +29,23 @@ def run(out, *arguments):
 
 
 def test_layers_and_convolutions_are_measured_shown_and_written(tmp_path, capsys):
-    result = run(tmp_path / 'out', '--level', 'layer', 'conv', '--layers', 'bnet3', '--no-reference', '--layout',
-                 'channels_last', '--mode', 'forward+backward')
+    result = run(
+        tmp_path / 'out',
+        '--level',
+        'layer',
+        'conv',
+        '--layers',
+        'bnet3',
+        '--no-reference',
+        '--layout',
+        'channels_last',
+        '--mode',
+        'forward+backward',
+    )
     assert [(group['level'], group['mode'], group['layout']) for group in result['groups']] == [
-        ('layer', 'forward+backward', 'channels_last'), ('conv', 'forward+backward', 'channels_last')]
+        ('layer', 'forward+backward', 'channels_last'),
+        ('conv', 'forward+backward', 'channels_last'),
+    ]
     assert [row['name'] for row in result['groups'][0]['rows']] == ['bn', 'bnet3']
     assert all(len(row['times_ms']) == 2 for group in result['groups'] for row in group['rows'])
     assert result['command'].startswith('python tools/benchmark.py --size 2 32 6 5') and result['machine']['torch']
@@ -42,20 +55,54 @@ def test_layers_and_convolutions_are_measured_shown_and_written(tmp_path, capsys
 
 
 def test_every_level_mode_precision_and_layout_is_planned_with_inference_before_training(tiny):
-    args = benchmark.parse_args([*SMALL, '--config', tiny, '--no-reference', '--layers', 'bn', '--precision', 'fp32',
-                                 'bf16', '--layout', 'nchw', 'channels_last', '--image', '64', '96', '--no-fuse'])
+    args = benchmark.parse_args(
+        [
+            *SMALL,
+            '--config',
+            tiny,
+            '--no-reference',
+            '--layers',
+            'bn',
+            '--precision',
+            'fp32',
+            'bf16',
+            '--layout',
+            'nchw',
+            'channels_last',
+            '--image',
+            '64',
+            '96',
+            '--no-fuse',
+        ]
+    )
     groups = [make() for make in benchmark.make_plan(args)]
     expected = [('layer', mode) for mode in ('forward', 'forward+backward', 'eval')]
     expected += [('conv', mode) for _, mode in expected] + [('detector', 'inference'), ('detector', 'train')]
     settings = [(precision, layout) for precision in ('fp32', 'bf16') for layout in ('nchw', 'channels_last')]
     assert [((g.setting.precision, g.setting.layout), (g.level, g.mode)) for g in groups] == [
-        (setting, case) for setting in settings for case in expected]
+        (setting, case) for setting in settings for case in expected
+    ]
 
 
 def test_a_config_with_named_norms(tmp_path, tiny):
-    result = run(tmp_path / 'out', '--level', 'detector', '--config', tiny, '--norm', 'bn', 'bnet3',
-                 '--image', '64', '96', '--mode', 'inference', '--no-fuse',
-                 '--cfg-options', 'model.test_cfg.rcnn.max_per_img=5')
+    result = run(
+        tmp_path / 'out',
+        '--level',
+        'detector',
+        '--config',
+        tiny,
+        '--norm',
+        'bn',
+        'bnet3',
+        '--image',
+        '64',
+        '96',
+        '--mode',
+        'inference',
+        '--no-fuse',
+        '--cfg-options',
+        'model.test_cfg.rcnn.max_per_img=5',
+    )
     (group,) = result['groups']
     assert group['size'] == [1, 3, 64, 96] and group['mode'] == 'inference'
     rows = group['rows']
@@ -64,8 +111,9 @@ def test_a_config_with_named_norms(tmp_path, tiny):
 
 
 def test_a_config_as_it_is_has_its_twin_beside_it(tmp_path, tiny):
-    args = benchmark.parse_args([*SMALL, '--config', tiny, '--level', 'detector', '--cfg-options',
-                                 "model.backbone.norm_cfg.type='BRN'"])
+    args = benchmark.parse_args(
+        [*SMALL, '--config', tiny, '--level', 'detector', '--cfg-options', "model.backbone.norm_cfg.type='BRN'"]
+    )
     assert list(benchmark._configs(args)) == ['tiny']
     from mmdet_norms.benchmark.detectors import _with_twins
 
@@ -124,8 +172,19 @@ def test_what_is_wrong_is_said_before_anything_is_measured(tmp_path, capsys, mon
 
 @pytest.mark.slow
 def test_the_script_runs_from_a_checkout(tmp_path):
-    command = [sys.executable, str(ROOT / 'tools' / 'benchmark.py'), *SMALL, '--level', 'layer', '--layers', 'bn',
-               '--mode', 'eval', '--out', 'here']
+    command = [
+        sys.executable,
+        str(ROOT / 'tools' / 'benchmark.py'),
+        *SMALL,
+        '--level',
+        'layer',
+        '--layers',
+        'bn',
+        '--mode',
+        'eval',
+        '--out',
+        'here',
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'here' / 'benchmark.png').stat().st_size > 0

@@ -172,8 +172,15 @@ def test_another_data_root_reaches_datasets_and_evaluators(config, tmp_path, cap
         (['CONFIG', '--norm', 'bnet55'], 'bnet5'),
         (['CONFIG', '--work-dir', 'WORK', '--cfg-options', 'model.neck.norm_cfg.type=BNTE'], "did you mean 'BNET'"),
         (
-            ['CONFIG', '--norm', 'bnet5', '--work-dir', 'WORK', '--cfg-options',
-             'model.backbone.norm_at.last.kernel_size=4'],
+            [
+                'CONFIG',
+                '--norm',
+                'bnet5',
+                '--work-dir',
+                'WORK',
+                '--cfg-options',
+                'model.backbone.norm_at.last.kernel_size=4',
+            ],
             'kernel_size=4 must be an odd positive integer',
         ),
         (['CONFIG', '--resume', 'missing.pth'], 'missing.pth'),

@@ -8,7 +8,7 @@ import numpy as np
 
 CLASSES = ('disc', 'box')
 
-CONFIG = '''
+CONFIG = """
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmdet_norms'], allow_failed_imports=False)
 model = dict(
@@ -52,7 +52,7 @@ param_scheduler = []
 optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', lr=0.002))
 auto_scale_lr = dict(base_batch_size=16)
 env_cfg = dict(mp_cfg=dict(mp_start_method='fork'))
-'''
+"""
 
 
 def write_dataset(root: Path, num_images: int = 4, size: int = 64) -> Path:

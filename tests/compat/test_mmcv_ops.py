@@ -3,6 +3,7 @@
 Wrappers of ``mmcv.ops`` are pointed at the PyTorch ops, so these tests mean the same whether or
 not the installed mmcv is compiled.
 """
+
 import math
 import os
 import pickle
@@ -20,9 +21,11 @@ ACTIVE = mmcv_ops.install()
 import mmcv.ops  # noqa: E402  (needs the ops in place)
 
 needs_compiled = pytest.mark.skipif(
-    ACTIVE != 'compiled', reason='the installed mmcv has no compiled ops to compare with')
+    ACTIVE != 'compiled', reason='the installed mmcv has no compiled ops to compare with'
+)
 needs_lite = pytest.mark.skipif(
-    ACTIVE != 'pytorch', reason='the installed mmcv is compiled, so the stand-in is not used')
+    ACTIVE != 'pytorch', reason='the installed mmcv is compiled, so the stand-in is not used'
+)
 
 # sampling_ratio, aligned
 GEOMETRIES = [(0, True), (0, False), (1, True), (1, False), (3, True), (3, False)]
@@ -58,8 +61,18 @@ def roi_align(features, rois, bins, scale=1.0, sampling_ratio=0, aligned=True, o
     output = features.new_full((len(rois), features.shape[1], *bins), float('nan'))
     unused = features.new_zeros(0)
     ops.roi_align_forward(
-        features, rois, output, unused, unused, aligned_height=bins[0], aligned_width=bins[1],
-        spatial_scale=scale, sampling_ratio=sampling_ratio, pool_mode=1, aligned=aligned)
+        features,
+        rois,
+        output,
+        unused,
+        unused,
+        aligned_height=bins[0],
+        aligned_width=bins[1],
+        spatial_scale=scale,
+        sampling_ratio=sampling_ratio,
+        pool_mode=1,
+        aligned=aligned,
+    )
     return output
 
 
@@ -67,9 +80,18 @@ def roi_align_grad(grad, rois, shape, scale=1.0, sampling_ratio=0, aligned=True,
     grad_input = grad.new_zeros(shape)
     unused = grad.new_zeros(0)
     ops.roi_align_backward(
-        grad, rois, unused, unused, grad_input, aligned_height=grad.shape[2],
-        aligned_width=grad.shape[3], spatial_scale=scale, sampling_ratio=sampling_ratio,
-        pool_mode=1, aligned=aligned)
+        grad,
+        rois,
+        unused,
+        unused,
+        grad_input,
+        aligned_height=grad.shape[2],
+        aligned_width=grad.shape[3],
+        spatial_scale=scale,
+        sampling_ratio=sampling_ratio,
+        pool_mode=1,
+        aligned=aligned,
+    )
     return grad_input
 
 
@@ -112,9 +134,11 @@ def bilinear(image, y, x):
         return 0.0, []
     y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
     y0, x0 = int(y), int(x)
-    corners = [(min(row, height - 1), min(column, width - 1), wy * wx)
-               for row, wy in ((y0, 1 - (y - y0)), (y0 + 1, y - y0))
-               for column, wx in ((x0, 1 - (x - x0)), (x0 + 1, x - x0))]
+    corners = [
+        (min(row, height - 1), min(column, width - 1), wy * wx)
+        for row, wy in ((y0, 1 - (y - y0)), (y0 + 1, y - y0))
+        for column, wx in ((x0, 1 - (x - x0)), (x0 + 1, x - x0))
+    ]
     return sum(image[r, c] * w for r, c, w in corners), corners
 
 
@@ -135,8 +159,9 @@ def loop_roi_align(features, rois, bins, scale, sampling_ratio, aligned, grad=No
             plane = features[int(image), c]
             for iy in range(grid_h):
                 for ix in range(grid_w):
-                    value, taps = bilinear(plane, y1 + (i + (iy + .5) / grid_h) * bin_h,
-                                           x1 + (j + (ix + .5) / grid_w) * bin_w)
+                    value, taps = bilinear(
+                        plane, y1 + (i + (iy + 0.5) / grid_h) * bin_h, x1 + (j + (ix + 0.5) / grid_w) * bin_w
+                    )
                     output[r, c, i, j] += value / count
                     for row, column, weight in taps if grad is not None else ():
                         grad_input[int(image), c, row, column] += weight * grad[r, c, i, j] / count
@@ -163,41 +188,40 @@ def test_nms_does_not_depend_on_the_block_size(monkeypatch, block):
 
 def test_nms_settles_a_chain_in_which_each_box_overlaps_only_its_neighbours():
     # Every second box survives, and each decision hangs on the one before.
-    x = torch.arange(300.) * 4
-    boxes = torch.stack((x, torch.zeros(300), x + 10, torch.full((300,), 10.)), 1)
+    x = torch.arange(300.0) * 4
+    boxes = torch.stack((x, torch.zeros(300), x + 10, torch.full((300,), 10.0)), 1)
     assert mmcv_ops.nms(boxes, -x, 0.3).tolist() == list(range(0, 300, 2))
 
 
 @pytest.mark.parametrize('block', [1, 128])
-def test_nms_prefers_the_first_of_equal_scores_and_needs_more_than_the_threshold(
-        monkeypatch, block):
+def test_nms_prefers_the_first_of_equal_scores_and_needs_more_than_the_threshold(monkeypatch, block):
     monkeypatch.setattr(mmcv_ops, 'NMS_BLOCK', block)
-    boxes = torch.tensor([[0., 0, 2, 2], [0, 0, 2, 1], [0, 0, 2, 2]])
+    boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 1], [0, 0, 2, 2]])
     scores = torch.ones(3)
     assert mmcv_ops.nms(boxes, scores, 0.5).tolist() == [0, 1]
     assert mmcv_ops.nms(boxes, scores, 0.49).tolist() == [0]
-    apart = torch.arange(1000.)[:, None] * 3 + torch.tensor([0., 0, 2, 2])
+    apart = torch.arange(1000.0)[:, None] * 3 + torch.tensor([0.0, 0, 2, 2])
     assert mmcv_ops.nms(apart, torch.ones(1000), 0.5).tolist() == list(range(1000))
 
 
 def test_nms_of_nothing_is_nothing():
     kept = mmcv_ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
     assert kept.shape == (0,) and kept.dtype == torch.int64
-    dets, kept = mmcv.ops.batched_nms(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3),
-                                      dict(type='nms', iou_threshold=0.5, score_threshold=0.1))
+    dets, kept = mmcv.ops.batched_nms(
+        torch.zeros(3, 4), torch.zeros(3), torch.zeros(3), dict(type='nms', iou_threshold=0.5, score_threshold=0.1)
+    )
     assert dets.shape == (0, 5) and kept.shape == (0,)
 
 
 def test_nms_keeps_empty_boxes_whose_overlap_is_undefined():
-    assert mmcv_ops.nms(torch.ones(3, 4), torch.arange(3.), 0.5).tolist() == [2, 1, 0]
+    assert mmcv_ops.nms(torch.ones(3, 4), torch.arange(3.0), 0.5).tolist() == [2, 1, 0]
 
 
 @pytest.mark.parametrize('split_thr', [10000, 10])
 def test_batched_nms_treats_classes_apart(split_thr):
     boxes, scores = random_boxes(200, 3)
     classes = torch.randint(40, (200,), generator=torch.Generator().manual_seed(0))
-    dets, kept = mmcv.ops.batched_nms(
-        boxes, scores, classes, dict(type='nms', iou_threshold=0.3, split_thr=split_thr))
+    dets, kept = mmcv.ops.batched_nms(boxes, scores, classes, dict(type='nms', iou_threshold=0.3, split_thr=split_thr))
     expected = []
     for c in range(40):
         mine = (classes == c).nonzero()[:, 0]
@@ -235,7 +259,8 @@ def test_roi_align_equals_a_literal_float64_loop(shape, sampling_ratio, aligned)
     rois = random_rois(40, 2, 20, seed=1, dtype=torch.float64)
     grad = torch.randn(40, shape[1], 3, 2, dtype=torch.float64)
     expected, expected_grad = loop_roi_align(
-        features.numpy(), rois.tolist(), (3, 2), 0.5, sampling_ratio, aligned, grad.numpy())
+        features.numpy(), rois.tolist(), (3, 2), 0.5, sampling_ratio, aligned, grad.numpy()
+    )
     output = roi_align(features, rois, (3, 2), 0.5, sampling_ratio, aligned)
     grad_input = roi_align_grad(grad, rois, shape, 0.5, sampling_ratio, aligned)
     np.testing.assert_allclose(output, expected, rtol=0, atol=1e-12)
@@ -247,8 +272,7 @@ def test_roi_align_equals_a_literal_float64_loop(shape, sampling_ratio, aligned)
 def test_roi_align_passes_gradcheck_through_the_mmcv_wrapper(sampling_ratio, aligned):
     features = torch.randn(2, 1, 4, 5, dtype=torch.float64, requires_grad=True)
     rois = random_rois(5, 2, 5, seed=2, dtype=torch.float64)
-    assert gradcheck(lambda x: mmcv.ops.roi_align(
-        x, rois, (2, 3), 1.0, sampling_ratio, 'avg', aligned), features)
+    assert gradcheck(lambda x: mmcv.ops.roi_align(x, rois, (2, 3), 1.0, sampling_ratio, 'avg', aligned), features)
 
 
 def test_roi_align_does_not_depend_on_the_chunk_size(monkeypatch):
@@ -268,8 +292,7 @@ def test_roi_align_in_half_precision_is_the_fp32_result_rounded_once(dtype):
     assert torch.equal(output, roi_align(features.float(), rois.float(), (7, 7)).to(dtype))
     grad = torch.randn_like(output)
     grad_input = roi_align_grad(grad, rois, features.shape)
-    assert torch.equal(
-        grad_input, roi_align_grad(grad.float(), rois.float(), features.shape).to(dtype))
+    assert torch.equal(grad_input, roi_align_grad(grad.float(), rois.float(), features.shape).to(dtype))
 
 
 def test_roi_align_of_no_rois_is_empty_and_has_zero_gradient():
@@ -284,15 +307,14 @@ def test_roi_align_of_no_rois_is_empty_and_has_zero_gradient():
 def test_roi_align_gives_zero_for_rois_that_are_not_finite(sampling_ratio):
     features = torch.ones(1, 2, 8, 8)
     nan, inf = float('nan'), float('inf')
-    rois = torch.tensor(
-        [[0, nan, 0, 4, 4], [0, 0, 0, inf, 4], [0, -inf, 0, 4, inf], [0, 1, 1, 5, 5]])
+    rois = torch.tensor([[0, nan, 0, 4, 4], [0, 0, 0, inf, 4], [0, -inf, 0, 4, inf], [0, 1, 1, 5, 5]])
     output = roi_align(features, rois, (2, 2), sampling_ratio=sampling_ratio)
     assert not output[:3].any() and (output[3] == 1).all()
 
 
 def test_roi_align_gives_zero_where_all_rois_are_empty():
     features = torch.ones(1, 2, 8, 8)
-    assert not roi_align(features, torch.tensor([[0, 3., 3, 3, 3]]), (2, 2)).any()
+    assert not roi_align(features, torch.tensor([[0, 3.0, 3, 3, 3]]), (2, 2)).any()
 
 
 def test_roi_align_refuses_max_pooling_by_name():
@@ -311,24 +333,23 @@ def test_focal_loss_and_its_gradient_follow_the_formula(weighted):
     for n, c in np.ndindex(30, 5):
         p = 1 / (1 + math.exp(-logits[n, c].item()))
         hit = target[n] == c
-        expected = (-0.3 * (1 - p)**1.5 * math.log(p) if hit
-                    else -0.7 * p**1.5 * math.log(1 - p))
-        assert loss[n, c].item() == pytest.approx(
-            expected * (weight[target[n]].item() if weighted else 1), rel=1e-10)
-    assert gradcheck(lambda x: mmcv.ops.sigmoid_focal_loss(
-        x, target, 1.5, 0.3, weight, 'sum'), logits)
+        expected = -0.3 * (1 - p) ** 1.5 * math.log(p) if hit else -0.7 * p**1.5 * math.log(1 - p)
+        assert loss[n, c].item() == pytest.approx(expected * (weight[target[n]].item() if weighted else 1), rel=1e-10)
+    assert gradcheck(lambda x: mmcv.ops.sigmoid_focal_loss(x, target, 1.5, 0.3, weight, 'sum'), logits)
 
 
 def test_focal_loss_equals_the_one_mmdet_uses_without_a_gpu():
     from mmdet.models.losses import focal_loss
+
     logits, target = torch.randn(40, 7), torch.randint(8, (40,))
     one_hot = torch.nn.functional.one_hot(target, 8)[:, :7]
-    torch.testing.assert_close(focal_loss.sigmoid_focal_loss(logits, target),
-                               focal_loss.py_sigmoid_focal_loss(logits, one_hot))
+    torch.testing.assert_close(
+        focal_loss.sigmoid_focal_loss(logits, target), focal_loss.py_sigmoid_focal_loss(logits, one_hot)
+    )
 
 
 def test_focal_loss_is_finite_and_linear_for_hopeless_logits():
-    logits = torch.tensor([[-200., 200.]], requires_grad=True)
+    logits = torch.tensor([[-200.0, 200.0]], requires_grad=True)
     loss = mmcv.ops.sigmoid_focal_loss(logits, torch.tensor([0]), 2.0, 0.25, None, 'none')
     torch.testing.assert_close(loss, torch.tensor([[0.25 * 200, 0.75 * 200]]))
     loss.sum().backward()
@@ -339,8 +360,11 @@ def test_focal_loss_is_finite_and_linear_for_hopeless_logits():
 @needs_lite
 def test_an_op_that_is_not_supplied_says_what_to_do_when_called():
     layer = mmcv.ops.DeformConv2d(2, 2, 3)
-    with pytest.raises(NotImplementedError, match=r'deform_conv_forward.*mmcv-lite.*only nms, '
-                                                  r'.*pip uninstall mmcv-lite.*2\.2\.0'):
+    with pytest.raises(
+        NotImplementedError,
+        match=r'deform_conv_forward.*mmcv-lite.*only nms, '
+        r'.*pip uninstall mmcv-lite.*2\.2\.0',
+    ):
         layer(torch.zeros(1, 2, 8, 8), torch.zeros(1, 18, 6, 6))
 
 
@@ -354,6 +378,7 @@ def test_the_stand_in_behaves_as_a_module():
         pickle.dumps(ext)
     # How mmengine asks for the full mmcv; it must get an answer, and a true one.
     from mmengine.utils.dl_utils.misc import mmcv_full_available
+
     assert not mmcv_full_available()
 
 
@@ -367,12 +392,20 @@ def test_install_is_idempotent_and_says_what_is_active():
 @needs_lite
 @pytest.mark.parametrize(('rank', 'lines'), [('0', 1), ('1', 0)])
 def test_one_line_is_logged_on_first_use_and_not_on_import(rank, lines):
-    script = ('from mmdet_norms.compat import mmcv_ops; mmcv_ops.install()\n'
-              'import torch, mmcv.ops\n'
-              'print("imported", flush=True)\n'
-              'for _ in range(3): mmcv.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)')
-    out = subprocess.run([sys.executable, '-c', script], env={**os.environ, 'RANK': rank},
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    script = (
+        'from mmdet_norms.compat import mmcv_ops; mmcv_ops.install()\n'
+        'import torch, mmcv.ops\n'
+        'print("imported", flush=True)\n'
+        'for _ in range(3): mmcv.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)'
+    )
+    out = subprocess.run(
+        [sys.executable, '-c', script],
+        env={**os.environ, 'RANK': rank},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+    )
     before, after = out.stdout.split('imported')
     assert 'mmcv ops' not in before
     assert after.count('mmcv ops: PyTorch') == lines
@@ -392,10 +425,15 @@ def shrink(cfg):
     return cfg
 
 
-@pytest.mark.parametrize('config', [
-    'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
-    'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
-    'retinanet/retinanet_r50_fpn_1x_coco.py'])
+@pytest.mark.parametrize(
+    'config',
+    [
+        'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+        'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+        'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
+        'retinanet/retinanet_r50_fpn_1x_coco.py',
+    ],
+)
 def test_a_detector_takes_a_training_step_and_predicts(config):
     pytest.importorskip('mmdet')
     import mmdet
@@ -403,6 +441,7 @@ def test_a_detector_takes_a_training_step_and_predicts(config):
     from mmdet.testing import demo_mm_inputs
     from mmdet.utils import register_all_modules
     from mmengine.config import Config
+
     register_all_modules()
     configs = os.path.join(os.path.dirname(mmdet.__file__), '.mim', 'configs')
     cfg = shrink(Config.fromfile(os.path.join(configs, config)).model)
@@ -410,8 +449,7 @@ def test_a_detector_takes_a_training_step_and_predicts(config):
     cfg.neck.in_channels = [64, 128, 256, 512]
     torch.manual_seed(0)
     model = MODELS.build(cfg)
-    data = demo_mm_inputs(
-        2, [[3, 96, 128], [3, 128, 96]], num_classes=3, with_mask='mask' in config)
+    data = demo_mm_inputs(2, [[3, 96, 128], [3, 128, 96]], num_classes=3, with_mask='mask' in config)
     data = model.data_preprocessor(data, True)
     loss, _ = model.parse_losses(model(**data, mode='loss'))
     loss.backward()
@@ -429,15 +467,22 @@ def test_a_detector_takes_a_training_step_and_predicts(config):
 @pytest.mark.parametrize(('sampling_ratio', 'aligned'), GEOMETRIES)
 def test_roi_align_equals_compiled_mmcv(sampling_ratio, aligned):
     import mmcv._ext as compiled
+
     features, rois = torch.randn(2, 8, 40, 60), random_rois(200, 2, 400, seed=5)
     grad = torch.randn(200, 8, 7, 7)
     geometry = (0.125, sampling_ratio, aligned)
-    torch.testing.assert_close(roi_align(features, rois, (7, 7), *geometry),
-                               roi_align(features, rois, (7, 7), *geometry, ops=compiled),
-                               rtol=0, atol=2e-5)
-    torch.testing.assert_close(roi_align_grad(grad, rois, features.shape, *geometry),
-                               roi_align_grad(grad, rois, features.shape, *geometry, ops=compiled),
-                               rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        roi_align(features, rois, (7, 7), *geometry),
+        roi_align(features, rois, (7, 7), *geometry, ops=compiled),
+        rtol=0,
+        atol=2e-5,
+    )
+    torch.testing.assert_close(
+        roi_align_grad(grad, rois, features.shape, *geometry),
+        roi_align_grad(grad, rois, features.shape, *geometry, ops=compiled),
+        rtol=0,
+        atol=2e-4,
+    )
 
 
 @needs_compiled
@@ -445,18 +490,21 @@ def test_roi_align_equals_compiled_mmcv(sampling_ratio, aligned):
 def test_nms_equals_compiled_mmcv(offset):
     # With distinct scores: the compiled op sorts equal ones in no particular order.
     import mmcv._ext as compiled
+
     for seed in range(5):
         boxes, scores = random_boxes(2000, seed, size=300.0)
         assert len(scores.unique()) == 2000
         for threshold in (0.3, 0.7):
-            assert torch.equal(mmcv_ops.nms(boxes, scores, threshold, offset),
-                               compiled.nms(boxes, scores, threshold, offset))
+            assert torch.equal(
+                mmcv_ops.nms(boxes, scores, threshold, offset), compiled.nms(boxes, scores, threshold, offset)
+            )
 
 
 @needs_compiled
 @pytest.mark.parametrize('method', [0, 1, 2])
 def test_soft_nms_equals_compiled_mmcv_also_among_equal_scores(method):
     import mmcv._ext as compiled
+
     for seed in range(5):
         boxes, scores = random_boxes(200, seed)
         scores = (scores * 20).round() / 20
@@ -465,4 +513,4 @@ def test_soft_nms_equals_compiled_mmcv_also_among_equal_scores(method):
         inds = mmcv_ops.softnms(boxes, scores, dets[0], **settings)
         expected = compiled.softnms(boxes, scores, dets[1], **settings)
         assert inds.tolist() == expected.tolist()
-        torch.testing.assert_close(dets[0, :len(inds)], dets[1, :len(inds)], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(dets[0, : len(inds)], dets[1, : len(inds)], rtol=1e-5, atol=1e-6)

@@ -77,10 +77,16 @@ def test_datasets_inside_wrappers_move_too(tmp_path):
     assert cfg.train_dataloader.dataset.dataset.data_prefix['img'] == 'images/'
 
 
-@pytest.mark.parametrize('make, message', [
-    (lambda root: None, r'has no annotations for train, looked for annotations/train\.json, '),
-    (lambda root: write_folder(root, 'annotations/{split}.json', 'nowhere', ('cat',)), r'image train.jpg of .* is in'),
-])
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (lambda root: None, r'has no annotations for train, looked for annotations/train\.json, '),
+        (
+            lambda root: write_folder(root, 'annotations/{split}.json', 'nowhere', ('cat',)),
+            r'image train.jpg of .* is in',
+        ),
+    ],
+)
 def test_a_folder_without_the_data_is_one_error_that_says_what_was_looked_for(tmp_path, make, message):
     make(tmp_path)
     with pytest.raises(DataRootError, match=message):

@@ -1,4 +1,5 @@
 """The generated ``shapes`` dataset: annotations, determinism, folder handling."""
+
 import contextlib
 import dataclasses
 import hashlib
@@ -33,8 +34,7 @@ TRAIN, VAL = 40, 12
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-    return make_shapes(tmp_path_factory.mktemp('data') / 'shapes', TRAIN, VAL, seed=3,
-                       config=CONFIG)
+    return make_shapes(tmp_path_factory.mktemp('data') / 'shapes', TRAIN, VAL, seed=3, config=CONFIG)
 
 
 @pytest.fixture(scope='module')
@@ -77,8 +77,7 @@ def test_annotation_files_have_the_fields_and_ids_of_coco(root):
     for split, count in (('train', TRAIN), ('val', VAL)):
         data = json.loads((root / 'annotations' / f'{split}.json').read_text())
         assert set(data) == {'info', 'licenses', 'images', 'annotations', 'categories'}
-        assert [(c['id'], c['name']) for c in data['categories']] == list(
-            enumerate(METAINFO['classes'], 1))
+        assert [(c['id'], c['name']) for c in data['categories']] == list(enumerate(METAINFO['classes'], 1))
         assert len(METAINFO['palette']) == len(CLASSES)
         assert len(data['images']) == count
         image_ids = {image['id'] for image in data['images']}
@@ -87,8 +86,7 @@ def test_annotation_files_have_the_fields_and_ids_of_coco(root):
         assert len(set(ids)) == len(ids) > count
         assert min(ids) >= 1  # COCOeval takes a match with id 0 for no match
         for a in data['annotations']:
-            assert set(a) == {'id', 'image_id', 'category_id', 'segmentation', 'area', 'bbox',
-                              'iscrowd'}
+            assert set(a) == {'id', 'image_id', 'category_id', 'segmentation', 'area', 'bbox', 'iscrowd'}
             assert a['image_id'] in image_ids and 1 <= a['category_id'] <= len(CLASSES)
         for image in data['images']:
             pixels = cv2.imread(str(root / split / image['file_name']))
@@ -129,8 +127,9 @@ def test_visible_masks_of_a_scene_do_not_overlap():
 
 def test_a_mask_lies_where_the_pixels_change():
     """Masks are checked against pixels: paint scenes without texture, clutter and light."""
-    plain = ShapesConfig(occlusion=0, clutter=0, texture=0, lighting=0, noise=0, blur=0,
-                         crowd_fraction=0, empty_fraction=0)
+    plain = ShapesConfig(
+        occlusion=0, clutter=0, texture=0, lighting=0, noise=0, blur=0, crowd_fraction=0, empty_fraction=0
+    )
     for index in range(10):
         scene = render_scene(plain, 0, 'train', index)
         image = scene.image.astype(int)
@@ -139,8 +138,7 @@ def test_a_mask_lies_where_the_pixels_change():
         if union.mean() > 0.45:
             continue
         changed = np.abs(image - background).max(-1) > 3
-        edge = cv2.dilate(union.astype(np.uint8), np.ones((3, 3))) - cv2.erode(
-            union.astype(np.uint8), np.ones((3, 3)))
+        edge = cv2.dilate(union.astype(np.uint8), np.ones((3, 3))) - cv2.erode(union.astype(np.uint8), np.ones((3, 3)))
         wrong = (changed != union) & (edge == 0)
         assert wrong.sum() <= 4 * len(scene.objects)  # needle tips, less than half covered
         assert union.sum() > 100
@@ -186,8 +184,7 @@ def test_run_lengths_replace_polygons_that_would_lose_a_small_hole_or_specks():
 
 def test_run_lengths_agree_with_pycocotools_also_at_the_image_corners():
     rng = np.random.default_rng(0)
-    for mask in (np.ones((5, 7), bool), np.zeros((5, 7), bool), rng.random((5, 7)) < 0.5,
-                 np.eye(6, dtype=bool)):
+    for mask in (np.ones((5, 7), bool), np.zeros((5, 7), bool), rng.random((5, 7)) < 0.5, np.eye(6, dtype=bool)):
         rle = shapes._rle(mask)
         assert np.array_equal(decode(rle, *mask.shape), mask)
         assert sum(rle['counts']) == mask.size and 0 not in rle['counts'][1:]
@@ -200,8 +197,7 @@ def test_crowds_are_single_uncompressed_run_lengths_of_many_parts(content):
     for a in crowds:
         assert isinstance(a['segmentation']['counts'], list)
         assert sum(a['segmentation']['counts']) == 96 * 96
-        parts, _ = cv2.connectedComponents(
-            decode(a['segmentation'], 96, 96).astype(np.uint8))
+        parts, _ = cv2.connectedComponents(decode(a['segmentation'], 96, 96).astype(np.uint8))
         assert parts > 4
 
 
@@ -225,14 +221,23 @@ def test_objects_occlude_each_other_but_stay_visible_enough():
     visible = [o.visible for s in scenes for o in s.objects if not o.is_crowd]
     assert min(visible) >= 0.6
     assert np.mean(np.array(visible) < 0.95) > 0.2
-    clear = [o.visible for i in range(40) for o in render_scene(
-        dataclasses.replace(config, occlusion=0), 0, 'train', i).objects]
+    clear = [
+        o.visible
+        for i in range(40)
+        for o in render_scene(dataclasses.replace(config, occlusion=0), 0, 'train', i).objects
+    ]
     assert np.mean(np.array(clear) < 0.95) < np.mean(np.array(visible) < 0.95) / 2
 
 
 def test_small_and_medium_objects_of_coco_are_both_common_by_default():
-    areas = np.array([annotate(o)['area'] for i in range(60) for o in
-                      render_scene(ShapesConfig(), 0, 'val', i).objects if not o.is_crowd])
+    areas = np.array(
+        [
+            annotate(o)['area']
+            for i in range(60)
+            for o in render_scene(ShapesConfig(), 0, 'val', i).objects
+            if not o.is_crowd
+        ]
+    )
     small = (areas < 32**2).mean()
     assert 0.3 < small < 0.9
 
@@ -248,13 +253,13 @@ def test_classes_differ_neither_in_colour_nor_in_contrast_nor_in_position():
             ys, xs = np.nonzero(obj.mask)
             pixels = scene.image[obj.mask]
             others = scene.image[~obj.mask].mean(0)
-            rows.append([*pixels.mean(0), np.linalg.norm(pixels.mean(0) - others),
-                         xs.mean(), ys.mean(), len(scene.objects)])
+            rows.append(
+                [*pixels.mean(0), np.linalg.norm(pixels.mean(0) - others), xs.mean(), ys.mean(), len(scene.objects)]
+            )
             labels.append(obj.label)
     rows, labels = np.array(rows, float), np.array(labels)
     rows = (rows - rows.mean(0)) / rows.std(0)
-    z = [np.abs(rows[labels == c].mean(0)) * np.sqrt((labels == c).sum())
-         for c in range(len(CLASSES))]
+    z = [np.abs(rows[labels == c].mean(0)) * np.sqrt((labels == c).sum()) for c in range(len(CLASSES))]
     assert min((labels == c).sum() for c in range(len(CLASSES))) > 50
     assert np.max(z) < 4  # 42 comparisons; 4 sigma by chance: about 0.3 %
 
@@ -262,8 +267,7 @@ def test_classes_differ_neither_in_colour_nor_in_contrast_nor_in_position():
 def test_the_circles_around_outlines_are_as_large_for_every_class():
     rng = np.random.default_rng(0)
     for label in range(len(CLASSES)):
-        reach = [np.linalg.norm(shapes._shape(label, 10, rng)[0], axis=1).max()
-                 for _ in range(200)]
+        reach = [np.linalg.norm(shapes._shape(label, 10, rng)[0], axis=1).max() for _ in range(200)]
         assert max(reach) <= 10 + 1e-9 and np.mean(reach) > 8.4
 
 
@@ -276,10 +280,14 @@ def test_ground_truth_as_detections_has_average_precision_one(root, kind, with_c
         detections = []
         for a in truth.loadAnns(truth.getAnnIds()):
             if with_crowds or not a['iscrowd']:
-                detections.append(dict(
-                    image_id=a['image_id'], category_id=a['category_id'], score=0.9,
-                    **{'bbox': dict(bbox=a['bbox']),
-                       'segm': dict(segmentation=truth.annToRLE(a))}[kind]))
+                detections.append(
+                    dict(
+                        image_id=a['image_id'],
+                        category_id=a['category_id'],
+                        score=0.9,
+                        **{'bbox': dict(bbox=a['bbox']), 'segm': dict(segmentation=truth.annToRLE(a))}[kind],
+                    )
+                )
         evaluation = COCOeval(truth, truth.loadRes(detections), kind)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -294,13 +302,19 @@ def test_the_coco_dataset_of_mmdet_loads_every_image_and_annotation(root, split,
     from mmdet.utils import register_all_modules
 
     import mmdet_norms  # noqa: F401  (makes mmdet importable with mmcv-lite)
+
     register_all_modules(init_default_scope=True)
     with quiet():
-        dataset = DATASETS.build(dict(
-            type='CocoDataset', data_root=str(root), ann_file=f'annotations/{split}.json',
-            data_prefix=dict(img=f'{split}/'), metainfo=METAINFO,
-            pipeline=[dict(type='LoadImageFromFile'),
-                      dict(type='LoadAnnotations', with_bbox=True, with_mask=True)]))
+        dataset = DATASETS.build(
+            dict(
+                type='CocoDataset',
+                data_root=str(root),
+                ann_file=f'annotations/{split}.json',
+                data_prefix=dict(img=f'{split}/'),
+                metainfo=METAINFO,
+                pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True)],
+            )
+        )
         truth = COCO(str(root / 'annotations' / f'{split}.json'))
     assert len(dataset) == count and dataset.metainfo['classes'] == CLASSES
     total = 0
@@ -321,8 +335,7 @@ def test_the_same_arguments_give_the_same_bytes(root, tmp_path):
 
 
 def test_another_seed_or_split_gives_other_images():
-    images = [render_scene(CONFIG, seed, split, 0).image.tobytes()
-              for seed in (0, 1) for split in ('train', 'val')]
+    images = [render_scene(CONFIG, seed, split, 0).image.tobytes() for seed in (0, 1) for split in ('train', 'val')]
     assert len(set(images)) == 4
 
 
@@ -356,8 +369,9 @@ def test_an_empty_folder_is_filled(tmp_path):
     assert (tiny(tmp_path / 'shapes') / 'annotations' / 'val.json').is_file()
 
 
-@pytest.mark.parametrize('change', [
-    dict(seed=1), dict(config=ShapesConfig(noise=0)), 'version', 'lost image', 'edited json'])
+@pytest.mark.parametrize(
+    'change', [dict(seed=1), dict(config=ShapesConfig(noise=0)), 'version', 'lost image', 'edited json']
+)
 def test_a_dataset_that_differs_is_replaced_only_with_overwrite(tmp_path, monkeypatch, change):
     root = tiny(tmp_path / 'shapes')
     kwargs = change if isinstance(change, dict) else {}
@@ -453,12 +467,21 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
 
 
 # --------------------------------------------------------------------- arguments and CLI
-@pytest.mark.parametrize('kwargs,message', [
-    (dict(size=16), 'size'), (dict(min_object=0.7), 'min_object'),
-    (dict(size=64, min_object=0.1), '10 px'), (dict(max_objects=0), 'max_objects'),
-    (dict(min_visible=0), 'min_visible'), (dict(noise=-0.1), 'noise'),
-    (dict(clutter=-1), 'clutter'), (dict(blur=9), 'blur'), (dict(min_contrast=1), 'contrast'),
-    (dict(crowd_fraction=0.6, empty_fraction=0.6), 'crowd_fraction')])
+@pytest.mark.parametrize(
+    'kwargs,message',
+    [
+        (dict(size=16), 'size'),
+        (dict(min_object=0.7), 'min_object'),
+        (dict(size=64, min_object=0.1), '10 px'),
+        (dict(max_objects=0), 'max_objects'),
+        (dict(min_visible=0), 'min_visible'),
+        (dict(noise=-0.1), 'noise'),
+        (dict(clutter=-1), 'clutter'),
+        (dict(blur=9), 'blur'),
+        (dict(min_contrast=1), 'contrast'),
+        (dict(crowd_fraction=0.6, empty_fraction=0.6), 'crowd_fraction'),
+    ],
+)
 def test_values_out_of_range_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ShapesConfig(**kwargs)
@@ -487,8 +510,12 @@ def test_the_command_says_what_it_wrote_and_fails_with_one_line(tmp_path, capsys
 
 def test_the_script_runs_from_a_checkout(tmp_path):
     script = Path(__file__).resolve().parents[2] / 'tools' / 'make_shapes.py'
-    done = subprocess.run([sys.executable, str(script), '--out', 'shapes', '--train', '2',
-                           '--val', '1', '--size', '64'], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(script), '--out', 'shapes', '--train', '2', '--val', '1', '--size', '64'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'shapes' / 'meta.json').is_file()

@@ -31,13 +31,14 @@ def test_a_burn_in_of_epochs_becomes_iterations_of_the_loader_and_layers_learn_t
 
 
 def test_mabn_behind_an_uncentred_convolution_is_named_with_the_fix():
-    with pytest.warns(UserWarning, match=r"0\.bn.*CenConv"):
+    with pytest.warns(UserWarning, match=r'0\.bn.*CenConv'):
         NormHook().before_train(runner(nn.Sequential(conv(dict(type='MABN')))))
 
 
 def test_nothing_is_said_where_nothing_is_wrong():
-    model = nn.Sequential(conv(dict(type='MABN'), conv_cfg=dict(type='CenConv')), conv(dict(type='CBN')),
-                          conv(dict(type='BN')))
+    model = nn.Sequential(
+        conv(dict(type='MABN'), conv_cfg=dict(type='CenConv')), conv(dict(type='CBN')), conv(dict(type='BN'))
+    )
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         NormHook().before_train(runner(model))

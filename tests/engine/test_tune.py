@@ -220,8 +220,11 @@ def test_several_optimizer_steps_of_a_detector_are_the_same(name):
 def test_nothing_of_the_norms_is_saved_for_the_backward_pass():
     model = backbone(frozen_stages=-1)
     kept = []  # what batch norm keeps: its inputs
-    hooks = [m.register_forward_hook(lambda _, args, y: kept.append(y.nbytes))
-             for m in model.modules() if isinstance(m, nn.Conv2d)]
+    hooks = [
+        m.register_forward_hook(lambda _, args, y: kept.append(y.nbytes))
+        for m in model.modules()
+        if isinstance(m, nn.Conv2d)
+    ]
     image = torch.randn(2, 3, 128, 128)
     before = saved_bytes(lambda: model(image), owned_tensors(model))
     for hook in hooks:
@@ -442,7 +445,7 @@ def test_compiled_code_is_in_tune_mode_too():
     torch._dynamo.reset()
 
 
-_DDP = '''
+_DDP = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import mmdet_norms
@@ -464,7 +467,7 @@ for _ in range(2):
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()))
 print('equal', flush=True)
 os._exit(0)
-'''
+"""
 
 
 def test_distributed_training_has_the_same_gradients(tmp_path):
@@ -478,8 +481,16 @@ def test_distributed_training_has_the_same_gradients(tmp_path):
 
 def test_a_run_says_what_it_covers_and_its_checkpoints_are_those_of_a_plain_run(tmp_path):
     config = str(tiny.write_config(tmp_path, "\ncustom_hooks = [dict(type='EMAHook', momentum=0.1)]\n"))
-    options = ['--seed', '0', '--cfg-options', 'train_cfg.max_epochs=2', 'default_hooks.checkpoint.interval=1',
-               'train_cfg.val_begin=2', 'model.backbone.norm_eval=True', 'model.backbone.frozen_stages=1']
+    options = [
+        '--seed',
+        '0',
+        '--cfg-options',
+        'train_cfg.max_epochs=2',
+        'default_hooks.checkpoint.interval=1',
+        'train_cfg.val_begin=2',
+        'model.backbone.norm_eval=True',
+        'model.backbone.frozen_stages=1',
+    ]
 
     def run(folder, *arguments):
         train.main([config, '--work-dir', str(tmp_path / folder), *arguments, *options])
@@ -516,8 +527,19 @@ def test_the_hook_covers_training_alone():
 
 def test_a_run_without_fixed_statistics_is_told_that_nothing_changes(tmp_path):
     config = str(tiny.write_config(tmp_path))
-    train.main([config, '--work-dir', str(tmp_path / 'run'), '--tune-mode', '--cfg-options', 'val_cfg=None',
-                'val_dataloader=None', 'val_evaluator=None', 'train_dataloader.batch_size=4'])
+    train.main(
+        [
+            config,
+            '--work-dir',
+            str(tmp_path / 'run'),
+            '--tune-mode',
+            '--cfg-options',
+            'val_cfg=None',
+            'val_dataloader=None',
+            'val_evaluator=None',
+            'train_dataloader.batch_size=4',
+        ]
+    )
     log = ''.join(path.read_text() for path in (tmp_path / 'run').glob('*/*.log'))
     assert 'Tune mode changes nothing here' in log
 

@@ -61,9 +61,7 @@ def compare(results, expected, dtype):
         assert (actual.double() - exact).abs().max() <= tolerance * exact.abs().max().clamp(min=1), name
 
 
-@pytest.mark.parametrize(
-    'case, given', [(case, False) for case in CASES] + [(case, True) for case in GIVEN], ids=str
-)
+@pytest.mark.parametrize('case, given', [(case, False) for case in CASES] + [(case, True) for case in GIVEN], ids=str)
 def test_output_and_gradients_are_those_of_the_two_modules(case, given):
     _, dtype, layout, shape = case
     x, weight, bias, *statistics = tensors(*case)

@@ -12,11 +12,11 @@ from mmdet_norms.kernels import bnet, compiled
 from mmdet_norms.layers import BNET
 
 WAYS = [
-    pytest.param(bnet._InTorch, id="in torch"),
+    pytest.param(bnet._InTorch, id='in torch'),
     pytest.param(
         bnet._Compiled,
-        id="compiled",
-        marks=pytest.mark.skipif(compiled.library() is None, reason="installed without a C compiler"),
+        id='compiled',
+        marks=pytest.mark.skipif(compiled.library() is None, reason='installed without a C compiler'),
     ),
 ]
 SHAPES = [(2, 3, 5, 4), (1, 5, 17, 33), (3, 4, 1, 9), (2, 37, 6, 7), (2, 3, 40, 70), (2, 4, 2, 2)]
@@ -29,11 +29,11 @@ def literal(x, weight, bias, mean, var):
     return F.conv2d(normalized, weight, bias, 1, weight.shape[-1] // 2, 1, x.shape[1])
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("given", [False, True], ids=["batch statistics", "given statistics"])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 2e-4)])
-@pytest.mark.parametrize("size", [1, 3, 5, 7, 9])
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('given', [False, True], ids=['batch statistics', 'given statistics'])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-11), (torch.float32, 2e-4)])
+@pytest.mark.parametrize('size', [1, 3, 5, 7, 9])
 def test_output_and_gradients_are_those_of_the_two_modules(way, given, layout, dtype, tolerance, size):
     torch.manual_seed(size)
     for shape in SHAPES:
@@ -48,13 +48,13 @@ def test_output_and_gradients_are_those_of_the_two_modules(way, given, layout, d
             y = function(*leaves, *stats)
             y.backward(grad)
             results.append([y.detach(), *(leaf.grad for leaf in leaves)])
-        for name, expected, actual in zip(("y", "grad_x", "grad_weight", "grad_bias"), *results):
+        for name, expected, actual in zip(('y', 'grad_x', 'grad_weight', 'grad_bias'), *results):
             error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1)
             assert error < tolerance, (name, shape, error)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_statistics_survive_a_huge_mean(way, layout):
     x = (torch.randn(2, 16, 20, 30, dtype=torch.float64) + 1e4).float().contiguous(memory_format=layout)
     mean, var = way.apply(x, torch.ones(16, 1, 3, 3), torch.zeros(16), 1e-5, None, None)[1:]
@@ -63,8 +63,8 @@ def test_statistics_survive_a_huge_mean(way, layout):
     torch.testing.assert_close(var.double(), exact.var((0, 2, 3), correction=0), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("leaf", ["x", "weight", "bias"])
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('leaf', ['x', 'weight', 'bias'])
 def test_only_what_is_asked_for_gets_a_gradient(way, leaf):
     tensors = dict(x=torch.randn(2, 3, 5, 4), weight=torch.randn(3, 1, 3, 3), bias=torch.randn(3))
     tensors[leaf].requires_grad_()
@@ -77,7 +77,7 @@ def test_only_what_is_asked_for_gets_a_gradient(way, leaf):
 
 
 def taken(layer, x):
-    return "_Compiled" in str(layer(x).grad_fn) or "_InTorch" in str(layer(x).grad_fn)
+    return '_Compiled' in str(layer(x).grad_fn) or '_InTorch' in str(layer(x).grad_fn)
 
 
 def test_the_layer_takes_them_in_training_and_saves_its_input_only():
@@ -102,20 +102,20 @@ def test_the_layer_does_without_them_where_another_tool_must_see_its_modules():
     parametrized = BNET(4)
     nn.utils.parametrizations.weight_norm(parametrized.bnconv)
     assert not taken(parametrized, x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast('cpu', dtype=torch.bfloat16):
         assert not taken(BNET(4), x)
 
 
 def test_an_environment_variable_switches_the_library_off():
-    code = "from mmdet_norms.kernels import compiled; print(compiled.library())"
+    code = 'from mmdet_norms.kernels import compiled; print(compiled.library())'
     done = subprocess.run(
-        [sys.executable, "-c", code], env={"MMDET_NORMS_COMPILED": "0", "PATH": ""}, capture_output=True, text=True
+        [sys.executable, '-c', code], env={'MMDET_NORMS_COMPILED': '0', 'PATH': ''}, capture_output=True, text=True
     )
-    assert done.stdout.split()[-1] == "None", done.stderr
+    assert done.stdout.split()[-1] == 'None', done.stderr
 
 
-@pytest.mark.skipif(compiled.library() is None, reason="installed without a C compiler")
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.skipif(compiled.library() is None, reason='installed without a C compiler')
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_the_number_of_threads_does_not_change_the_result(layout):
     x = torch.randn(2, 40, 50, 60).contiguous(memory_format=layout)
     before, results = torch.get_num_threads(), []

@@ -253,9 +253,9 @@ def test_times_of_inference(dtype, layout, capsys):
             weight, bias = torch.randn(shape[1], 1, size, size, device=GPU).to(dtype), torch.randn_like(x[0, :, 0, 0])
             fused, separate, alone = median(
                 lambda x=x, w=weight, b=bias, o=other: triton.bnet_inference(x, w, b, o, True),
-                lambda x=x, w=weight, b=bias, o=other: F.conv2d(
-                    x, w, b, padding=w.shape[-1] // 2, groups=x.shape[1]
-                ).add_(o).relu_(),
+                lambda x=x, w=weight, b=bias, o=other: (
+                    F.conv2d(x, w, b, padding=w.shape[-1] // 2, groups=x.shape[1]).add_(o).relu_()
+                ),
                 lambda x=x, o=other: F.relu(x + o),
             )
             rate = 3 * x.numel() * x.element_size() / fused / 1e6

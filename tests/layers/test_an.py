@@ -338,9 +338,7 @@ class TestGenericTools:
         """AN between convolutions, with a batch norm behind the last: what fusion may mistake."""
         torch.manual_seed(1)
         last = plain_norm('BN', 3)
-        return nn.Sequential(
-            nn.Conv2d(2, 4, 1), random_an(norm, dtype=torch.float32), nn.Conv2d(4, 3, 1), last
-        ).eval()
+        return nn.Sequential(nn.Conv2d(2, 4, 1), random_an(norm, dtype=torch.float32), nn.Conv2d(4, 3, 1), last).eval()
 
     def assert_same_function(self, norm, tool):
         before, x = self.block(norm), torch.randn(2, 2, 7, 7)
@@ -353,9 +351,7 @@ class TestGenericTools:
         assert all(isinstance(m, nn.SyncBatchNorm) for m in batch_norms(converted))
         assert len(batch_norms(converted)) == (2 if norm == 'BN' else 0)
         self.assert_same_function(norm, nn.SyncBatchNorm.convert_sync_batchnorm)
-        self.assert_same_function(
-            norm, lambda m: revert_sync_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(m))
-        )
+        self.assert_same_function(norm, lambda m: revert_sync_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(m)))
 
     @pytest.mark.parametrize('shape', [(3, 4, 5, 5), (1, 4, 5, 5), (0, 4, 5, 5)])
     def test_a_converted_layer_trains_the_same_in_one_process(self, norm, shape):
@@ -804,7 +800,9 @@ assert not {'mmcv', 'mmengine', 'mmdet'} & set(sys.modules)
 """
 
 # Train steps [first, last) from one checkpoint, write the next.
-TRAINING = PACKAGE + """
+TRAINING = (
+    PACKAGE
+    + """
 def train(norm, first, last, source, target):
     torch.manual_seed(first)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), AN(8, norm, 5, 4), nn.ReLU(), nn.Conv2d(8, 2, 1))
@@ -827,9 +825,12 @@ else:
     train(norm, 0, 6, None, folder + '/straight.pth')
     train(norm, 0, 3, None, folder + '/half.pth')
 """
+)
 
 # Two processes, each with its own batch, in the second case empty on the second: gradients and buffers after a step.
-DISTRIBUTED = PACKAGE + """
+DISTRIBUTED = (
+    PACKAGE
+    + """
 import os
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -849,6 +850,7 @@ print(json.dumps(results), flush=True)
 dist.barrier()
 os._exit(0)  # freeing a DDP model and its gloo group at exit sometimes aborts
 """
+)
 
 
 def start(program, *arguments):

@@ -232,10 +232,13 @@ class TestGenericTools:
         found[0].running_var = torch.stack(variances).mean(0)
         found[0].momentum = momentum
         expected = oracle(
-            batches[0].double().numpy(), layer.bnconv.weight.detach().double().numpy(),
-            layer.bnconv.bias.detach().double().numpy(), 1e-5,
+            batches[0].double().numpy(),
+            layer.bnconv.weight.detach().double().numpy(),
+            layer.bnconv.bias.detach().double().numpy(),
+            1e-5,
             np.mean([b.double().mean((0, 2, 3)).numpy() for b in batches], 0),
-            np.mean([b.double().var((0, 2, 3)).numpy() for b in batches], 0) * 50 / 50)
+            np.mean([b.double().var((0, 2, 3)).numpy() for b in batches], 0) * 50 / 50,
+        )
         np.testing.assert_allclose(layer.eval()(batches[0]).detach().numpy(), expected, rtol=1e-4, atol=1e-4)
 
 

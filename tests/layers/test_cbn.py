@@ -76,8 +76,10 @@ def relative(actual, expected):
 
 def conv_cbn(cin=4, cout=6, kernel=3, padding=1, seed=0, dtype=torch.float32, linked=False, conv=(), **cbn):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Conv2d(cin, cout, kernel, padding=padding, **dict(dict(bias=False), **dict(conv))),
-                          CBN(cout, **dict(dict(burnin=1), **cbn))).to(dtype)
+    model = nn.Sequential(
+        nn.Conv2d(cin, cout, kernel, padding=padding, **dict(dict(bias=False), **dict(conv))),
+        CBN(cout, **dict(dict(burnin=1), **cbn)),
+    ).to(dtype)
     nn.init.normal_(model[1].weight, 1, 0.2), nn.init.normal_(model[1].bias, 0, 0.2)
     if linked:
         assert link_convs(model) == []
@@ -174,8 +176,11 @@ class TestMaths:
         data = {key: torch.from_numpy(np.array(value)) for key, value in golden(f'cbn/cbn_{name}.npz').items()}
         cfg = {key[4:]: value.item() for key, value in data.items() if key.startswith('cfg.')}
         geometry = [cfg[key] for key in ('stride', 'padding', 'dilation', 'groups')]
-        layer = CBN(4, eps_in_sqrt=cfg['out_p'], **{k: cfg[k] for k in (
-            'buffer_num', 'burnin', 'two_stage', 'rho', 'eps', 'momentum')}).double()
+        layer = CBN(
+            4,
+            eps_in_sqrt=cfg['out_p'],
+            **{k: cfg[k] for k in ('buffer_num', 'burnin', 'two_stage', 'rho', 'eps', 'momentum')},
+        ).double()
         layer.load_state_dict({key[5:]: value for key, value in data.items() if key.startswith('init.')}, strict=True)
 
         for i in range(12):
@@ -190,9 +195,16 @@ class TestMaths:
             conv_out.retain_grad()
             y = layer(conv_out)
             y.backward(data['gy'][i])
-            ours = dict(y=y, gx=x.grad, g_conv_out=conv_out.grad, g_conv_weight=conv_weight.grad,
-                        g_weight=layer.weight.grad, g_bias=layer.bias.grad,
-                        running_mean=layer.running_mean, running_var=layer.running_var)
+            ours = dict(
+                y=y,
+                gx=x.grad,
+                g_conv_out=conv_out.grad,
+                g_conv_weight=conv_weight.grad,
+                g_weight=layer.weight.grad,
+                g_bias=layer.bias.grad,
+                running_mean=layer.running_mean,
+                running_var=layer.running_var,
+            )
             for key, value in ours.items():
                 assert relative(value, data[key][i]) <= 1e-12, (key, i)
         with torch.no_grad():
@@ -220,8 +232,12 @@ class TestMaths:
 
     def test_the_mean_patch_is_the_gradient_of_the_mean(self):
         torch.manual_seed(0)
-        for kernel, stride, padding, dilation in [((3, 3), (1, 1), (1, 1), (1, 1)), ((5, 2), (2, 3), (3, 0), (1, 2)),
-                                                  ((3, 3), (2, 2), (0, 4), (3, 1)), ((1, 1), (2, 2), (0, 0), (1, 1))]:
+        for kernel, stride, padding, dilation in [
+            ((3, 3), (1, 1), (1, 1), (1, 1)),
+            ((5, 2), (2, 3), (3, 0), (1, 2)),
+            ((3, 3), (2, 2), (0, 4), (3, 1)),
+            ((1, 1), (2, 2), (0, 0), (1, 1)),
+        ]:
             x = torch.randn(3, 4, 11, 12, dtype=torch.float64)
             weight = torch.randn(6, 2, *kernel, dtype=torch.float64, requires_grad=True)
             y = F.conv2d(x, weight, None, stride, padding, dilation, 2)
@@ -392,8 +408,9 @@ class TestFindingTheConvolution:
 
         for block in (BasicBlock, Bottleneck):
             planes = 8
-            down = nn.Sequential(nn.Conv2d(4, planes * block.expansion, 1, bias=False),
-                                 CBN(planes * block.expansion, burnin=1))
+            down = nn.Sequential(
+                nn.Conv2d(4, planes * block.expansion, 1, bias=False), CBN(planes * block.expansion, burnin=1)
+            )
             model = block(4, planes, downsample=down, norm_cfg=dict(type=CBN, burnin=1))
             assert link_convs(model) == []
             linked = [(c, h.__self__) for c in model.modules() for h in c._forward_hooks.values()]
@@ -472,8 +489,12 @@ class TestBurnIn:
 
 class TestStateDict:
     def test_published_and_plain_batch_norm_checkpoints_load_strictly(self):
-        published = {'weight': torch.rand(6), 'bias': torch.rand(6), 'running_mean': torch.rand(6),
-                     'running_var': torch.rand(6)}
+        published = {
+            'weight': torch.rand(6),
+            'bias': torch.rand(6),
+            'running_mean': torch.rand(6),
+            'running_var': torch.rand(6),
+        }
         for state in (published, nn.BatchNorm2d(6).state_dict()):
             model = conv_cbn()
             train(model, batches(4))
@@ -856,8 +877,13 @@ class TestSituations:
                 process.kill()
         ranks = [torch.load(tmp_path / f'{rank}.pth', weights_only=True) for rank in range(2)]
         for key, value in ranks[0].items():
-            shared = key in ('module.0.weight', 'module.1.weight', 'module.1.bias', 'module.1.iter_count',
-                             'module.1.history_index')
+            shared = key in (
+                'module.0.weight',
+                'module.1.weight',
+                'module.1.bias',
+                'module.1.iter_count',
+                'module.1.history_index',
+            )
             assert torch.equal(value, ranks[1][key]) == shared, key
 
     def test_norm_eval_of_a_backbone_does_not_reach_it_but_eval_does(self):
@@ -900,9 +926,22 @@ def _rank(rank, world, folder):
 class TestBadArguments:
     @pytest.mark.parametrize(
         'key, value',
-        [('burnin', -1), ('burnin', 1.5), ('burnin', 'e'), ('burnin', '8'), ('burnin', '-1e'), ('burnin', True),
-         ('burnin', None), ('buffer_num', -1), ('buffer_num', 1.0), ('rho', -0.5), ('rho', '1'), ('eps', 0),
-         ('momentum', 1.5), ('momentum', None)],
+        [
+            ('burnin', -1),
+            ('burnin', 1.5),
+            ('burnin', 'e'),
+            ('burnin', '8'),
+            ('burnin', '-1e'),
+            ('burnin', True),
+            ('burnin', None),
+            ('buffer_num', -1),
+            ('buffer_num', 1.0),
+            ('rho', -0.5),
+            ('rho', '1'),
+            ('eps', 0),
+            ('momentum', 1.5),
+            ('momentum', None),
+        ],
     )
     def test_a_value_out_of_range_is_named(self, key, value):
         with pytest.raises(ValueError, match=f"norm_cfg.*'CBN'.*{key}={value!r}"):

@@ -808,8 +808,12 @@ class TestUncentred:
             assert warn_if_uncentred(nn.Sequential(CenConv2d(3, 4, 1), MABN(4), nn.Linear(2, 2), MABN(2))) == []
 
     def test_the_model_is_warned_of_once_naming_the_layers(self):
-        model = nn.ModuleDict({'neck': ConvModule(3, 4, 1, norm_cfg=dict(type=MABN)), 'head': nn.Sequential(
-            nn.Conv2d(3, 4, 1), MABN(4), nn.ReLU(), CenConv2d(4, 4, 1), MABN(4))})
+        model = nn.ModuleDict(
+            {
+                'neck': ConvModule(3, 4, 1, norm_cfg=dict(type=MABN)),
+                'head': nn.Sequential(nn.Conv2d(3, 4, 1), MABN(4), nn.ReLU(), CenConv2d(4, 4, 1), MABN(4)),
+            }
+        )
         with pytest.warns(UserWarning, match=r"in front of neck\.bn, head\.1 do not.*type='CenConv'") as caught:
             assert warn_if_uncentred(model) == ['neck.bn', 'head.1']
         assert len(caught) == 1
@@ -836,8 +840,19 @@ class TestBadArguments:
         with pytest.raises(ValueError, match='real_B=32 is no multiple of B=3'):
             MABN(4, B=3)
 
-    @pytest.mark.parametrize('key, value', [('B', 0), ('B', 2.0), ('real_B', True), ('buffer_size', 0), ('eps', 0),
-                                            ('warmup_iters', -1), ('warmup_iters', '8e'), ('momentum', 1.5)])
+    @pytest.mark.parametrize(
+        'key, value',
+        [
+            ('B', 0),
+            ('B', 2.0),
+            ('real_B', True),
+            ('buffer_size', 0),
+            ('eps', 0),
+            ('warmup_iters', -1),
+            ('warmup_iters', '8e'),
+            ('momentum', 1.5),
+        ],
+    )
     def test_a_number_out_of_range_is_named(self, key, value):
         with pytest.raises(ValueError, match=f"'MABN': {key}={value!r}"):
             MABN(4, **{key: value})

@@ -973,9 +973,7 @@ EXCEPTIONS = {
     ('AN-BN', _LOADING): Otherwise(
         'the identical function; the attention is reported missing, and starts with every gate at 1/2',
         check=_loads(
-            missing=[
-                _ATTENTION + key for key in ('0.weight', '1.weight', '1.bias', '1.running_mean', '1.running_var')
-            ]
+            missing=[_ATTENTION + key for key in ('0.weight', '1.weight', '1.bias', '1.running_mean', '1.running_var')]
         ),
     ),
     ('AN-GN', _LOADING): Otherwise(
@@ -995,9 +993,7 @@ EXCEPTIONS = {
         "torch's instance norm refuses running statistics with a `RuntimeError`",
         error=(RuntimeError, r'Unexpected running stats buffer'),
     ),
-    **{
-        (norm, 'golden numbers of the published layer'): Otherwise(_NO_NUMBERS) for norm in NORMS if norm not in GOLDEN
-    },
+    **{(norm, 'golden numbers of the published layer'): Otherwise(_NO_NUMBERS) for norm in NORMS if norm not in GOLDEN},
 }
 
 
@@ -1015,7 +1011,6 @@ def run_cell(norm: str, name: str) -> None:
             other.check(norm)
     finally:
         torch.set_num_threads(threads)
-
 
 
 # --------------------------------------------------------------------------------------------------------- document
@@ -1055,11 +1050,25 @@ def render(failed: frozenset = frozenset()) -> str:
         rows.append(f'| {name} | {" | ".join(marks)} |')
     notes = [f'{number}. {reason[0].upper()}{reason[1:]}.' for number, reason in enumerate(reasons, 1)]
     built = [f'| {norm} | `{cfg}` | {f"`{conv}`" if conv else ""} |' for norm, (cfg, conv) in NORMS.items()]
-    return '\n'.join([
-        _HEAD.rstrip('\n') + '\n', *rows, '', '## Notes', '', *notes, '', '## Built with', '',
-        'Schedules are short, so that a few iterations reach what each norm does in the end.', '',
-        '| norm | `norm_cfg` | `conv_cfg` |', '|---|---|---|', *built, '',
-    ])
+    return '\n'.join(
+        [
+            _HEAD.rstrip('\n') + '\n',
+            *rows,
+            '',
+            '## Notes',
+            '',
+            *notes,
+            '',
+            '## Built with',
+            '',
+            'Schedules are short, so that a few iterations reach what each norm does in the end.',
+            '',
+            '| norm | `norm_cfg` | `conv_cfg` |',
+            '|---|---|---|',
+            *built,
+            '',
+        ]
+    )
 
 
 if __name__ == '__main__':
