@@ -10,6 +10,7 @@ from torch import nn
 
 from ..layers._fold import CannotFoldError, Folded
 from .dataflow import Dataflow, fold, is_observed
+from .residual import join_ends
 
 
 @dataclass
@@ -21,6 +22,7 @@ class FuseReport:
         reduced: norm -> type of the module that is left of it (of a BNET, the depthwise convolution).
         kept: norm -> why it is as it was.
         types: type of each norm.
+        joined: residual blocks whose sum and ReLU the depthwise convolution of their last norm computes, too.
         parameters: number of parameter values before and after.
         buffers: number of buffer values before and after.
     """
@@ -29,6 +31,7 @@ class FuseReport:
     reduced: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
+    joined: list[str] = field(default_factory=list)
     parameters: tuple[int, int] = (0, 0)
     buffers: tuple[int, int] = (0, 0)
 
@@ -47,8 +50,14 @@ class FuseReport:
         for name, reason in self.kept.items():
             groups['kept', self.types[name], f': {reason}'].append(name)
         for (what, kind, why), names in groups.items():
-            lines.append(f'  {what} {len(names)} {kind} ({names[0]}{", ..." if len(names) > 1 else ""}){why}')
+            lines.append(f'  {what} {len(names)} {kind} ({_some(names)}){why}')
+        if self.joined:
+            lines.append(f'  {len(self.joined)} residual blocks end in one pass ({_some(self.joined)})')
         return '\n'.join(lines)
+
+
+def _some(names: list[str]) -> str:
+    return f'{names[0]}{", ..." if len(names) > 1 else ""}'
 
 
 def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -58,7 +67,8 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     norm                                    what remains
     ======================================  ============================================================================
     BN, SyncBN, FrozenBN, CBN, BRN, MABN    nothing; the convolution has their scale, and their shift as bias
-    BNET                                    the depthwise convolution; its batch norm is in the convolution in front
+    BNET                                    the depthwise convolution; its batch norm is in the convolution in front.
+                                            At the end of a residual block it adds the shortcut and applies ReLU, too
     AN                                      moments, attention and one scale-shift pass; statistics are in its matrices
     GN, LN2d, SN, IN                        all of it: their statistics come from the input
     ======================================  ============================================================================
@@ -108,6 +118,7 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
         if hasattr(conv, 'to_conv2d') and not (is_observed(conv) or id(conv) in dataflow.touched):
             dataflow.replace(conv, conv.to_conv2d())
     model.requires_grad_(False)
+    report.joined = join_ends(model)
     report.parameters, report.buffers = zip(sizes, _sizes(model))
     if report.folded or report.reduced or not hasattr(model, 'fuse_report'):
         model.fuse_report = report

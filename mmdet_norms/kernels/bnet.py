@@ -51,29 +51,95 @@ def serves(x: Tensor, *others: Tensor) -> bool:
         isinstance(x, Tensor)
         and x.dim() == 4
         and x.dtype in (torch.float32, torch.float64)
-        and all(t.dtype == x.dtype and t.device.type == "cpu" for t in (x, *others))
-        and not torch.is_autocast_enabled("cpu")
+        and all(t.dtype == x.dtype and t.device.type == 'cpu' for t in (x, *others))
+        and not torch.is_autocast_enabled('cpu')
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
     )
 
 
+def inference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    r"""What is left of BNET behind a folded convolution, and the end of a residual block with it.
+
+    .. math::
+        y_c = \mathrm{relu}(K_c * x_c + b_c + r_c)
+
+    One pass by the compiled library on a CPU (contiguous fp32 or fp64) and by Triton on a GPU; by torch's own operators
+    everywhere else, in compiled and exported code, and where a gradient is wanted.
+
+    Args:
+        x: (N, C, H, W), normalized by the convolution in front; padded with zeros.
+        weight: taps (C, 1, k, k), k odd.
+        bias: (C,).
+        residual: (N, C, H, W), added; None for none.
+        relu: whether to end with it.
+        inplace: whether y may take the memory of x.
+
+    Returns:
+        y (N, C, H, W) in the dtype of x, accumulated in fp32 for halves.
+    """
+    tensors = [x, weight, bias] if residual is None else [x, weight, bias, residual]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors if isinstance(t, Tensor))):
+        if triton.serves(x, weight, bias) and _is_like(residual, x):
+            return triton.bnet_inference(x, weight, bias, residual, relu)
+        if serves(x, weight, bias) and _is_like(residual, x) and _suits_the_library(*tensors):
+            return _compiled_inference(x, weight, bias, residual, relu, inplace)
+    y = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), 1, weight.shape[-1] // 2, 1, weight.shape[0]).to(x.dtype)
+    if residual is not None:
+        y += residual
+    return F.relu(y, inplace=True) if relu else y
+
+
+def _is_like(residual: Tensor | None, x: Tensor) -> bool:
+    """The same but for its values and layout; plain, as a subclass may not be what kernels would read."""
+    return residual is None or (
+        type(residual) is Tensor
+        and residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+    )
+
+
+def _suits_the_library(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> bool:
+    """In channels_last, torch's own convolution is the faster."""
+    return (
+        x.numel() > 0
+        and compiled.library() is not None
+        and compiled.is_plain(x, weight, bias, *residual)
+        and all(t.is_contiguous() for t in (x, *residual))
+    )
+
+
+def _compiled_inference(x, weight, bias, residual, relu, inplace) -> Tensor:
+    y = x if inplace else torch.empty_like(x)
+    tensors = dict(bias=bias, residual=residual, y=y, mean=torch.zeros_like(bias), var=torch.ones_like(bias))
+    compiled.call('bnet_forward', _Job(x, weight, 0.0, False, tensors, relu=relu), x)
+    return y
+
+
 class _Job(ctypes.Structure):
     """``job`` of ``csrc/bnet.h``."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "grad", "weight", "bias")),
-        *((name, ctypes.c_void_p) for name in ("y", "grad_x", "grad_weight", "grad_bias", "mean", "var")),
-        ("eps", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("n", "c", "h", "w")),
-        *((name, ctypes.c_int32) for name in ("k", "last", "of_batch", "needs_x", "needs_weight")),
+        *((name, ctypes.c_void_p) for name in ('x', 'grad', 'weight', 'bias', 'residual')),
+        *((name, ctypes.c_void_p) for name in ('y', 'grad_x', 'grad_weight', 'grad_bias', 'mean', 'var')),
+        ('eps', ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ('n', 'c', 'h', 'w')),
+        *((name, ctypes.c_int32) for name in ('k', 'last', 'of_batch', 'needs_x', 'needs_weight', 'relu')),
     ]
 
     def __init__(self, x: Tensor, weight: Tensor, eps: float, of_batch: bool, tensors: dict, **flags):
         tensors = dict(tensors, x=x, weight=weight)
         pointers = {name: compiled.address(tensor) for name, tensor in tensors.items()}
-        sizes = dict(zip("nchw", x.shape), k=weight.shape[-1], last=_layout(x) == torch.channels_last)
+        sizes = dict(zip('nchw', x.shape), k=weight.shape[-1], last=_layout(x) == torch.channels_last)
         super().__init__(eps=eps, of_batch=of_batch, **pointers, **sizes, **flags)
 
 
@@ -85,7 +151,7 @@ class _Compiled(torch.autograd.Function):
             mean, var = torch.empty_like(bias), torch.empty_like(bias)
         y = torch.empty_like(x)
         job = _Job(x, weight, eps, of_batch, dict(bias=bias, y=y, mean=mean, var=var))
-        compiled.call("bnet_forward", job, x)
+        compiled.call('bnet_forward', job, x)
         ctx.save_for_backward(x, weight, mean, var)
         ctx.of_batch, ctx.eps = of_batch, eps
         ctx.mark_non_differentiable(mean, var)
@@ -101,7 +167,7 @@ class _Compiled(torch.autograd.Function):
         grad = grad.contiguous(memory_format=_layout(x))
         tensors = dict(grad=grad, grad_x=grad_x, grad_weight=grad_weight, grad_bias=grad_bias, mean=mean, var=var)
         job = _Job(x, weight, ctx.eps, ctx.of_batch, tensors, needs_x=needs_x, needs_weight=needs_weight)
-        compiled.call("bnet_backward", job, x)
+        compiled.call('bnet_backward', job, x)
         return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
 
 

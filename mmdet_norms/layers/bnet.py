@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import compiled
-from ..kernels.bnet import normalize_and_convolve, serves
+from ..kernels.bnet import inference, normalize_and_convolve, serves
 from ._args import check_number, reject_unknown
 from ._fold import InferenceOnly, fold_batch_norm
 from ._recompute import in_backward, run_batch_norm
@@ -47,18 +46,12 @@ class FoldedBNET(InferenceOnly, BNETTaps):
     """What is left of :class:`BNET` when its batch norm is part of the convolution in front: the depthwise one.
 
     Zero padding is zero in normalized space still, which the convolution in front now puts out. State dict: ``weight``
-    ``(C, 1, k, k)``, ``bias`` ``(C,)``. On a CPU, the compiled kernel computes it where that is the faster.
+    ``(C, 1, k, k)``, ``bias`` ``(C,)``. It can end a residual block, too: add the shortcut and apply ReLU in the same
+    pass (:func:`mmdet_norms.kernels.bnet.inference`).
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if serves(x, self.weight, self.bias) and x.numel() and self._suits_the_library(x):
-            nothing = torch.zeros_like(self.bias), torch.ones_like(self.bias)  # mean and variance to normalize with
-            return normalize_and_convolve(x, self.weight, self.bias, 0.0, *nothing)[0]
-        return super().forward(x)
-
-    def _suits_the_library(self, x: Tensor) -> bool:
-        in_its_layout = x.is_contiguous() or self.kernel_size[0] > 3
-        return in_its_layout and compiled.library() is not None and compiled.is_plain(x, self.weight)
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False, inplace: bool = False) -> Tensor:
+        return inference(x, self.weight, self.bias, residual, relu, inplace)
 
 
 class BNET(WithBatchNorm):

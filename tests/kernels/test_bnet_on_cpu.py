@@ -129,3 +129,77 @@ def test_the_number_of_threads_does_not_change_the_result(layout):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+needs_library = pytest.mark.skipif(compiled.library() is None, reason='installed without a C compiler')
+
+
+@needs_library
+def test_new_threads_compute_what_those_of_torch_do(monkeypatch):
+    x, before, results = torch.randn(2, 40, 50, 60), torch.get_num_threads(), []
+    openmp = compiled._openmp
+    try:
+        torch.set_num_threads(3)
+        for threads in (openmp, lambda: None):
+            monkeypatch.setattr(compiled, '_openmp', threads)
+            leaf, layer = x.clone().requires_grad_(), BNET(40, 5)
+            layer(leaf).square().sum().backward()
+            results.append((leaf.grad, layer.bnconv.weight.grad))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_the_threads_of_torch_are_found_where_it_has_openmp():
+    if not torch.backends.openmp.is_available() or sys.platform != 'linux':
+        pytest.skip('this torch does without OpenMP')
+    assert compiled._openmp()
+
+
+@pytest.mark.parametrize('relu', [False, True])
+@pytest.mark.parametrize('residual', [False, True])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize('size', [1, 3, 5, 7, 9])
+def test_inference_adds_the_residual_and_applies_relu(size, dtype, tolerance, layout, residual, relu):
+    for shape in [*SHAPES, (0, 3, 4, 5)]:
+        torch.manual_seed(size)
+        x, other = (t.contiguous(memory_format=layout) for t in torch.randn(2, *shape).to(dtype))
+        weight, bias = torch.randn(shape[1], 1, size, size).to(dtype), torch.randn(shape[1]).to(dtype)
+        exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=size // 2, groups=shape[1])
+        exact = exact + other if residual else exact
+        exact = exact.relu() if relu else exact
+        before = x.clone(), other.clone()
+        y = bnet.inference(x, weight, bias, other if residual else None, relu)
+        assert torch.equal(x, before[0]) and torch.equal(other, before[1])
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance * size)
+        for given in (other, other.transpose(2, 3).contiguous().transpose(2, 3)):  # dense or not
+            y = bnet.inference(x.clone(), weight, bias, given if residual else None, relu, inplace=True)
+            torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance * size)
+
+
+@needs_library
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('residual', [False, True])
+def test_the_librarys_relu_keeps_what_is_not_a_number(residual, layout):
+    x = torch.randn(2, 19, 5, 6).contiguous(memory_format=layout)
+    other = torch.zeros_like(x)
+    x[0, 0, 2, 2] = other[1, 18, 0, 0] = torch.nan
+    weight, bias = torch.randn(19, 1, 3, 3), torch.randn(19)
+    y = bnet._compiled_inference(x, weight, bias, other if residual else None, True, False)
+    expected = F.conv2d(x, weight, bias, padding=1, groups=19)
+    torch.testing.assert_close(y, (expected + other if residual else expected).relu(), equal_nan=True)
+    assert y.isnan().sum() == 9 + residual
+
+
+@pytest.mark.parametrize('relu', [False, True])
+@pytest.mark.parametrize('residual', [False, True])
+def test_inference_is_differentiable_where_a_gradient_is_wanted(residual, relu):
+    x, other = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(3, 1, 5, 5, requires_grad=True), torch.randn(3, requires_grad=True)
+    y = bnet.inference(x, weight, bias, other if residual else None, relu, inplace=True)
+    expected = F.conv2d(x, weight.double(), bias.double(), padding=2, groups=3) + (other if residual else 0)
+    torch.testing.assert_close(y, expected.relu() if relu else expected)
+    y.sum().backward()
+    assert weight.grad is not None and bias.grad is not None

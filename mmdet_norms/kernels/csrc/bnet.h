@@ -1,4 +1,4 @@
-/* BNET for one floating point type; included by bnet.c with REAL and NAME() set.
+/* BNET for one floating point type; included by cpu.c with REAL and NAME() set.
  *
  * One channel after the other, all images of it: its planes stay in the cache, so the map itself is read once forward
  * and once backward. Rows are copied into planes with a border of zeros, which makes the convolution free of cases.
@@ -10,11 +10,11 @@ typedef REAL NAME(vec) __attribute__((vector_size(64)));
 typedef REAL NAME(loose) __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
 
 typedef struct {
-    const REAL *x, *grad, *weight, *bias;
+    const REAL *x, *grad, *weight, *bias, *residual;
     REAL *y, *grad_x, *grad_weight, *grad_bias, *mean, *var;
     double eps;
     int64_t n, c, h, w;
-    int32_t k, last, of_batch, needs_x, needs_weight;
+    int32_t k, last, of_batch, needs_x, needs_weight, relu;
 } NAME(job);
 
 #define LOAD(p) (*(const NAME(loose) *)(p))
@@ -51,9 +51,25 @@ CLONES static void NAME(fill)(REAL *dst, const REAL *src, int64_t h, int64_t w, 
         for (int64_t col = 0; col < w; col++) dst[row * stride + col] = (src[row * w + col] - shift) * scale;
 }
 
+/* out = row, or what the end of a residual block makes of it. Not a number stays that. */
+static inline __attribute__((always_inline)) void NAME(end_row)(
+    REAL *out, const REAL *row, const REAL *residual, int64_t w, int relu) {
+    if (residual && relu)
+        for (int64_t i = 0; i < w; i++) {
+            const REAL value = row[i] + residual[i];
+            out[i] = value < 0 ? 0 : value;
+        }
+    else if (residual)
+        for (int64_t i = 0; i < w; i++) out[i] = row[i] + residual[i];
+    else if (relu)
+        for (int64_t i = 0; i < w; i++) out[i] = row[i] < 0 ? 0 : row[i];
+    else memcpy(out, row, w * sizeof(REAL));
+}
+
 /* out = bias + taps * plane. Runs over the plane as one long row; what it computes between the rows is not copied. */
 static inline __attribute__((always_inline)) void NAME(convolve_k)(
-    REAL *out, REAL *row_by_row, const REAL *plane, const REAL *taps, REAL bias, int64_t h, int64_t w, const int k) {
+    REAL *out, REAL *row_by_row, const REAL *plane, const REAL *taps, REAL bias, const REAL *residual, int64_t h,
+    int64_t w, const int k, int relu) {
     const int64_t stride = w + k - 1;
     for (int64_t at = 0; at < h * stride; at += NAME(BLOCK)) {
         const NAME(vec) start = bias - (NAME(vec)){0};
@@ -65,15 +81,17 @@ static inline __attribute__((always_inline)) void NAME(convolve_k)(
             }
         for (int b = 0; b < 4; b++) *(NAME(loose) *)(row_by_row + at + b * NAME(LANES)) = acc[b];
     }
-    for (int64_t row = 0; row < h; row++) memcpy(out + row * w, row_by_row + row * stride, w * sizeof(REAL));
+    for (int64_t row = 0; row < h; row++)
+        NAME(end_row)(out + row * w, row_by_row + row * stride, residual ? residual + row * w : NULL, w, relu);
 }
 
 CLONES static void NAME(convolve)(
-    REAL *out, REAL *row_by_row, const REAL *plane, const REAL *taps, REAL bias, int64_t h, int64_t w, int k) {
-    if (k == 3) NAME(convolve_k)(out, row_by_row, plane, taps, bias, h, w, 3);
-    else if (k == 5) NAME(convolve_k)(out, row_by_row, plane, taps, bias, h, w, 5);
-    else if (k == 7) NAME(convolve_k)(out, row_by_row, plane, taps, bias, h, w, 7);
-    else NAME(convolve_k)(out, row_by_row, plane, taps, bias, h, w, k);
+    REAL *out, REAL *row_by_row, const REAL *plane, const REAL *taps, REAL bias, const REAL *residual, int64_t h,
+    int64_t w, int k, int relu) {
+    if (k == 3) NAME(convolve_k)(out, row_by_row, plane, taps, bias, residual, h, w, 3, relu);
+    else if (k == 5) NAME(convolve_k)(out, row_by_row, plane, taps, bias, residual, h, w, 5, relu);
+    else if (k == 7) NAME(convolve_k)(out, row_by_row, plane, taps, bias, residual, h, w, 7, relu);
+    else NAME(convolve_k)(out, row_by_row, plane, taps, bias, residual, h, w, k, relu);
 }
 
 /* sums[i * k + j] += sum of grad[row, col] * plane[row + i, col + j]; both planes are bordered. */
@@ -132,7 +150,8 @@ static int NAME(channels)(void *argument, int64_t begin, int64_t end, int backwa
             for (int64_t i = 0; i < n; i++) {
                 const int64_t at = (i * job->c + c) * size;
                 NAME(fill)(plane, job->x + at, h, w, k, mean, rstd);
-                NAME(convolve)(job->y + at, row_by_row, plane, weight, job->bias[c], h, w, k);
+                const REAL *residual = job->residual ? job->residual + at : NULL;
+                NAME(convolve)(job->y + at, row_by_row, plane, weight, job->bias[c], residual, h, w, k, job->relu);
             }
             continue;
         }
@@ -147,7 +166,7 @@ static int NAME(channels)(void *argument, int64_t begin, int64_t end, int backwa
                 NAME(correlate)(sums, other, plane, h, w, k);
             }
             if (job->needs_x) {
-                NAME(convolve)(job->grad_x + at, row_by_row, other, flipped, 0, h, w, k);
+                NAME(convolve)(job->grad_x + at, row_by_row, other, flipped, 0, NULL, h, w, k, 0);
                 if (job->of_batch) average += NAME(moment)(job->grad_x + at, size, 0, 1);
             }
         }
@@ -211,8 +230,8 @@ CLONES static void NAME(fill_last)(
 }
 
 static inline __attribute__((always_inline)) void NAME(convolve_last_k)(
-    REAL *out, const REAL *plane, const REAL *taps, const REAL *bias, int64_t channels, int64_t h, int64_t w,
-    const int k, int lanes, REAL *sums) {
+    REAL *out, const REAL *plane, const REAL *taps, const REAL *bias, const REAL *residual, int64_t channels, int64_t h,
+    int64_t w, const int k, int lanes, int relu, REAL *sums) {
     const int64_t stride = w + k - 1;
     NAME(vec) sum = {0};
     for (int64_t row = 0; row < h; row++)
@@ -227,7 +246,18 @@ static inline __attribute__((always_inline)) void NAME(convolve_last_k)(
                     for (int b = 0; b < 4; b++) acc[b] += tap * LOAD(p + b * NAME(LANES));
                 }
             for (int b = 0; b < columns; b++) {
-                REAL *to = out + (row * w + col + b) * channels;
+                const int64_t pixel = (row * w + col + b) * channels;
+                REAL *to = out + pixel;
+                if (residual) {
+                    NAME(vec) other = {0};
+                    if (lanes == NAME(LANES)) other = LOAD(residual + pixel);
+                    else memcpy(&other, residual + pixel, lanes * sizeof(REAL));
+                    acc[b] += other;
+                }
+                if (relu) {
+                    typedef __typeof__(acc[b] < 0) bits;
+                    acc[b] = (NAME(vec))((bits)acc[b] & ~(acc[b] < 0));
+                }
                 sum += acc[b];
                 if (lanes == NAME(LANES)) *(NAME(loose) *)to = acc[b];
                 else memcpy(to, &acc[b], lanes * sizeof(REAL));
@@ -237,12 +267,12 @@ static inline __attribute__((always_inline)) void NAME(convolve_last_k)(
 }
 
 CLONES static void NAME(convolve_last)(
-    REAL *out, const REAL *plane, const REAL *taps, const REAL *bias, int64_t channels, int64_t h, int64_t w, int k,
-    int lanes, REAL *sums) {
-    if (k == 3) NAME(convolve_last_k)(out, plane, taps, bias, channels, h, w, 3, lanes, sums);
-    else if (k == 5) NAME(convolve_last_k)(out, plane, taps, bias, channels, h, w, 5, lanes, sums);
-    else if (k == 7) NAME(convolve_last_k)(out, plane, taps, bias, channels, h, w, 7, lanes, sums);
-    else NAME(convolve_last_k)(out, plane, taps, bias, channels, h, w, k, lanes, sums);
+    REAL *out, const REAL *plane, const REAL *taps, const REAL *bias, const REAL *residual, int64_t channels, int64_t h,
+    int64_t w, int k, int lanes, int relu, REAL *sums) {
+    if (k == 3) NAME(convolve_last_k)(out, plane, taps, bias, residual, channels, h, w, 3, lanes, relu, sums);
+    else if (k == 5) NAME(convolve_last_k)(out, plane, taps, bias, residual, channels, h, w, 5, lanes, relu, sums);
+    else if (k == 7) NAME(convolve_last_k)(out, plane, taps, bias, residual, channels, h, w, 7, lanes, relu, sums);
+    else NAME(convolve_last_k)(out, plane, taps, bias, residual, channels, h, w, k, lanes, relu, sums);
 }
 
 static inline __attribute__((always_inline)) void NAME(correlate_last_k)(
@@ -314,7 +344,9 @@ static int NAME(channels_last)(void *argument, int64_t begin, int64_t end, int b
         if (!backward) {
             for (int64_t i = 0; i < n; i++) {
                 NAME(fill_last)(plane, job->x + i * image + c, job->c, h, w, k, lanes, mean, rstd, average);
-                NAME(convolve_last)(job->y + i * image + c, plane, packed, bias, job->c, h, w, k, lanes, slope);
+                const REAL *residual = job->residual ? job->residual + i * image + c : NULL;
+                NAME(convolve_last)(
+                    job->y + i * image + c, plane, packed, bias, residual, job->c, h, w, k, lanes, job->relu, slope);
             }
             continue;
         }
@@ -326,7 +358,8 @@ static int NAME(channels_last)(void *argument, int64_t begin, int64_t end, int b
                 NAME(correlate_last)(sums, other, plane, h, w, k);
             }
             if (job->needs_x)
-                NAME(convolve_last)(job->grad_x + i * image + c, other, packed, zero, job->c, h, w, k, lanes, average);
+                NAME(convolve_last)(
+                    job->grad_x + i * image + c, other, packed, zero, NULL, job->c, h, w, k, lanes, 0, average);
         }
         for (int l = 0; l < lanes; l++) {
             job->grad_bias[c + l] = bias[l];
@@ -360,12 +393,12 @@ static inline int64_t NAME(pieces)(const NAME(job) *job) {
     return job->last ? (job->c + NAME(LANES) - 1) / NAME(LANES) : job->c;
 }
 
-EXPORT int NAME(bnet_forward)(NAME(job) *job, int threads) {
-    return in_threads(NAME(forward_work), job, NAME(pieces)(job), threads);
+EXPORT int NAME(bnet_forward)(NAME(job) *job, int threads, team openmp) {
+    return in_threads(NAME(forward_work), job, NAME(pieces)(job), threads, openmp);
 }
 
-EXPORT int NAME(bnet_backward)(NAME(job) *job, int threads) {
-    return in_threads(NAME(backward_work), job, NAME(pieces)(job), threads);
+EXPORT int NAME(bnet_backward)(NAME(job) *job, int threads, team openmp) {
+    return in_threads(NAME(backward_work), job, NAME(pieces)(job), threads, openmp);
 }
 
 #undef LOAD

@@ -16,39 +16,49 @@
 
 typedef int (*work)(void *job, int64_t begin, int64_t end);
 
+/* Starts `count` threads that all run function(data), like GOMP_parallel of OpenMP; NULL: there is none. */
+typedef void (*team)(void (*function)(void *), void *data, unsigned count, unsigned flags);
+
 typedef struct {
     work function;
     void *job;
-    int64_t begin, end;
+    int64_t pieces, step, next;
     int failed;
 } share;
 
-static void *run(void *argument) {
-    share *part = argument;
-    part->failed = part->function(part->job, part->begin, part->end);
+/* Take pieces until none is left, so that a thread whose core is busy otherwise does less. */
+static void take(void *argument) {
+    share *all = argument;
+    for (;;) {
+        const int64_t begin = __atomic_fetch_add(&all->next, all->step, __ATOMIC_RELAXED);
+        if (begin >= all->pieces) return;
+        const int64_t end = begin + all->step < all->pieces ? begin + all->step : all->pieces;
+        if (all->function(all->job, begin, end)) __atomic_store_n(&all->failed, 1, __ATOMIC_RELAXED);
+    }
+}
+
+static void *take_in_thread(void *argument) {
+    take(argument);
     return NULL;
 }
 
-/* Split pieces of work between threads. Not OpenMP: torch brings its own copy of it, and two would fight for the cores. */
-static int in_threads(work function, void *job, int64_t pieces, int threads) {
+/* Split pieces of work between threads: those of torch's own OpenMP, which wait busily for their next work after each of
+ * torch's operators, so that others would have to share the cores with them; or else new ones. */
+static int in_threads(work function, void *job, int64_t pieces, int threads, team openmp) {
     if (threads > pieces) threads = pieces;
     if (threads <= 1) return function(job, 0, pieces);
-    share *parts = malloc(threads * sizeof(share));
-    pthread_t *handles = malloc(threads * sizeof(pthread_t));
-    if (!parts || !handles) return free(parts), free(handles), 1;
-    int failed = 0, started = 0;
-    for (int t = 0; t < threads; t++)
-        parts[t] = (share){function, job, pieces * t / threads, pieces * (t + 1) / threads, 0};
-    for (int t = 1; t < threads; t++) {
-        if (pthread_create(&handles[t], NULL, run, &parts[t])) break;
-        started = t;
+    share all = {function, job, pieces, (pieces + 4 * threads - 1) / (4 * threads), 0, 0};
+    if (openmp) {
+        openmp(take, &all, threads, 0);
+        return all.failed;
     }
-    run(&parts[0]);
-    for (int t = started + 1; t < threads; t++) run(&parts[t]); /* what no thread could be had for */
-    for (int t = 1; t <= started; t++) pthread_join(handles[t], NULL);
-    for (int t = 0; t < threads; t++) failed |= parts[t].failed;
-    free(parts), free(handles);
-    return failed;
+    pthread_t handles[64];
+    int started = 0;
+    while (started < threads - 1 && started < 64 && !pthread_create(handles + started, NULL, take_in_thread, &all))
+        started++;
+    take(&all);
+    while (started) pthread_join(handles[--started], NULL);
+    return all.failed;
 }
 
 #define REAL float

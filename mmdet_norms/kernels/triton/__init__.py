@@ -12,7 +12,6 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 _DEVICES = ('cuda',)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -33,6 +32,7 @@ def serves(x: Tensor, *others: Tensor) -> bool:
         isinstance(x, Tensor)
         and x.device.type in _DEVICES
         and not torch.jit.is_tracing()
+        and not _is_exporting()  # to where these operators are unknown
         and not torch._C._are_functorch_transforms_active()
         and x.dim() == 4
         and 0 < x.numel() < 2**31 * x.shape[0]  # places within an instance are 32 bit numbers
@@ -61,36 +61,12 @@ def normalize_and_convolve(
     return y, mean.detach(), var.detach()
 
 
-def bnet_inference(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, relu: bool = False
-) -> Tensor:
-    r"""What is left of BNET behind a folded convolution, and the end of a residual block with it: one pass on a GPU.
+def bnet_inference(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """:func:`mmdet_norms.kernels.bnet.inference` on a GPU, if :func:`serves` says so; ``residual`` shaped as x."""
+    from . import bnet
 
-    .. math::
-        y_c = \mathrm{relu}(K_c * x_c + b_c + r_c)
-
-    Args:
-        x: (N, C, H, W), normalized by the convolution in front; padded with zeros.
-        weight: taps (C, 1, k, k), k odd.
-        bias: (C,).
-        residual: (N, C, H, W), added; None for none.
-        relu: whether to end with it.
-
-    Returns:
-        y (N, C, H, W) in the dtype of x, accumulated in fp32 for halves. By torch's own operators on other machines,
-        for a residual of another shape or dtype, and where a gradient is wanted.
-    """
-    tensors = [x, weight, bias] if residual is None else [x, weight, bias, residual]
-    alike = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if alike and not wanted and serves(x, weight, bias) and (residual is None or serves(residual)):
-        from . import bnet
-
-        run = torch.ops.mmdet_norms.bnet_inference if torch.compiler.is_compiling() else bnet.bnet_inference
-        return run(x, weight, bias, residual, relu)
-    y = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), 1, weight.shape[-1] // 2, 1, x.shape[1])
-    y = y if residual is None else y + residual
-    return F.relu(y) if relu else y
+    run = torch.ops.mmdet_norms.bnet_inference if torch.compiler.is_compiling() else bnet.bnet_inference
+    return run(x, weight, bias, residual, relu)
 
 
 def second_moment(x: Tensor) -> Tensor:
@@ -165,6 +141,10 @@ def _try(device: torch.device) -> bool:
             stacklevel=2,
         )
         return False
+
+
+def _is_exporting() -> bool:
+    return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()  # torch 2.7
 
 
 def _is_plain(tensor: Tensor) -> bool:
