@@ -7,6 +7,7 @@ import ctypes
 import importlib.machinery
 import os
 import re
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -14,23 +15,36 @@ import torch
 from torch import Tensor
 
 _WORTH_A_THREAD = 1 << 16  # values; starting one costs as much as some ten thousand of them
-_TORCH = Path(torch.__file__).parent
+_TORCH = Path(torch.__file__).resolve().parent
 _OPENMP = re.compile(r'lib(gomp|iomp5|omp)\b.*\.so')
+_INTERFACE = 2  # what csrc/cpu.c says, too: a library built from older sources would be called with the wrong arguments
 _SUFFIX = {torch.float32: 'f32', torch.float64: 'f64'}
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None: not built, built for another machine, or switched off."""
+    """The library, or None: not built, built for another machine or from older sources, or switched off."""
     if os.environ.get('MMDET_NORMS_COMPILED', '1') == '0':
         return None
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f'_cpu{suffix}')
-        if path.exists():
-            try:
-                return ctypes.CDLL(str(path))
-            except OSError:
-                return None
+    folder = Path(__file__).parent
+    path = next((p for s in importlib.machinery.EXTENSION_SUFFIXES if (p := folder / f'_cpu{s}').exists()), None)
+    return None if path is None else _load(path)
+
+
+def _load(path: Path) -> ctypes.CDLL | None:
+    try:
+        loaded = ctypes.CDLL(str(path))
+        if loaded.mmdet_norms_interface() == _INTERFACE:
+            return loaded
+    except OSError:
+        return None
+    except AttributeError:  # older still
+        pass
+    warnings.warn(
+        f'{path} was compiled from another version of mmdet_norms, so BNET does without it, which is slower: '
+        'install the package again (make install, or pip install -e .)',
+        stacklevel=3,
+    )
     return None
 
 
@@ -62,12 +76,12 @@ def _openmp() -> ctypes.c_void_p | None:
             files = {line.split(maxsplit=5)[5].strip() for line in maps if line.count('/')}
     except OSError:
         return None
-    folders = (str(_TORCH), f'{_TORCH}.libs')
-    torchs = [f for f in files if _OPENMP.match(os.path.basename(f)) and os.path.dirname(f).startswith(folders)]
-    if len(torchs) != 1:  # none, as in some builds; or which one?
+    loaded = [file for file in files if _OPENMP.match(os.path.basename(file))]
+    found = [file for file in loaded if os.path.dirname(file).startswith((f'{_TORCH}/', f'{_TORCH}.libs'))] or loaded
+    if len(found) != 1:  # none, as in some builds; or which one?
         return None
     try:
-        return ctypes.cast(ctypes.CDLL(torchs[0]).GOMP_parallel, ctypes.c_void_p)
+        return ctypes.cast(ctypes.CDLL(found[0]).GOMP_parallel, ctypes.c_void_p)
     except (OSError, AttributeError):
         return None
 

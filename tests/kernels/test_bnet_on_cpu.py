@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,6 +155,17 @@ def test_the_threads_of_torch_are_found_where_it_has_openmp():
     if not torch.backends.openmp.is_available() or sys.platform != 'linux':
         pytest.skip('this torch does without OpenMP')
     assert compiled._openmp()
+
+
+@needs_library
+def test_a_library_of_another_version_is_not_called(monkeypatch):
+    path = Path(compiled.library()._name)
+    assert compiled._load(path) is not None
+    monkeypatch.setattr(compiled, '_INTERFACE', -1)
+    with pytest.warns(UserWarning, match=r'another version.*make install'):
+        assert compiled._load(path) is None
+    with pytest.warns(UserWarning, match='another version'):
+        assert compiled._load(Path('libc.so.6')) is None  # knows no interface at all
 
 
 @pytest.mark.parametrize('relu', [False, True])

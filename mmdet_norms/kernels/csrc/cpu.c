@@ -14,6 +14,9 @@
 #define CLONES
 #endif
 
+/* To be raised, here and in compiled.py, whenever structures or arguments change. */
+EXPORT int mmdet_norms_interface(void) { return 2; }
+
 typedef int (*work)(void *job, int64_t begin, int64_t end);
 
 /* Starts `count` threads that all run function(data), like GOMP_parallel of OpenMP; NULL: there is none. */
