@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..kernels import triton
 from .measure import Case, count_calls, explain, interleave, quartiles, ratios
 
 LAYOUTS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last}
 PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 ONE_PASS = 'one pass'
 CONV_ONLY = 'conv only'
+_REFERENCE = ' (reference)'
 
 
 def reference_of(name: str) -> str:
     """What the published formulation of a layer is called in a table."""
-    return f'{name} (reference)'
+    return name + _REFERENCE
 
 
 @dataclass
@@ -155,3 +157,31 @@ def _add_ratios(rows: Iterable[dict]) -> None:
             size, base_size = row.get(f'{kind}_bytes'), by_name.get(base, {}).get(f'{kind}_bytes')
             if size is not None and base_size:
                 row[f'{kind}_ratio'] = size / base_size
+
+
+def add_triton(group: Group) -> Group:
+    """Measure candidates that have a ratio without the Triton kernels and once more with them: ``NAME, Triton``."""
+    entries, group.entries = group.entries, []
+    for entry in entries:
+        name = entry.case.name
+        if entry.over is None or name == CONV_ONLY or name.endswith(_REFERENCE):
+            group.entries.append(entry)
+        else:
+            group.entries += [_switched(entry, name, False), _switched(entry, f'{name}, Triton', True)]
+    return group
+
+
+def _switched(entry: Entry, name: str, on: bool) -> Entry:
+    def inside(call: Callable) -> Callable:
+        def run():
+            with triton.switched(on):
+                return call()
+
+        return run
+
+    case = entry.case
+    return Entry(
+        Case(name, inside(case.run), case.reset, inside(case.settle), case.settle_calls),
+        entry.over,
+        inside(entry.facts),
+    )

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmdet_norms.benchmark import detectors, layers, measure, report
-from mmdet_norms.benchmark.groups import LAYOUTS, PRECISIONS, Group, Setting
+from mmdet_norms.benchmark.groups import LAYOUTS, PRECISIONS, Group, Setting, add_triton
+from mmdet_norms.kernels import triton
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
 from .common import UserError, command, read_config
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = []
     while plan:
         group = plan.pop(0)()  # and let go of it, with its models, when it is done
+        if args.triton:
+            group = add_triton(group)
         repeats = args.detector_repeats if group.level == 'detector' else args.repeats
         result['groups'].append(_measure(group, repeats, args.warmup))
         report.print_group(result['groups'][-1], console)
@@ -100,6 +103,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='train detectors with norms of fixed statistics computed in their convolutions as well',
     )
+    parser.add_argument(
+        '--triton', action='store_true', help='on a GPU, measure the norms by the Triton kernels as well'
+    )
     parser.add_argument('--device', help='cpu, cuda, cuda:1, ...; default: cuda where there is one')
     parser.add_argument(
         '--precision',
@@ -142,6 +148,12 @@ def _device(name: str | None) -> torch.device:
     return torch.device('cuda', device.index or 0)
 
 
+def _require_triton(device: str) -> None:
+    with triton.switched(True):
+        if device == 'cpu' or not triton.works(torch.device(device)):
+            raise UserError(f'--triton: the Triton kernels need a GPU and a Triton that work; not found for {device}')
+
+
 def _fill_in(args: argparse.Namespace) -> None:
     quick, on_cpu = args.quick, args.device == 'cpu'
     for name in ('repeats', 'threads', 'batch'):
@@ -153,6 +165,8 @@ def _fill_in(args: argparse.Namespace) -> None:
         size = getattr(args, name)
         if size is not None and min(size) < 1:
             raise UserError(f'--{name.replace("_", "-")} {" ".join(map(str, size))}: sizes are at least 1')
+    if args.triton:
+        _require_triton(args.device)
     if on_cpu and 'fp16' in args.precision:
         raise UserError('--precision fp16: a CPU has bf16 only; write --precision bf16')
     args.detector_repeats = args.repeats or (3 if quick else 5 if on_cpu else 20)

@@ -158,6 +158,7 @@ def test_quick_is_small_and_the_defaults_are_those_of_the_documentation():
         (['--device', 'mps'], 'measures on cpu and cuda only'),
         (['--size', '2', '0', '4', '4'], '--size 2 0 4 4: sizes are at least 1'),
         (['--repeats', '0'], '--repeats 0: must be at least 1'),
+        (['--device', 'cpu', '--triton'], '--triton: the Triton kernels need a GPU'),
         (['--warmup', '-1'], '--warmup -1: must be at least 0'),
         (['--level', 'layer', '--mode', 'train'], '--mode train: level layer has none of them; it has forward'),
     ],

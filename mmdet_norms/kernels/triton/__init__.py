@@ -2,12 +2,14 @@
 
 Triton comes with torch's GPU builds and is imported when it is first needed. Where it is missing or does not work, on
 other devices, and without ``MMDET_NORMS_TRITON=1`` in the environment, :func:`serves` says so, and everything is
-computed as on any machine. The kernels are operators of torch (``torch.ops.mmdet_norms``), known to autograd and the
-compiler.
+computed as on any machine. (On request only as yet: the kernels were tested by Triton's interpreter, but on no GPU.)
+They are operators of torch (``torch.ops.mmdet_norms``), known to autograd and the compiler.
 """
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +21,7 @@ _OLDEST_GPU = (8, 0)  # compute capability that Triton supports
 _OLDEST_TRITON = (3, 3)  # that of torch 2.7; older ones know no tuples in kernels
 _LARGEST_KERNEL = 7  # taps of more than 7 x 7 do not fit the registers of a thread
 _answers: dict[torch.device, bool] = {}
+_switched_on: bool | None = None  # by the context below; None: what the environment says
 
 
 def serves(x: Tensor, *others: Tensor) -> bool:
@@ -38,7 +41,7 @@ def serves(x: Tensor, *others: Tensor) -> bool:
         and 0 < x.numel() < 2**31 * x.shape[0]  # places within an instance are 32 bit numbers
         and all(t.device == x.device and t.dtype in _DTYPES and _is_plain(t) for t in (x, *others))
         and all(t.shape[-1] <= _LARGEST_KERNEL for t in others if t.dim() == 4)
-        and _works(x.device)
+        and works(x.device)
     )
 
 
@@ -104,22 +107,32 @@ def gradient(grad: Tensor, x: Tensor, gain: Tensor, centre: Tensor, slope: Tenso
     return passes.gradient(grad, x, gain, centre, slope, shift)
 
 
-def _works(device: torch.device) -> bool:
-    if device not in _answers:
+@contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """Inside, eager code uses the kernels where they work, or does not, whatever the environment says."""
+    global _switched_on
+    before, _switched_on = _switched_on, on
+    try:
+        yield
+    finally:
+        _switched_on = before
+
+
+def works(device: torch.device) -> bool:
+    """Whether the kernels are switched on, and compute what they should on this device. Tried once."""
+    on = os.environ.get('MMDET_NORMS_TRITON') == '1' if _switched_on is None else _switched_on
+    if on and device not in _answers:
         _answers[device] = _try(device)
-    return _answers[device]
+    return on and _answers[device]
 
 
 # torch.compiler.assume_constant_result, without importing the compiler: it takes the answer instead of looking for it.
-_works._dynamo_marked_constant = True
+works._dynamo_marked_constant = True
 
 
 def _try(device: torch.device) -> bool:
-    """Triton also needs a C compiler, a driver that is new enough, and a place for its files: does it work?
-
-    Only on request as yet: the kernels were tested under Triton's interpreter, but on no GPU.
-    """
-    if os.environ.get('MMDET_NORMS_TRITON') != '1' or find_spec('triton') is None:
+    """Triton also needs a C compiler, a driver that is new enough, and a place for its files: does it work?"""
+    if find_spec('triton') is None:
         return False
     if not hasattr(torch.library, 'custom_op'):  # torch < 2.4
         return False
