@@ -70,16 +70,17 @@ _AS_IN_BN = {norm: ('eps', 'momentum') for norm in ('BN', 'SyncBN', 'BNET', 'AN'
 # Norms that another may replace: those of feature maps, not the layer norm of tokens.
 _REPLACED = ('BN', 'SyncBN', 'GN', 'LN2d', 'IN', 'BNET', 'CBN', 'MABN', 'AN', 'BRN', 'SN', 'FrozenBN')
 
-# Box heads of Faster R-CNN, which become 4conv1fc heads.
+# Box heads of Faster R-CNN, which become 4conv1fc heads; those of published checkpoints keep their box convention.
 _BOX_HEADS = ('Shared2FCBBoxHead', 'Shared4Conv1FCBBoxHead', 'NormShared4Conv1FCBBoxHead', 'ConvFCBBoxHead')
+_LEGACY_BOX_HEADS = ('PlusOneShared2FCBBoxHead', 'PlusOneShared4Conv1FCBBoxHead')
 
 # Keys of a detector that end like those of its heads.
 _NO_HEADS = ('roi_head', 'rpn_head', 'panoptic_fusion_head')
 
-# Norms that need an ordinary convolution in front; heads that lack it by themselves, or by these keys.
+# Norms that need an ordinary convolution in front; parts that lack it by themselves, or by these keys.
 _BEHIND_CONV = ('CBN', 'MABN')
 _NOT_BEHIND_CONV = {'TOODHead': 'a product of matrices', 'NASFCOSHead': 'deformable convolutions'}
-_DEFORMABLE = ('use_dcn', 'dcn_on_last_conv', 'dcn_cfg', 'num_dcn')
+_DEFORMABLE = ('dcn', 'use_dcn', 'dcn_on_last_conv', 'dcn_cfg', 'num_dcn')
 
 
 @dataclass(frozen=True)
@@ -376,7 +377,7 @@ def _neck_and_heads(detector: dict, placement: Placement) -> Iterator[tuple[str,
             if key == 'shared_head':
                 if placement.backbone:
                     yield path, head, placement.backbone, _place_in_neck
-            elif key == 'bbox_head' and type_name(head['type']) in _BOX_HEADS:
+            elif key == 'bbox_head' and type_name(head['type']) in _BOX_HEADS + _LEGACY_BOX_HEADS:
                 yield path, head, placement.box_head, _place_in_box_head
             elif key == 'mask_head' and _is_a(head, 'FCNMaskHead'):
                 yield path, head, placement.mask_head, _place_in_mask_head
@@ -400,7 +401,10 @@ def _place_in_box_head(head: dict, keys: dict) -> None:
         for key in [key for key in head if key.startswith('num_') and key.endswith(('_convs', '_fcs'))]:
             del head[key]
     per_conv = isinstance(keys['norm_cfg'], list)
-    head['type'] = 'NormShared4Conv1FCBBoxHead' if per_conv else 'Shared4Conv1FCBBoxHead'
+    if type_name(head['type']) in _LEGACY_BOX_HEADS:
+        head['type'] = 'PlusOneShared4Conv1FCBBoxHead'  # takes one norm_cfg or a list
+    else:
+        head['type'] = 'NormShared4Conv1FCBBoxHead' if per_conv else 'Shared4Conv1FCBBoxHead'
     head.setdefault('conv_out_channels', head.get('in_channels', 256))
     set_keys(head, keys)
 

@@ -25,8 +25,6 @@ NORMS = {
     'CBN': dict(type='CBN', burnin=0),
 }
 
-_DEFORM, _MODULATED = 'deform_conv_forward', 'modulated_deform_conv_forward'
-
 
 @dataclass(frozen=True, eq=False)  # hashed by identity
 class Family:
@@ -40,9 +38,7 @@ class Family:
         heads: the same for the heads.
         stays: parts that stay without, as the warning says it.
         keeps: norms of the stock model that its classes build without a ``norm_cfg``.
-        redrawn: BNETs that the host's own init treats as ordinary convolutions.
         unused: norms of the stock model that its forward does not reach.
-        op: compiled mmcv op that it needs and ``mmcv-lite`` has not.
         by: divisor of all widths.
         size: of the images.
         masks: whether it trains on masks.
@@ -56,9 +52,7 @@ class Family:
     heads: int = 0
     stays: str = ''
     keeps: int = 0
-    redrawn: int = 0
     unused: int = 0
-    op: str | None = None
     by: int = 32
     size: int = 64
     masks: bool = False
@@ -89,7 +83,7 @@ FAMILIES = {
     'AutoAssign': Family('autoassign/autoassign_r50-caffe_fpn_1x_coco.py', heads=8),
     'NAS-FPN': Family('nas_fpn/retinanet_r50_nasfpn_crop640-50e_coco.py', neck=54, heads=40, size=128),
     'YOLOF': Family(
-        'yolof/yolof_r50-c5_8xb8-1x_coco.py', neck=0, heads=6, keeps=14, redrawn=6,
+        'yolof/yolof_r50-c5_8xb8-1x_coco.py', neck=0, heads=6, keeps=14,
         stays=_no_norm_cfg('neck', 'DilatedEncoder'),
     ),
     'HRNet': Family(
@@ -97,13 +91,12 @@ FAMILIES = {
         stays=_no_norm_cfg('neck', 'HRFPN'),
     ),
     'YOLOv3': Family(
-        'yolo/yolov3_mobilenetv2_8xb24-ms-416-300e_coco.py', blocks=17, norms=52, neck=17, heads=3, by=1,
-        redrawn=3, unused=1,
+        'yolo/yolov3_mobilenetv2_8xb24-ms-416-300e_coco.py', blocks=17, norms=52, neck=17, heads=3, by=1, unused=1,
     ),
     'YOLOX': Family('yolox/yolox_s_8xb8-300e_coco.py', norms=35, neck=27, heads=12, by=8, options=_WIDEN),
-    'RTMDet': Family('rtmdet/rtmdet_s_8xb32-300e_coco.py', 6, 39, neck=31, heads=12, redrawn=12, by=8, options=_WIDEN),
+    'RTMDet': Family('rtmdet/rtmdet_s_8xb32-300e_coco.py', 6, 39, neck=31, heads=12, by=8, options=_WIDEN),
     'RTMDet-Ins': Family(
-        'rtmdet/rtmdet-ins_s_8xb32-300e_coco.py', 6, 39, neck=31, heads=16, redrawn=16, by=8, masks=True,
+        'rtmdet/rtmdet-ins_s_8xb32-300e_coco.py', 6, 39, neck=31, heads=16, by=8, masks=True,
         options=_WIDEN,
     ),
     'SSDLite': Family(
@@ -140,7 +133,7 @@ FAMILIES = {
     ),
     'Mask2Former': Family('mask2former/mask2former_r50_8xb2-lsj-50e_coco.py', neck=0, heads=5, masks=True),
     # Relatives of Faster and Mask R-CNN
-    'DetectoRS (RFP)': Family('detectors/cascade-rcnn_r50-rfp_1x_coco.py', blocks=32, norms=106, heads=12, redrawn=106),
+    'DetectoRS (RFP)': Family('detectors/cascade-rcnn_r50-rfp_1x_coco.py', blocks=32, norms=106, heads=12),
     'HTC': Family('htc/htc-without-semantic_r50_fpn_1x_coco.py', heads=26, masks=True),
     'Libra R-CNN': Family('libra_rcnn/libra-faster-rcnn_r50_fpn_1x_coco.py', neck=9, heads=4),
     'GRoIE': Family('groie/faste-rcnn_r50_fpn_groie_1x_coco.py', heads=4),
@@ -153,12 +146,12 @@ FAMILIES = {
         stays=_no_norm('roi_head.point_head', 'MaskPointHead'),
     ),
     # Deformable convolutions
-    'TOOD': Family('tood/tood_r50_fpn_1x_coco.py', heads=8, op=_DEFORM),
-    'VFNet': Family('vfnet/vfnet_r50_fpn_1x_coco.py', heads=7, op=_DEFORM),
-    'RepPoints': Family('reppoints/reppoints-moment_r50_fpn-gn_head-gn_1x_coco.py', heads=6, op=_DEFORM),
-    'DDOD': Family('ddod/ddod_r50_fpn_1x_coco.py', heads=8, op=_DEFORM),
+    'TOOD': Family('tood/tood_r50_fpn_1x_coco.py', heads=8),
+    'VFNet': Family('vfnet/vfnet_r50_fpn_1x_coco.py', heads=7),
+    'RepPoints': Family('reppoints/reppoints-moment_r50_fpn-gn_head-gn_1x_coco.py', heads=6),
+    'DDOD': Family('ddod/ddod_r50_fpn_1x_coco.py', heads=8),
     'NAS-FCOS': Family(
-        'nas_fcos/nas-fcos_r50-caffe_fpn_fcoshead-gn-head_4xb4-1x_coco.py', neck=12, heads=8, keeps=10, op=_MODULATED
+        'nas_fcos/nas-fcos_r50-caffe_fpn_fcoshead-gn-head_4xb4-1x_coco.py', neck=12, heads=8, keeps=10
     ),
 }  # fmt: skip
 
@@ -238,7 +231,7 @@ def render() -> str:
         ['---', *[':-:'] * len(NORMS), '---', '---', '---'],
     ]
     for name, family in FAMILIES.items():
-        cells = ['3' if (name, norm) in REFUSED else '2' if family.op else '\u2713' for norm in NORMS]
+        cells = ['2' if (name, norm) in REFUSED else '\u2713' for norm in NORMS]
         parts = [part for part, count in (('neck', family.neck), ('heads', family.heads)) if count]
         stays = re.sub(r'model\.| takes no norm_cfg| has no norm to replace', '', family.stays)
         rows.append([name, *cells, ' and '.join(parts) or 'refused', stays or '-', f'`{family.config}`'])
@@ -265,9 +258,7 @@ and a gradient to each, and a test step finite detections.
 {table}
 
 1. Has no norms, so there is nothing to replace: refused.
-2. Needs a compiled op that `mmcv-lite` has not (deformable convolution): the first step ends with an error that names
-   the op. Passes with a deformable convolution in plain PyTorch, which the test puts in its place.
-3. CBN has to stand behind an ordinary convolution, here it would stand behind a deformable one or (TOOD) a product of
+2. CBN has to stand behind an ordinary convolution, here it would stand behind a deformable one or (TOOD) a product of
    matrices: the layer refuses it in the first training step. `--norm cbn` leaves such heads and necks as they are.
 
 Some classes build norms without asking `norm_cfg`; those stay batch norm or group norm: `CTResNetNeck` (CenterNet),
@@ -299,9 +290,8 @@ head in place of the norms that it has. A part that stays without is named in on
   YOLOv3, RTMDet and NAS-FPN's RetinaNet have norms per level.
 * MABN needs centred convolutions. CSPNeXt, ResNeSt, switchable atrous, deformable and Trident convolutions are built
   without asking `conv_cfg`; a warning names the norms behind them when training starts.
-* The heads of RTMDet, YOLOv3 and YOLOF and the backbone of DetectoRS draw the weights of everything that is a `Conv2d`,
-  also the taps of a BNET that replaces their norms, which then does not start as batch norm. `--norm bnet*` is not
-  affected: it puts none into heads, and takes care of DetectoRS.
+* Deformable convolutions (TOOD, VFNet, RepPoints, DDOD, NAS-FCOS, any config with `dcn`) need no compiled mmcv: beside
+  `mmcv-lite` they are computed in plain PyTorch, on a CPU at about three times the cost of an ordinary convolution.
 * `num_groups=32` has to divide the widths; narrow models (YOLOX-tiny) need
   `--cfg-options model.neck.norm_cfg.num_groups=16 model.bbox_head.norm_cfg.num_groups=16`.
 """

@@ -6,12 +6,9 @@ import types
 import warnings
 from pathlib import Path
 
-import mmcv.ops
-import mmcv.ops.deform_conv as mmcv_deform
-import mmcv.ops.modulated_deform_conv as mmcv_modulated
 import pytest
 import torch
-from mmdet.models.dense_heads import paa_head, tood_head
+from mmdet.models.dense_heads import paa_head
 from mmdet.registry import MODELS
 from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
@@ -22,11 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from deformable import deform_conv2d, modulated_deform_conv2d
 from other_families import DOCUMENT, FAMILIES, NORMS, REFUSED, Family, render, shrink, stock_config
 
 from mmdet_norms import apply_norm, layers, replace_norm_cfg
-from mmdet_norms.compat import mmcv_ops
 
 CENTRED = dict(type='CenConv')
 # The norms that a family is trained with in the quick run, in turn; the others are marked slow.
@@ -72,6 +67,7 @@ def shrunk(family: Family, model=None):
     shrink(cfg.model, family)
     cfg.optim_wrapper.type = 'OptimWrapper'  # some train with AMP, on GPUs only
     cfg.optim_wrapper.pop('loss_scale', None)
+    cfg.optim_wrapper.optimizer.lr *= 0.01  # as at the start of a warm-up: at the full one, a first step may diverge
     return cfg
 
 
@@ -121,23 +117,6 @@ def train_and_test(cfg, family: Family, model: nn.Module, placed: list[nn.Module
     assert all(result.pred_instances.bboxes.isfinite().all() for result in results)
 
 
-def missing_op(family: Family) -> bool:
-    return bool(family.op) and mmcv_ops.active() == 'pytorch' and family.op not in mmcv_ops.SUPPLIED
-
-
-@pytest.fixture
-def deformable(monkeypatch):
-    """Put plain PyTorch in the place of mmcv's deformable convolutions."""
-
-    def install():
-        for module in (mmcv_deform, mmcv.ops, tood_head):
-            monkeypatch.setattr(module, 'deform_conv2d', deform_conv2d)
-        for module in (mmcv_modulated, mmcv.ops):
-            monkeypatch.setattr(module, 'modulated_deform_conv2d', modulated_deform_conv2d)
-
-    return install
-
-
 def cases():
     for family in FAMILIES:
         for norm in NORMS:
@@ -147,18 +126,16 @@ def cases():
 
 @pytest.mark.parametrize('name, norm', list(cases()))
 @pytest.mark.filterwarnings('ignore::UserWarning')
-def test_a_family_trains_and_is_tested_with_one_norm_in_place_of_all(name, norm, deformable):
+def test_a_family_trains_and_is_tested_with_one_norm_in_place_of_all(name, norm):
     family = FAMILIES[name]
     cfg = shrunk(family)
     cfg.model = replace_norm_cfg(cfg.model, NORMS[norm], conv_cfg=CENTRED if norm == 'MABN' else None)
-    if missing_op(family):
-        deformable()
     model = build(cfg.model)
     model.init_weights()
     placed = norms_of(model, layers.NORMS[norm])
     assert len(placed) == stock_norms(family) - family.keeps > 0
     if norm == 'BNET':
-        assert sum(not starts_as_batch_norm(layer) for layer in placed) == family.redrawn
+        assert all(starts_as_batch_norm(layer) for layer in placed)
 
     if (name, norm) in REFUSED:
         with pytest.raises(RuntimeError, match='must follow a convolution directly, but autograd says'):
@@ -174,17 +151,6 @@ def starts_as_batch_norm(layer: layers.BNET) -> bool:
     same = bool((centre == 1).all() or (centre == 0).all())
     centre.zero_()
     return same and not around.any()
-
-
-@pytest.mark.parametrize('name', [name for name, family in FAMILIES.items() if family.op])
-def test_an_op_that_is_not_there_is_named_in_the_first_step(name):
-    family = FAMILIES[name]
-    if not missing_op(family):
-        pytest.skip(f'this mmcv has {family.op}')
-    cfg = shrunk(family)
-    model = build(replace_norm_cfg(cfg.model, NORMS['GN']))
-    with pytest.raises(NotImplementedError, match=f"mmcv op '{family.op}' is not available: mmcv-lite"):
-        train_and_test(cfg, family, model, [])
 
 
 def count(model: nn.Module, kind: type) -> tuple[int, int, int]:
@@ -230,15 +196,13 @@ def test_the_names_put_their_norms_into_backbone_neck_and_heads_of_a_family(name
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::UserWarning')
 @pytest.mark.parametrize('name, norm', NAMED)
-def test_a_family_trains_and_is_tested_with_the_norms_of_a_name(name, norm, deformable):
+def test_a_family_trains_and_is_tested_with_the_norms_of_a_name(name, norm):
     family = FAMILIES[name]
     try:
         cfg, _ = named(norm, family)
     except ValueError as error:
         assert not family.neck + family.heads and 'has none that takes it' in str(error)
         return
-    if missing_op(family):
-        deformable()
     model = build(cfg.model)
     model.init_weights()
     kinds = {'bn': _BatchNorm, 'an-gn-head': layers.AN, 'frozen': layers.FrozenBN}

@@ -315,3 +315,10 @@ def test_a_model_with_no_place_in_neck_and_heads_is_told_the_names_for_the_backb
     model = dict(type='CenterNet', backbone=dict(type='ResNet', depth=18), neck=dict(type='CTResNetNeck'))
     with pytest.raises(ValueError, match=r'neck \(CTResNetNeck takes no norm_cfg\)\. Use a name .* backbone: bn,'):
         apply_norm(model, 'gn')
+
+
+def test_mabn_is_refused_on_a_backbone_with_deformable_convolutions_which_cannot_be_centred():
+    dcn = dict(dcn=dict(type='DCNv2', deform_groups=1), stage_with_dcn=(False, True, True, True))
+    with pytest.raises(ValueError, match=r'backbone.* the output of deformable convolutions \(dcn\), and MABN'):
+        apply_norm(detector(**dcn), 'mabn')
+    assert apply_norm(detector(**dcn), 'brn')['backbone']['norm_cfg']['type'] == 'BRN'

@@ -125,7 +125,7 @@ def run_with_checkpoint(run: Callable[[], object], checkpoint: str | None) -> No
 
 def require_checkpoint(path: str, option: str) -> None:
     """Raise if ``path`` names a local file that is not there."""
-    if '://' not in path and not Path(path).is_file():
+    if '://' not in path and not Path(path).expanduser().is_file():
         raise UserError(f'{option}: there is no checkpoint file {path}')
 
 

@@ -1,12 +1,15 @@
 """``tools/train.py``: train a detector from a config."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.device import get_device
 
 from mmdet_norms.compat import mmcv_ops
+from mmdet_norms.deploy import is_fused
+from mmdet_norms.placement import type_name
 
 from .common import (
     UserError,
@@ -69,6 +72,7 @@ def train_config(args: argparse.Namespace) -> Config:
         _scale_learning_rate(cfg)
     if args.resume is not None:
         _resume(cfg, args.resume)
+    _require_weights(cfg, args.config)
     if args.tune_mode:
         add_hook(cfg, 'TuneModeHook')
     if args.seed is not None or args.deterministic:
@@ -114,6 +118,59 @@ def _resume(cfg: Config, source: str) -> None:
     if source != 'auto':
         require_checkpoint(source, '--resume')
         cfg.load_from = source
+
+
+def _require_weights(cfg: Config, config: str) -> None:
+    """Raise if a local file that the run starts from is not there, or holds a fused model."""
+    option = '--resume' if cfg.get('resume') else 'load_from'
+    start = cfg.get('load_from')
+    last = Path(cfg.work_dir) / 'last_checkpoint'
+    if start is None and cfg.get('resume') and last.is_file():
+        start = last.read_text().strip()
+    pretrained = [(key, path) for key, path in _pretrained(cfg.model, 'model') if '://' not in path]
+    for key, path in pretrained:
+        if not Path(path).expanduser().is_file():
+            raise UserError(_missing_weights(key, path, config, option if start else None))
+    if start is not None:
+        require_checkpoint(start, option)
+    for key, path in [*pretrained, (option, start)]:
+        if path is not None and is_fused(Path(path).expanduser()):
+            raise UserError(
+                f'{key}: {path} is the checkpoint of a fused model, which has no norms to train; name the checkpoint '
+                'that it was made from'
+            )
+
+
+def _pretrained(node: object, key: str) -> Iterator[tuple[str, str]]:
+    """Key and path of every file of weights that building the model reads."""
+    if isinstance(node, (list, tuple)):
+        for i, entry in enumerate(node):
+            yield from _pretrained(entry, f'{key}.{i}')
+    elif isinstance(node, dict):
+        if type_name(node.get('type')) in ('Pretrained', 'PretrainedInit') and node.get('checkpoint'):
+            yield f'{key}.checkpoint', node['checkpoint']
+        for name, value in node.items():
+            yield from _pretrained(value, f'{key}.{name}')
+
+
+def _missing_weights(key: str, path: str, config: str, replaced_by: str | None) -> str:
+    """What to do about a file of pretrained weights that is not there.
+
+    Args:
+        replaced_by: the option whose checkpoint replaces the weights; mmengine reads them nevertheless.
+    """
+    message = f'{key}: there is no file {path}'
+    folder = '/'.join(Path(path).parts[:-1])
+    for parent in Path(config).parents[:2]:  # configs/NAME/ and configs/NAME/published-checkpoints/
+        readme = parent / 'README.md'
+        if folder and readme.is_file() and f'{folder}/' in readme.read_text(encoding='utf-8'):
+            message += f'; {readme} says where these weights are to be had and how to convert them'
+            break
+    message += f'. Name another file with --cfg-options {key}=FILE'
+    if replaced_by is not None:
+        init_cfg = key[: key.rindex('init_cfg') + len('init_cfg')]
+        message += f'; or leave them out, since the checkpoint of {replaced_by} replaces them: {init_cfg}=None'
+    return message
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ import operator
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import fx, nn
@@ -54,6 +55,19 @@ def is_observed(module: nn.Module, norm: nn.Module | None = None) -> bool:
     return 'forward' in vars(module) or any(getattr(hook, '__self__', module) is not norm for hook in hooks)
 
 
+@contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Blocks with ``with_cp`` ask whether their input needs a gradient, which tracing cannot answer."""
+    changed = [module for module in model.modules() if getattr(module, 'with_cp', None) is True]
+    for module in changed:
+        module.with_cp = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.with_cp = True
+
+
 class Dataflow:
     """Which module feeds which, in all forwards of the model that can be traced.
 
@@ -82,7 +96,8 @@ class Dataflow:
         self._hooked = [module for module in model.modules() if module._forward_hooks]
         self._wanted = {id(norm) for norm in self.norms.values() if may_fold(norm)}
         self._alive = list(model.modules())  # so that no id is given away while modules are replaced
-        self._trace(model)
+        with _without_checkpointing(model):
+            self._trace(model)
 
     # ----------------------------------------------------------------------------------------------- the proof
 

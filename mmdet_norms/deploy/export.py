@@ -15,8 +15,17 @@ from ..version import __version__
 from .folding import fuse
 
 
-def is_fused(checkpoint: dict) -> bool:
-    """Whether a loaded checkpoint holds the weights of a fused model, as :func:`save_fused` writes them."""
+def is_fused(checkpoint: dict | str | os.PathLike) -> bool:
+    """Whether a checkpoint holds the weights of a fused model, as :func:`save_fused` writes them.
+
+    Args:
+        checkpoint: a loaded one, or a file (of which the weights are not read). A file that cannot be read is none.
+    """
+    if not isinstance(checkpoint, dict):
+        try:
+            checkpoint = torch.load(checkpoint, map_location='cpu', weights_only=True, mmap=True)
+        except Exception:  # of an old format, damaged, or with more than plain data: not written by save_fused
+            return False
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
     return isinstance(meta, dict) and 'fused' in meta
 

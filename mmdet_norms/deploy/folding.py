@@ -2,8 +2,6 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -110,8 +108,7 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     model.eval()
     _end_efficient_eval(model)
     report, sizes = FuseReport(), _sizes(model)
-    with _without_checkpointing(model):
-        dataflow = Dataflow(model)
+    dataflow = Dataflow(model)
     for name, norm in dataflow.norms.items():
         _fold(norm, name, dataflow, report)
     for conv in list(model.modules()):
@@ -167,16 +164,3 @@ def _end_efficient_eval(model: nn.Module) -> None:
         graph = getattr(getattr(vars(module).get('forward'), '__self__', None), 'graph', None)
         if graph is not None and any('efficient_conv_bn_eval' in node.name for node in graph.nodes):
             del module.forward
-
-
-@contextmanager
-def _without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Blocks with ``with_cp`` ask whether their input needs a gradient, which tracing cannot answer."""
-    changed = [module for module in model.modules() if getattr(module, 'with_cp', None) is True]
-    for module in changed:
-        module.with_cp = False
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.with_cp = True

@@ -15,11 +15,11 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..deploy.dataflow import Dataflow, is_observed, may_fold
-from ..deploy.folding import _without_checkpointing
+from ..deploy.dataflow import Dataflow, may_fold
 from ..kernels.bnet import normalize_and_convolve, serves
 from ..layers import BNET, BRN, FrozenBN
 from ..layers._fold import CannotFoldError
+from ..layers._watched import is_watched
 
 # mmdet's, torchvision's and detectron2's; and the one of mmcv's compiled ops. No common base class.
 _FROZEN_NAME, _SYNC_NAME = 'FrozenBatchNorm2d', 'SyncBatchNorm'
@@ -116,7 +116,7 @@ def tune_mode(model: nn.Module) -> TuneReport:
     report = TuneReport()
     # Somebody may have put norms into eval mode one by one, without a backbone that does it in its train().
     fixed = {norm for norm in model.modules() if model.training and _has_batch_norm(norm) and _is_fixed(norm)}
-    with _in_training(model), _without_checkpointing(model):
+    with _in_training(model):
         dataflow = Dataflow(model)
         rewritten = [name for name, module in model.named_modules() if _is_rewritten(module)]
         for name, norm in dataflow.norms.items():
@@ -206,10 +206,6 @@ def _is_rewritten(module: nn.Module) -> bool:
     return isinstance(getattr(vars(module).get('forward'), '__self__', None), fx.GraphModule)
 
 
-def _is_watched(module: nn.Module) -> bool:
-    return is_observed(module) or bool(module._backward_hooks or module._backward_pre_hooks)
-
-
 @contextmanager
 def _in_training(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
@@ -245,7 +241,7 @@ class _Pair:
             self.model.training
             and _is_fixed(norm)
             and all(parent._modules.get(key) is norm for parent, key in self.places)
-            and not any(_is_watched(module) for module in (conv, norm, _batch_norm_in(norm)))
+            and not any(is_watched(module) for module in (conv, norm, _batch_norm_in(norm)))
         )
 
     def take(self) -> bool:

@@ -14,6 +14,7 @@ from ..kernels.instance_affine import instance_affine, serves
 from ._args import check_number, reject_unknown
 from ._fold import InferenceOnly, batch_norm_affine, exact
 from ._recompute import in_backward, run_batch_norm
+from ._watched import is_watched
 from ._with_batch_norm import WithBatchNorm
 
 _NORMS = ('BN', 'GN')
@@ -271,16 +272,12 @@ class AN(WithBatchNorm):
             return _mix(x_hat, self.attention_weights(x), self.weight_, self.bias_, x.dtype)
 
     def _is_as_built(self) -> bool:
-        """Neither child was replaced (SyncBN conversion, fusion) or is being watched by hooks."""
-        children = [self.attention_weights, *([self.bn] if self.norm == 'BN' else [])]
-        return (
-            (self.norm == 'GN' or (type(self.bn) is nn.BatchNorm2d and self.bn.track_running_stats))
-            and type(self.attention_weights) is _Attention
-            and not any('forward' in vars(m) for m in children)  # replaced on the instance, as mmengine does
-            and not any(
-                m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in children
-            )
-        )
+        """Neither child was replaced (SyncBN conversion, fusion) or is being watched."""
+        if type(self.attention_weights) is not _Attention or is_watched(self.attention_weights):
+            return False
+        if self.norm == 'GN':
+            return True
+        return type(self.bn) is nn.BatchNorm2d and self.bn.track_running_stats and not is_watched(self.bn)
 
     def _rule(self, x: Tensor, mean: Tensor, var: Tensor, batch_statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Scale, origin and shift of every channel of every instance from its mean and biased variance (N, C)."""

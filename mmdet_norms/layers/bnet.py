@@ -11,6 +11,7 @@ from ..kernels.bnet import inference, normalize_and_convolve, serves
 from ._args import check_number, reject_unknown
 from ._fold import InferenceOnly, fold_batch_norm
 from ._recompute import in_backward, run_batch_norm
+from ._watched import is_watched
 from ._with_batch_norm import WithBatchNorm
 
 
@@ -39,7 +40,27 @@ class BNETTaps(_DepthwiseConv2d):
     mmengine's init rules (``layer='Conv2d'``) match a module by the name of its class and of its *direct* bases.
     This second generation is therefore a ``Conv2d`` for ``isinstance`` but not for those rules, which would replace
     the identity by a Kaiming draw of std ``sqrt(2 / (C k^2))``.
+
+    Some hosts (heads of RTMDet, YOLOv3, YOLOF) have no rules, but an ``init_weights`` of their own that draws whatever
+    ``isinstance`` says is a ``Conv2d``. Such a draw is undone at the end of the whole model's ``init_weights``. Weights
+    that were loaded, zeroed, or set by an ``init_cfg`` that names this class stay.
     """
+
+    def __delattr__(self, name: str) -> None:
+        if name == '_params_init_info':  # mmengine's notes of what set each parameter, which it deletes at the end
+            self._undo_draw(self._params_init_info)
+        super().__delattr__(name)
+
+    def _undo_draw(self, notes: dict) -> None:
+        note = notes.get(self.weight, {}).get('init_info', '')
+        loaded = vars(self).pop('_loaded', False)
+        if 'user-defined' in note and not loaded and self.weight.any():
+            self.reset_parameters()
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        if prefix + 'weight' in state and '_params_init_info' in vars(self):  # by an init_weights of its own
+            self._loaded = True
+        super()._load_from_state_dict(state, prefix, *args)
 
 
 class FoldedBNET(InferenceOnly, BNETTaps):
@@ -139,17 +160,10 @@ class BNET(WithBatchNorm):
         return y
 
     def _is_as_built(self) -> bool:
-        """Neither child was replaced (SyncBN conversion, fusion, parametrization) or is being watched by hooks."""
+        """Neither child was replaced (SyncBN conversion, fusion, parametrization) or is being watched."""
         bn, taps = self.bn, self.bnconv
-        return (
-            type(bn) is nn.BatchNorm2d
-            and type(taps) is BNETTaps
-            and bn.track_running_stats
-            and not any(
-                m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-                for m in (bn, taps)
-            )
-        )
+        built = type(bn) is nn.BatchNorm2d and type(taps) is BNETTaps and bn.track_running_stats
+        return built and not (is_watched(bn) or is_watched(taps))
 
     def fold_into(self, conv: nn.Module) -> FoldedBNET:
         """See :mod:`._fold`: the depthwise convolution remains. (Folding into *that* is wrong at the borders.)"""

@@ -33,7 +33,7 @@ GEOMETRIES = [(0, True), (0, False), (1, True), (1, False), (3, True), (3, False
 
 @pytest.fixture(autouse=True)
 def wrappers_call_the_pytorch_ops(monkeypatch):
-    for name in ('nms', 'roi_align', 'focal_loss'):
+    for name in ('nms', 'roi_align', 'focal_loss', 'deform_conv', 'modulated_deform_conv'):
         # By sys.modules: the package attributes of these names are the functions.
         monkeypatch.setattr(sys.modules[f'mmcv.ops.{name}'], 'ext_module', mmcv_ops)
 
@@ -356,16 +356,189 @@ def test_focal_loss_is_finite_and_linear_for_hopeless_logits():
     torch.testing.assert_close(logits.grad, torch.tensor([[-0.25, 0.75]]))
 
 
+# --- Deformable convolution ---
+# kernel, stride, padding, dilation, groups, deform_groups, images
+DEFORMABLE = [
+    ((3, 3), (1, 1), (1, 1), (1, 1), 1, 1, 2),
+    ((3, 3), (2, 1), (1, 1), (1, 1), 2, 1, 1),
+    ((3, 3), (1, 1), (2, 2), (2, 2), 1, 2, 1),
+    ((3, 3), (1, 1), (0, 0), (1, 1), 4, 2, 3),
+    ((1, 1), (1, 1), (0, 0), (1, 1), 4, 4, 2),
+    ((1, 3), (1, 2), (0, 3), (1, 2), 2, 4, 1),
+]
+
+
+def loop_deform_conv(x, offset, mask, weight, grad, stride, padding, dilation, groups, deform_groups):
+    """The sum as it is written, and its derivatives: output, then by x, offset, mask and weight."""
+    channels, (height, width) = x.shape[1] // groups, x.shape[2:]
+    results = [np.zeros(grad.shape), *(np.zeros(a.shape) for a in (x, offset, mask, weight))]
+    output, grad_x, grad_offset, grad_mask, grad_weight = results
+    taps = weight.shape[2] * weight.shape[3]
+    for n, o, p, q in np.ndindex(grad.shape):
+        for c, i, j in np.ndindex(weight.shape[1:]):
+            channel = o // (len(weight) // groups) * channels + c
+            tap = channel // (x.shape[1] // deform_groups) * taps + i * weight.shape[3] + j
+            h = p * stride[0] - padding[0] + i * dilation[0] + offset[n, 2 * tap, p, q]
+            w = q * stride[1] - padding[1] + j * dilation[1] + offset[n, 2 * tap + 1, p, q]
+            if not (h > -1 and w > -1 and h < height and w < width):
+                continue
+            factor, coefficient, up = mask[n, tap, p, q], weight[o, c, i, j], grad[n, o, p, q]
+            top, left = math.floor(h), math.floor(w)
+            for a, b in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
+                if 0 <= a < height and 0 <= b < width:
+                    by_h, by_w = 1 - abs(h - a), 1 - abs(w - b)
+                    value = x[n, channel, a, b]
+                    output[n, o, p, q] += coefficient * factor * by_h * by_w * value
+                    grad_x[n, channel, a, b] += up * coefficient * factor * by_h * by_w
+                    grad_weight[o, c, i, j] += up * factor * by_h * by_w * value
+                    grad_mask[n, tap, p, q] += up * coefficient * by_h * by_w * value
+                    sign_h, sign_w = 1 if a > top else -1, 1 if b > left else -1
+                    grad_offset[n, 2 * tap, p, q] += up * coefficient * factor * sign_h * by_w * value
+                    grad_offset[n, 2 * tap + 1, p, q] += up * coefficient * factor * sign_w * by_h * value
+    return results
+
+
+def deformable(kernel, stride, padding, dilation, groups, deform_groups, images, seed=0, dtype=torch.float64):
+    """Input, offset, mask, weight and a gradient: places between pixels, on them, off the image and far off it."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(images, 4, 5, 6, generator=g, dtype=torch.float64)
+    weight = torch.randn(8, 4 // groups, *kernel, generator=g, dtype=torch.float64)
+    places = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in zip((5, 6), kernel, stride, padding, dilation)
+    ]
+    taps = deform_groups * kernel[0] * kernel[1]
+    offset = torch.randn(images, 2 * taps, *places, generator=g, dtype=torch.float64) * 2
+    kind = torch.randint(4, offset.shape, generator=g)
+    offset[kind == 0] = offset[kind == 0].round()
+    offset[(kind == 1) & (offset.abs() > 2)] *= 10
+    mask = torch.rand(images, taps, *places, generator=g, dtype=torch.float64)
+    grad = torch.randn(images, 8, *places, generator=g, dtype=torch.float64)
+    return [value.to(dtype) for value in (x, offset, mask, weight, grad)]
+
+
+def with_gradients(conv, inputs, grad):
+    """The output, and the gradient by each input."""
+    inputs = [value.clone().requires_grad_() for value in inputs]
+    output = conv(*inputs)
+    output.backward(grad)
+    return [output.detach(), *(value.grad for value in inputs)]
+
+
+@pytest.mark.parametrize('case', DEFORMABLE)
+def test_deformable_convolution_and_its_gradients_equal_a_literal_float64_loop(case):
+    x, offset, mask, weight, grad = deformable(*case)
+    plain = loop_deform_conv(*(v.numpy() for v in (x, offset, torch.ones_like(mask), weight, grad)), *case[1:6])
+    found = with_gradients(lambda *inputs: mmcv.ops.deform_conv2d(*inputs, *case[1:6]), (x, offset, weight), grad)
+    for value, expected in zip(found, plain[:3] + plain[4:]):
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
+        assert np.abs(expected).max() > 0.1
+
+
+@pytest.mark.parametrize('case', DEFORMABLE)
+def test_modulated_deformable_convolution_and_its_gradients_equal_a_literal_float64_loop(case):
+    x, offset, mask, weight, grad = deformable(*case, seed=1)
+    bias = torch.randn(8, dtype=torch.float64)
+    output, *expected = loop_deform_conv(*(v.numpy() for v in (x, offset, mask, weight, grad)), *case[1:6])
+    expected = [output + bias.numpy()[:, None, None], *expected, grad.numpy().sum((0, 2, 3))]
+    inputs = x, offset, mask, weight, bias
+    found = with_gradients(lambda *inputs: mmcv.ops.modulated_deform_conv2d(*inputs, *case[1:6]), inputs, grad)
+    for value, wanted in zip(found, expected):
+        np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-12)
+    without_bias = mmcv.ops.modulated_deform_conv2d(x, offset, mask, weight, None, *case[1:6])
+    np.testing.assert_allclose(without_bias, output, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('case', DEFORMABLE)
+def test_deformable_convolutions_pass_gradcheck_through_the_mmcv_wrappers(case):
+    x, offset, mask, weight, _ = deformable(*case)
+    # Differentiable between pixels only.
+    offset = offset.floor().clamp_(-3, 3) + torch.rand(offset.shape).double() * 0.8 + 0.1
+    bias = torch.randn(8, dtype=torch.float64)
+    x, offset, mask, weight, bias = (v.requires_grad_() for v in (x, offset, mask, weight, bias))
+    plain, modulated = (x, offset, weight), (x, offset, mask, weight, bias)
+    assert gradcheck(lambda *inputs: mmcv.ops.deform_conv2d(*inputs, *case[1:6]), plain, fast_mode=True)
+    assert gradcheck(lambda *inputs: mmcv.ops.modulated_deform_conv2d(*inputs, *case[1:6]), modulated, fast_mode=True)
+
+
+def test_the_derivative_by_an_offset_of_zero_is_that_to_the_next_pixel_and_none_off_the_image():
+    # As compiled. It matters, because offsets start at 0, where the derivatives of the two sides differ.
+    x = torch.tensor([[[[1.0, 3.0, 9.0]]]])
+    offset = torch.zeros(1, 2, 3, 5, requires_grad=True)
+    mmcv.ops.deform_conv2d(x, offset, torch.ones(1, 1, 1, 1), 1, 1).sum().backward()
+    assert offset.grad[0, 1, 1].tolist() == [0, 2, 6, -9, 0]
+    assert not offset.grad[0, :, ::2].any()
+
+
+def test_a_place_counts_if_it_is_less_than_a_pixel_off_the_image_and_need_not_be_a_number():
+    nan, inf = float('nan'), float('inf')
+    places = [[0, 0], [-0.75, 0], [-1, 0], [1.75, 1], [2, 1], [0, 1.5], [nan, 0], [0, inf], [-inf, 0]]
+    offset = torch.zeros(9, 8, 1, 1)
+    offset[:, :2, 0, 0] = torch.tensor(places)
+    weight = torch.tensor([[[[1.0, 0], [0, 0]]]])
+    output, grad_x, grad_offset, _ = with_gradients(
+        mmcv.ops.deform_conv2d, (torch.ones(9, 1, 2, 2), offset, weight), torch.ones(9, 1, 1, 1)
+    )
+    assert output.flatten().tolist() == grad_x.sum((1, 2, 3)).tolist() == [1, 0.25, 0, 0.25, 0, 0.5, 0, 0, 0]
+    assert grad_offset.isfinite().all() and not grad_offset[[2, 4, 6, 7, 8]].any()
+
+
+def test_deformable_convolution_at_offset_zero_is_a_convolution():
+    x, settings = torch.randn(3, 6, 9, 7), dict(stride=2, padding=1, groups=2)
+    layer = mmcv.ops.DeformConv2d(6, 8, 3, **settings)
+    expected = torch.nn.functional.conv2d(x, layer.weight, None, **settings)
+    torch.testing.assert_close(layer(x, torch.zeros(3, 18, 5, 4)), expected)
+    layer = mmcv.ops.ModulatedDeformConv2d(6, 8, 3, **settings)
+    expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias, **settings)
+    torch.testing.assert_close(layer(x, torch.zeros(3, 18, 5, 4), torch.ones(3, 9, 5, 4)), expected)
+
+
+@pytest.mark.parametrize('step', [1, 2, 4, 32])
+def test_deformable_convolution_does_not_depend_on_how_many_images_are_taken_at_a_time(step):
+    x, offset, _, weight, grad = deformable(*DEFORMABLE[0][:6], 4)
+
+    def conv(*inputs):
+        return mmcv.ops.deform_conv2d(*inputs, 1, 1, 1, 1, 1, False, step)
+
+    whole = with_gradients(conv, (x, offset, weight), grad)
+    single = [with_gradients(conv, (x[[i]], offset[[i]], weight), grad[[i]]) for i in range(4)]
+    for value, parts in zip(whole[:3], zip(*single)):
+        torch.testing.assert_close(value, torch.cat(parts))
+    torch.testing.assert_close(whole[3], sum(parts[3] for parts in single))
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_deformable_convolution_in_half_precision_is_the_fp32_result_rounded_once(dtype, autocast):
+    x, offset, mask, weight, grad = deformable(*DEFORMABLE[2], dtype=dtype)
+    settings, bias = DEFORMABLE[2][1:6], torch.randn(8).to(dtype)
+    inputs = x, offset, mask, weight, bias
+    conv = mmcv.ops.modulated_deform_conv2d
+    exact = with_gradients(lambda *inputs: conv(*inputs, *settings), [v.float() for v in inputs], grad.float())
+    with torch.autocast('cpu', dtype, enabled=autocast):
+        found = with_gradients(lambda *inputs: conv(*inputs, *settings), inputs, grad)
+    for value, expected in zip(found, exact):
+        assert value.dtype == dtype and torch.equal(value, expected.to(dtype))
+
+
+def test_deformable_convolution_says_which_shape_does_not_fit():
+    x, weight = torch.zeros(1, 4, 5, 5), torch.zeros(4, 4, 3, 3)
+    with pytest.raises(ValueError, match=r'offset has shape \(1, 18, 5, 5\), but needs \(1, 18, 3, 3\)'):
+        mmcv.ops.deform_conv2d(x, torch.zeros(1, 18, 5, 5), weight)
+    with pytest.raises(ValueError, match=r'mask has shape \(1, 18, 3, 3\), but needs \(1, 9, 3, 3\)'):
+        mmcv.ops.modulated_deform_conv2d(x, torch.zeros(1, 18, 3, 3), torch.zeros(1, 18, 3, 3), weight)
+    with pytest.raises(ValueError, match=r'\(4, 4, 3, 3\) with groups=2 and deform_groups=1 does not fit 4 channels'):
+        mmcv.ops.deform_conv2d(x, torch.zeros(1, 18, 3, 3), weight, 1, 0, 1, 2)
+
+
 # --- The stand-in ---
 @needs_lite
 def test_an_op_that_is_not_supplied_says_what_to_do_when_called():
-    layer = mmcv.ops.DeformConv2d(2, 2, 3)
     with pytest.raises(
         NotImplementedError,
-        match=r'deform_conv_forward.*mmcv-lite.*only nms, '
+        match=r'roi_pool_forward.*mmcv-lite.*only nms, '
         r'.*pip uninstall mmcv-lite.*2\.2\.0',
     ):
-        layer(torch.zeros(1, 2, 8, 8), torch.zeros(1, 18, 6, 6))
+        mmcv.ops.roi_pool(torch.zeros(1, 2, 8, 8), torch.zeros(1, 5), 2)
 
 
 @needs_lite
@@ -432,6 +605,8 @@ def shrink(cfg):
         'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
         'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
         'retinanet/retinanet_r50_fpn_1x_coco.py',
+        'dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py',
+        'dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py',
     ],
 )
 def test_a_detector_takes_a_training_step_and_predicts(config):
@@ -446,6 +621,8 @@ def test_a_detector_takes_a_training_step_and_predicts(config):
     configs = os.path.join(os.path.dirname(mmdet.__file__), '.mim', 'configs')
     cfg = shrink(Config.fromfile(os.path.join(configs, config)).model)
     cfg.backbone.update(depth=18, init_cfg=None, norm_eval=False, frozen_stages=-1)
+    if 'dcn' in cfg.backbone:
+        cfg.backbone.update(depth=50, base_channels=16)  # a BasicBlock has none
     cfg.neck.in_channels = [64, 128, 256, 512]
     torch.manual_seed(0)
     model = MODELS.build(cfg)
@@ -514,3 +691,27 @@ def test_soft_nms_equals_compiled_mmcv_also_among_equal_scores(method):
         expected = compiled.softnms(boxes, scores, dets[1], **settings)
         assert inds.tolist() == expected.tolist()
         torch.testing.assert_close(dets[0, : len(inds)], dets[1, : len(inds)], rtol=1e-5, atol=1e-6)
+
+
+@needs_compiled
+@pytest.mark.parametrize('case', DEFORMABLE)
+def test_deformable_convolutions_and_their_gradients_equal_compiled_mmcv(case, monkeypatch):
+    import mmcv._ext as compiled
+
+    x, offset, mask, weight, grad = deformable(*case, dtype=torch.float32)
+    bias = torch.randn(8)
+    found = []
+    for ops in (mmcv_ops, compiled):
+        for name in ('deform_conv', 'modulated_deform_conv'):
+            monkeypatch.setattr(sys.modules[f'mmcv.ops.{name}'], 'ext_module', ops)
+        found.append(
+            [
+                *with_gradients(lambda *inputs: mmcv.ops.deform_conv2d(*inputs, *case[1:6]), (x, offset, weight), grad),
+                *with_gradients(
+                    lambda *inputs: mmcv.ops.modulated_deform_conv2d(*inputs, *case[1:6]),
+                    (x, offset, mask, weight, bias),
+                    grad,
+                ),
+            ]
+        )
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)

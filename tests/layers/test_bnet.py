@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from mmcv.cnn import ConvModule, fuse_conv_bn
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseModule, Sequential, normal_init, revert_sync_batchnorm
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval_for_single_model
+from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fx_fuse
 from torch.utils.checkpoint import checkpoint
@@ -245,8 +246,6 @@ class TestGenericTools:
 class TestInit:
     @pytest.mark.parametrize('rule', ['Kaiming', 'Xavier', 'Caffe2Xavier', 'Normal', 'TruncNormal', 'Uniform'])
     def test_rules_for_convolutions_leave_the_identity_alone(self, rule):
-        from mmengine.model import Sequential
-
         model = Sequential(nn.Conv2d(2, 4, 1), BNET(4, 5), init_cfg=dict(type=rule, layer='Conv2d'))
         model.init_weights()
         x = torch.randn(2, 4, 6, 6)
@@ -257,6 +256,62 @@ class TestInit:
         module.init_weights()
         x = torch.randn(2, 4, 6, 6)
         torch.testing.assert_close(module.norm(x), nn.BatchNorm2d(4)(x))
+
+
+class Drawing(BaseModule):
+    """A head as some of mmdet are: its init draws all that is a convolution, and then does as it is told."""
+
+    def __init__(self, kernel_size=3, then=None):
+        super().__init__()
+        self.conv, self.norm, self.then = nn.Conv2d(4, 4, 1), BNET(4, kernel_size), then
+
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                normal_init(module, std=0.01, bias=0.5)
+        if self.then is not None:
+            self.then(self.norm)
+
+
+class TestInitByHand:
+    @pytest.mark.parametrize('kernel_size', [1, 3])
+    def test_a_host_that_draws_all_convolutions_leaves_the_identity(self, kernel_size):
+        head = Drawing(kernel_size)
+        drawn = head.conv.weight.detach().clone()
+        Sequential(Sequential(head)).init_weights()
+        new = BNET(4, kernel_size)
+        assert not torch.equal(head.conv.weight, drawn) and (head.conv.bias == 0.5).all()
+        assert all(torch.equal(a, b) for a, b in zip(head.norm.parameters(), new.parameters()))
+
+    def test_taps_that_were_zeroed_or_loaded_stay(self):
+        zeroed = Drawing(then=lambda norm: nn.init.zeros_(norm.bnconv.weight))
+        trained = random_bnet(4, 3, torch.float32).state_dict()
+        loaded = Drawing(then=lambda norm: load_state_dict(norm, trained))
+        plain = nn.BatchNorm2d(4)
+        nn.init.normal_(plain.weight)
+        from_bn = Drawing(then=lambda norm: load_state_dict(norm, plain.state_dict()))
+        Sequential(zeroed, loaded, from_bn).init_weights()
+        assert not zeroed.norm.bnconv.weight.any()
+        assert torch.equal(loaded.norm.bnconv.weight, trained['bnconv.weight'])
+        assert torch.equal(from_bn.norm.bnconv.weight[:, 0, 1, 1], plain.weight)
+
+    def test_pretrained_weights_of_the_whole_model_stay(self, tmp_path):
+        trained = random_bnet(4, 3, torch.float32).state_dict()
+        torch.save({f'0.norm.{key}': value for key, value in trained.items()}, tmp_path / 'weights.pth')
+        model = Sequential(Drawing(), init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'weights.pth')))
+        model.init_weights()
+        assert torch.equal(model[0].norm.bnconv.weight, trained['bnconv.weight'])
+
+    def test_a_rule_that_names_the_taps_acts_on_them(self):
+        model = Sequential(BNET(4, 3), init_cfg=dict(type='Constant', val=2, layer='BNETTaps'))
+        model.init_weights()
+        assert (model[0].bnconv.weight == 2).all()
+
+    def test_nothing_is_left_on_the_layer(self):
+        model = Sequential(Drawing(then=lambda norm: load_state_dict(norm, BNET(4, 3).state_dict())))
+        before = set(vars(model[0].norm.bnconv))
+        model.init_weights()
+        assert set(vars(model[0].norm.bnconv)) == before
 
 
 class TestSituations:
@@ -280,6 +335,15 @@ class TestSituations:
         layer = BNET(2, 3)
         y = layer((torch.randn(4, 2, 16, 16) * 300 + 1000).half())
         assert y.dtype == torch.half and y.isfinite().all() and layer.bn.running_var.isfinite().all()
+
+    @pytest.mark.parametrize('child', ['bn', 'bnconv'])
+    def test_a_forward_that_another_tool_put_on_a_child_is_called(self, child):
+        layer, x = random_bnet(dtype=torch.float32), torch.randn(2, 3, 8, 8)
+        plain, seen = copy.deepcopy(layer)(x), []
+        module = layer.get_submodule(child)
+        module.forward = lambda x, forward=module.forward: seen.append(child) or forward(x)
+        torch.testing.assert_close(layer(x), plain)
+        assert seen == [child]
 
     def test_an_empty_batch_passes_through_with_zero_gradients(self):
         layer = random_bnet(4, dtype=torch.float32)

@@ -22,6 +22,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from PIL import Image
 
+from mmdet_norms import PLACEMENTS, apply_norm
 from mmdet_norms.models.legacy import CONVENTIONS, MASKRCNN_BENCHMARK, MMDET_V1, boxes_to_original_image
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -627,6 +628,20 @@ def test_a_published_checkpoint_config_has_the_parameters_of_its_row(name):
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in row.items()}
 
 
+@pytest.mark.parametrize('norm', PLACEMENTS)
+@pytest.mark.parametrize('name', ONE_PER_KIND)
+def test_a_norm_by_name_goes_where_it_goes_in_the_row_and_leaves_the_convention(name, norm):
+    init_default_scope('mmdet')
+    path = CONFIGS / name
+    ours, row = (apply_norm(load(p).model, norm) for p in (path, row_of(path)))
+    assert sum('convention' in part for _, part in dicts(ours)) == sum(
+        'convention' in p for _, p in dicts(load(path).model)
+    )
+    with torch.device('meta'):
+        ours, row = (MODELS.build(model).state_dict() for model in (ours, row))
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in row.items()}
+
+
 def test_configs_that_do_not_ask_for_it_keep_the_stock_types():
     for path in sorted(CONFIGS.glob('[acm]*n/*.py'))[::4]:
         assert 'PlusOne' not in (text := load(path).pretty_text) and 'LegacyResize' not in text
@@ -638,9 +653,11 @@ def test_configs_that_do_not_ask_for_it_keep_the_stock_types():
         assert registry.get(name).__module__.startswith('mmdet.')
 
 
-def tiny_model(name, **test_cfg):
-    """The detector of a config at a small width, with weights that find something."""
+def tiny_model(name, norm=None, **test_cfg):
+    """The detector of a config, with the norms of a name, at a small width, with weights that find something."""
     cfg = copy.deepcopy(load(CONFIGS / name))
+    if norm is not None:
+        cfg.model = apply_norm(cfg.model, norm)
     head = cfg.model.roi_head.bbox_head
     # A list of norms is AN's, whose groups must divide the width.
     for part in (cfg.model.neck, *(head if isinstance(head, list) else [head]), cfg.model.roi_head.get('mask_head')):
@@ -695,9 +712,14 @@ def test_a_published_checkpoint_config_runs_a_test_step(name):
         assert result.masks.shape == (10, 50, 75)
 
 
-@pytest.mark.parametrize('name', [ONE_PER_KIND[1], ONE_PER_KIND[2], ONE_PER_KIND[4]])
-def test_a_published_checkpoint_can_be_trained_on(name):
-    model = tiny_model(name).train()
+# Heads of each kind, and names for the backbone, for the heads, and for one norm per convolution.
+TRAINED = [(name, norm) for name in ONE_PER_KIND for norm in (None, 'bnet5', 'gn', 'an-gn-head', 'mabn')]
+
+
+@pytest.mark.parametrize('name, norm', TRAINED)
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_a_published_checkpoint_can_be_trained_on_with_any_norm(name, norm):
+    model = tiny_model(name, norm).train()
     data = sample(100, 150, 1.0)
     data.gt_instances = InstanceData(
         bboxes=torch.tensor([[10.0, 10, 60, 80], [70, 20, 140, 90]]), labels=torch.tensor([0, 2]),
