@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DEV_STAMP := .venv/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
 
 DEMO_CONFIG := configs/demo/mask-rcnn_r50_fpn_bnet5_shapes.py
 DEMO_DIR := work_dirs/demo
+
+# Processes that share the tests: a number, or auto for one per core. Each takes up to 2 GB of memory.
+JOBS ?= auto --maxprocesses=4
 
 # Threads that spin for long while they wait cost a factor of ten where something else uses a core.
 export GOMP_SPINCOUNT ?= 10000
@@ -17,6 +21,7 @@ help:
 	@echo 'make test   the whole test suite'
 	@echo 'make bench  what each norm costs beside batch norm: layers, convolutions, Faster R-CNN (docs/benchmark.md)'
 	@echo 'make install | data | lint | clean'
+	@echo 'make test and make lint add their own packages to what the others install: pytest, ONNX, Triton, ...'
 
 install: $(STAMP)
 
@@ -29,9 +34,14 @@ $(STAMP): setup.py requirements/constraints.txt $(wildcard mmdet_norms/kernels/c
 	@echo 'installing 2/3: torch (some minutes where it brings CUDA)'
 	@$(PIP) torch
 	@echo 'installing 3/3: mmdet and the rest'
-	@$(PIP) --no-build-isolation -e '.[lite,dev]'
+	@$(PIP) --no-build-isolation -e '.[lite]'
 	@# opencv-python needs libGL, which bare machines lack; the headless build is the same module without it.
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || $(PIP) --force-reinstall --no-deps opencv-python-headless
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	@echo 'installing what the tests need on top: pytest, ONNX and, on Linux, Triton (some 200 MB)'
+	@$(PIP) --no-build-isolation -e '.[lite,dev]'
 	@touch $@
 
 data: $(STAMP)
@@ -45,13 +55,14 @@ demo: data
 	@$(BIN)/python tools/compare.py $(DEMO_DIR)
 	@echo 'AP: $(DEMO_DIR)/results.json   pictures: $(DEMO_DIR)/pictures.png   log and checkpoint: $(DEMO_DIR)/'
 
-test: $(STAMP)
-	@$(BIN)/python -m pytest -q
+# Stealing keeps most tests of a file, and so what they share, in one process, and still evens out at the end.
+test: $(DEV_STAMP)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 bench: $(STAMP)
 	@$(BIN)/python tools/benchmark.py $(BENCH)
 
-lint: $(STAMP)
+lint: $(DEV_STAMP)
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check --quiet .
 

@@ -7,6 +7,7 @@ from setuptools import Extension, find_packages, setup
 here = Path(__file__).parent
 version = {}
 exec((here / 'mmdet_norms' / 'version.py').read_text(), version)
+onnx = ['onnx', 'onnxscript', 'onnxruntime']  # tools/export.py to ONNX
 
 setup(
     name='mmdet_norms',
@@ -44,8 +45,9 @@ setup(
         # mmcv comes in two distributions that must not be installed together, so neither is a hard requirement.
         'lite': ['mmcv-lite>=2.0.0,<2.2.0'],
         'mmcv': ['mmcv>=2.0.0,<2.2.0'],
-        'dev': ['pytest', 'pytest-timeout', 'ruff'],
-        'onnx': ['onnx', 'onnxscript', 'onnxruntime'],  # tools/export.py to ONNX
+        # Triton has wheels for Linux only; on GPUs torch pins its own, and its CPU builds come without.
+        'dev': ['pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'triton; platform_system == "Linux"', *onnx],
+        'onnx': onnx,
     },
     classifiers=[
         'Programming Language :: Python :: 3',

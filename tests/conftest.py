@@ -1,20 +1,56 @@
 """Shared fixtures."""
 
 import os
+import random
 from pathlib import Path
 
 # One thread here and in every process that a test starts: tiny tensors gain nothing from more, and sums in another
 # order would not resume bit for bit. Before torch is imported, which reads it once.
 os.environ['OMP_NUM_THREADS'] = '1'
 
+import mmengine.config.config as mmengine_config
 import numpy as np
 import pytest
+import torch
 
 import mmdet_norms  # noqa: F401  (before any test imports mmdet's models, which need mmcv's ops)
 
 ROOT = Path(__file__).resolve().parents[1]
 # Numbers recorded from the published layers: a small copy in the repository, the full set beside the checkout.
 _GOLDEN = (ROOT / 'tests' / 'data' / 'golden', ROOT.parent / 'shared' / 'golden')
+
+
+def _once_per_text(format_code):
+    known = {}
+
+    def format_once(text, **style):
+        if text not in known:
+            known[text] = format_code(text, **style)
+        return known[text]
+
+    return format_once
+
+
+# A run formats its config some five times, which takes longer than training a tiny detector.
+mmengine_config.FormatCode = _once_per_text(mmengine_config.FormatCode)
+
+
+def _seed(value):
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+# The same numbers in every order and division of the tests among processes: first for fixtures of whole files, then for
+# each test, from another seed, or the two would draw the same.
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    _seed(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    _seed(0)
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ import tiny
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_tool(name, *arguments, **environment):
+def run_tool(name, config, *arguments, **environment):
     env = dict(os.environ, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES='', **environment)
-    command = [str(ROOT / 'tools' / name), *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    command = [str(ROOT / 'tools' / name), *map(str, (config, *arguments))]
+    cwd = config.parent  # mmengine leaves a .dist_test there
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=cwd)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mmdet_norms.kernels import bnet as everywhere
 from mmdet_norms.kernels import triton
 from mmdet_norms.kernels.triton import bnet
 
@@ -131,9 +132,11 @@ def test_inference_adds_the_bias_the_residual_and_relu(layout, residual, relu, m
     x = torch.cat([x, x], 1)[:, :3]  # neither contiguous nor channels_last
     other = torch.randn(2, 3, 9, 3).transpose(2, 3) if residual else None
     y = F.conv2d(x.double(), weight.double(), bias.double(), 1, 1, 1, 3) + (other if residual else 0)
-    torch.testing.assert_close(
-        triton.bnet_inference(x, weight, bias, other, relu).double(), y.relu() if relu else y, rtol=1e-5, atol=1e-5
-    )
+    launched, launch = [], bnet.launch
+    monkeypatch.setattr(bnet, 'launch', lambda *args, **sizes: launched.append(args[0]) or launch(*args, **sizes))
+    result = everywhere.inference(x, weight, bias, other, relu)
+    assert launched == [bnet._depthwise_kernel]
+    torch.testing.assert_close(result.double(), y.relu() if relu else y, rtol=1e-5, atol=1e-5)
 
 
 def test_relu_keeps_nan_and_halves_are_rounded_once():

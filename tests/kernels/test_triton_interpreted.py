@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-CASES = [str(HERE / f'interpreted_{cases}.py') for cases in ('bnet', 'passes')]
 
 
-@pytest.mark.skipif(find_spec('triton') is None, reason='Triton is not installed; it comes with torch for GPUs')
-def test_the_kernels_compute_what_their_formulas_say():
-    command = [sys.executable, '-m', 'pytest', '-q', '--noconftest', '-p', 'no:cacheprovider', *CASES]
+@pytest.mark.skipif(find_spec('triton') is None, reason='no Triton here; it is for Linux only')
+@pytest.mark.parametrize('cases', ['bnet', 'passes'])
+def test_the_kernels_compute_what_their_formulas_say(cases):
+    command = [sys.executable, '-m', 'pytest', '-q', '--noconftest', '-p', 'no:cacheprovider']
+    command += [str(HERE / f'interpreted_{cases}.py')]
     environment = {**os.environ, 'TRITON_INTERPRET': '1', 'MMDET_NORMS_TRITON': '1', 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -1027,8 +1027,8 @@ A dash: does not exist for the norm, see the note. ✗ fails. Every norm stands 
 filled window.
 
 The rows "float64 oracle" and "golden numbers" point to tests in `tests/layers`: here, a ✓ says that the test exists,
-and `make test` runs it. Golden numbers that are not in the checkout, and the ONNX row where onnx, onnxscript or
-onnxruntime is missing, are skipped by `make test`; the command above needs all three packages.
+and `make test` runs it. Golden numbers that are not in the checkout are skipped. The ONNX row needs onnx, onnxscript
+and onnxruntime, which `make test` installs; without them it is skipped.
 
 """
 
