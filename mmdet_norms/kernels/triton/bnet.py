@@ -10,13 +10,15 @@ registers. So a value of the map is loaded about 1 + k / STEP times in place of 
 a warp have neighbouring channels in channels_last, else neighbouring columns.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .common import dense, is_channels_last, launch, like, pieces, power_of_two, wide
+from .common import dense, is_channels_last, launch, least_padding, like, pieces, power_of_two, wide
 from .passes import moments
 
 
@@ -35,30 +37,34 @@ def _place(C, W, strips, LAST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.
 @triton.jit
 def _row(
     x, w, limit, centre, by_column, BEFORE: tl.constexpr, COUNT: tl.constexpr, NORMALIZE: tl.constexpr,
-    QUADS: tl.constexpr, ACC: tl.constexpr,
+    VECTOR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tuple of the columns ``w - BEFORE`` and so on, less ``centre`` if NORMALIZE; 0 outside of 0 to ``limit``."""
+    """A tuple of the columns ``w - BEFORE`` and so on, less ``centre`` if NORMALIZE; 0 outside of 0 to ``limit``.
+
+    VECTOR: so many columns are loaded by one instruction.
+    """
     values = ()
-    for i in tl.static_range(0, COUNT, 4 if QUADS else 1):
+    for i in tl.static_range(0, COUNT, VECTOR):
         at, column = x + (i - BEFORE) * by_column, w + (i - BEFORE)
         inside = column < limit
         if i < BEFORE:
             inside = inside & (column >= 0)
-        if QUADS:  # by one instruction
-            four = tl.load(at[:, :, None] + tl.arange(0, 4)[None, None, :], inside[:, :, None], other=0)
-            even, odd = tl.split(four.reshape(four.shape[0], four.shape[1], 2, 2))
-            first, third = tl.split(even)
-            second, fourth = tl.split(odd)
-            values += (
-                _centred(first, inside, centre, NORMALIZE, ACC),
-                _centred(second, inside, centre, NORMALIZE, ACC),
-                _centred(third, inside, centre, NORMALIZE, ACC),
-                _centred(fourth, inside, centre, NORMALIZE, ACC),
-            )
-        elif NORMALIZE and x.dtype.element_ty == ACC:
+        if VECTOR == 1 and (NORMALIZE and x.dtype.element_ty == ACC):
             values += (tl.load(at, inside, other=centre) - centre,)
-        else:
+        elif VECTOR == 1:
             values += (_centred(tl.load(at, inside, other=0), inside, centre, NORMALIZE, ACC),)
+        else:
+            several = tl.load(at[:, :, None] + tl.arange(0, VECTOR)[None, None, :], inside[:, :, None], other=0)
+            if VECTOR == 2:
+                first, second = tl.split(several)
+                several = (first, second)
+            else:
+                even, odd = tl.split(several.reshape(several.shape[0], several.shape[1], 2, 2))
+                first, third = tl.split(even)
+                second, fourth = tl.split(odd)
+                several = (first, second, third, fourth)
+            for j in tl.static_range(VECTOR):
+                values += (_centred(several[j], inside, centre, NORMALIZE, ACC),)
     return values
 
 
@@ -73,19 +79,22 @@ def _centred(value, inside, centre, NORMALIZE: tl.constexpr, ACC: tl.constexpr):
 def _depthwise_kernel(
     x, weight, bias, mean, var, other, slope, shift, y, C, H, W, eps, rows, strips,
     K: tl.constexpr, NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
-    LAST: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, QUADS: tl.constexpr, BLOCK_C: tl.constexpr,
+    LAST: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Convolution of ``rows`` rows. NORMALIZE: of the normalized map. ADD: plus ``other``.
 
     BACKWARD: x is the gradient, the convolution transposed; minus ``slope * (other - mean) + shift`` if ADD.
-    QUADS: the width is 4 W, and STEP is 4.
+    UNIT: the width is UNIT W, or, LAST, there are UNIT C channels, which tells the compiler what is aligned.
     """
     HALF: tl.constexpr = K // 2
-    BEFORE: tl.constexpr = (HALF + 3) // 4 * 4 if QUADS else HALF
+    VECTOR: tl.constexpr = 1 if LAST else UNIT
+    BEFORE: tl.constexpr = (HALF + VECTOR - 1) // VECTOR * VECTOR
     WIDE: tl.constexpr = STEP + 2 * BEFORE
-    if QUADS:
-        W *= 4
+    if LAST:
+        C *= UNIT
+    else:
+        W *= UNIT
     n, first_c, first_w, strip = _place(C, W, strips, LAST, LANES * STEP, BLOCK_C)
     c, w = (first_c + tl.arange(0, BLOCK_C))[None, :], (first_w + STEP * tl.arange(0, LANES))[:, None]
     place = n.to(tl.int64) * C * H * W + (w * C + c if LAST else c * H * W + w)
@@ -127,11 +136,11 @@ def _depthwise_kernel(
             row = start + u
             row_of_x = x + row * by_row
             right = tl.where((row >= 0) & (row < H), limit, 0)
-            values += _row(row_of_x, w, right, centre, by_column, BEFORE, WIDE, NORMALIZE, QUADS, ACC)
+            values += _row(row_of_x, w, right, centre, by_column, BEFORE, WIDE, NORMALIZE, VECTOR, ACC)
             if ADD:
                 row_of_other = other + (row - HALF) * by_row
                 right = tl.where((row - HALF >= begin) & (row - HALF < end), limit, 0)
-                others += _row(row_of_other, w, right, centre, by_column, 0, STEP, BACKWARD, QUADS, ACC)
+                others += _row(row_of_other, w, right, centre, by_column, 0, STEP, BACKWARD, VECTOR, ACC)
         for u in tl.static_range(UNROLL):
             row = start + u - HALF  # of y, which has got all it gets after this turn
             sums = ()
@@ -153,13 +162,18 @@ def _depthwise_kernel(
                 if RELU:
                     out = tl.where(out < 0, 0, out)  # nan stays
                 results += (out,)
-            if QUADS:
-                four = tl.join(tl.join(results[0], results[2]), tl.join(results[1], results[3]))
-                at = row_of_y[:, :, None] + tl.arange(0, 4)[None, None, :]
-                tl.store(at, four.reshape(LANES, BLOCK_C, 4), (w < right)[:, :, None])
-            else:
-                for j in tl.static_range(STEP):
-                    tl.store(row_of_y + j * by_column, results[j], w + j < right)
+            for j in tl.static_range(0, STEP, VECTOR):
+                if VECTOR == 1:
+                    several = results[j]
+                    tl.store(row_of_y + j * by_column, several, w + j < right)
+                else:
+                    if VECTOR == 2:
+                        several = tl.join(results[j], results[j + 1])
+                    else:
+                        four = tl.join(tl.join(results[j], results[j + 2]), tl.join(results[j + 1], results[j + 3]))
+                        several = four.reshape(LANES, BLOCK_C, 4)
+                    at = row_of_y[:, :, None] + (j + tl.arange(0, VECTOR))[None, None, :]
+                    tl.store(at, several, (w + j < right)[:, :, None])
             pending = ()
             for i in tl.static_range(K * STEP):
                 pending += (sums[i],)
@@ -168,16 +182,19 @@ def _depthwise_kernel(
 @triton.jit(do_not_specialize=('N', 'C', 'H', 'W', 'rows', 'strips', 'instances'))
 def _sums_kernel(
     grad, x, weight, mean, parts, N, C, H, W, rows, strips, instances,
-    K: tl.constexpr, LAST: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, QUADS: tl.constexpr,
+    K: tl.constexpr, LAST: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Partial sums ``(part, C, K^2 + 2)``: the taps' gradient times the deviation, ``sum grad``, and the sum of the
     gradient of the normalized map, in which ``grad`` counts with the taps that do not reach over the border."""
     HALF: tl.constexpr = K // 2
-    BEFORE: tl.constexpr = (HALF + 3) // 4 * 4 if QUADS else HALF
+    VECTOR: tl.constexpr = 1 if LAST else UNIT
+    BEFORE: tl.constexpr = (HALF + VECTOR - 1) // VECTOR * VECTOR
     WIDE: tl.constexpr = STEP + 2 * BEFORE
-    if QUADS:
-        W *= 4
+    if LAST:
+        C *= UNIT
+    else:
+        W *= UNIT
     group, first_c, first_w, strip = _place(C, W, strips, LAST, LANES * STEP, BLOCK_C)
     c, w = (first_c + tl.arange(0, BLOCK_C))[None, :], (first_w + STEP * tl.arange(0, LANES))[:, None]
     place = w * C + c if LAST else c * H * W + w
@@ -185,16 +202,34 @@ def _sums_kernel(
     limit = tl.where(c < C, W, 0)
     centre = tl.load(mean + c, c < C, other=0).to(ACC)
     zero = tl.zeros((LANES, BLOCK_C), ACC)
+    begin = strip * rows
+    end = tl.minimum(begin + rows, H)
+    stop = tl.minimum(group * instances + instances, N)
+
+    # Not all taps reach x from the first and last rows. What those that do not would add below is taken off before.
+    within = zero
+    if (begin < HALF) | (end > H - HALF):
+        for n in range(group * instances, stop):
+            here = tl.full((), n, tl.int64) * C * H * W + place
+            for i in range(2 * HALF):
+                row = tl.where(i < HALF, i, H - 2 * HALF + i)
+                if (row >= begin) & (row < end) & ((i < HALF) | (row >= HALF)):
+                    some = _row(grad + here + row * by_row, w, limit, centre, by_column, 0, STEP, False, VECTOR, ACC)
+                    for dx in range(K):
+                        off = tl.zeros((1, BLOCK_C), ACC)
+                        for dy in range(K):
+                            tap = tl.load(weight + c * (K * K) + dy * K + dx, c < C, other=0).to(ACC)
+                            off += tl.where((row + dy < HALF) | (row + dy >= H + HALF), tap, 0)
+                        for j in tl.static_range(STEP):
+                            within -= tl.where((w + j + dx >= HALF) & (w + j + dx < W + HALF), off, 0) * some[j]
+
     products = ()
     for _ in tl.static_range(K * K):
         products += (zero,)
     columns = ()
     for _ in tl.static_range(STEP):
         columns += (zero,)
-    within = zero
-    begin = strip * rows
-    end = tl.minimum(begin + rows, H)
-    for n in range(group * instances, tl.minimum(group * instances + instances, N)):
+    for n in range(group * instances, stop):
         here = tl.full((), n, tl.int64) * C * H * W + place
         held = ()  # rows row + HALF, ..., row - HALF of grad, where row is that of x
         for _ in tl.static_range(K * STEP):
@@ -206,10 +241,10 @@ def _sums_kernel(
                 row = start + u
                 row_of_grad = grad + here + (row + HALF) * by_row
                 right = tl.where((row + HALF >= begin) & (row + HALF < end), limit, 0)
-                grads += _row(row_of_grad, w, right, centre, by_column, 0, STEP, False, QUADS, ACC)
+                grads += _row(row_of_grad, w, right, centre, by_column, 0, STEP, False, VECTOR, ACC)
                 row_of_x = x + here + row * by_row
                 right = tl.where((row >= 0) & (row < H), limit, 0)
-                values += _row(row_of_x, w, right, centre, by_column, BEFORE, WIDE, True, QUADS, ACC)
+                values += _row(row_of_x, w, right, centre, by_column, BEFORE, WIDE, True, VECTOR, ACC)
             for u in tl.static_range(UNROLL):
                 newer = ()
                 added = ()
@@ -228,31 +263,21 @@ def _sums_kernel(
                             total = tl.fma(held[dy * STEP + j], values[u * WIDE + BEFORE - HALF + j + dx], total)
                         sums += (total,)
                 products = sums
-        # Not all taps reach x from the first and last rows. Those that do not are taken off what is added below.
-        for row in range(begin, end):
-            if (row < HALF) | (row >= H - HALF):
-                for j in range(STEP):
-                    value = tl.load(grad + here + row * by_row + j * by_column, w + j < limit, other=0).to(ACC)
-                    for dy in range(K):
-                        for dx in range(K):
-                            off = (row + dy < HALF) | (row + dy >= H + HALF)
-                            sees = off & (w + j + dx >= HALF) & (w + j + dx < W + HALF)
-                            tap = tl.load(weight + c * (K * K) + dy * K + dx, c < C, other=0).to(ACC)
-                            within -= tl.where(sees, tap, 0) * value
 
-    plain = zero
-    for j in tl.static_range(STEP):
-        plain += columns[j]
-        for dx in range(K):
-            tap = tl.zeros((1, BLOCK_C), ACC)
-            for dy in range(K):
-                tap += tl.load(weight + c * (K * K) + dy * K + dx, c < C, other=0).to(ACC)
-            within += tl.where((w + j + dx >= HALF) & (w + j + dx < W + HALF), tap, 0) * columns[j]
     part = (group * strips + strip) * tl.cdiv(W, LANES * STEP) + first_w // (LANES * STEP)
     lane = first_c + tl.arange(0, BLOCK_C)
     out = parts + (part.to(tl.int64) * C + lane) * (K * K + 2)
     for i in tl.static_range(K * K):
         tl.store(out + i, tl.sum(products[i], 0), lane < C)
+    for dx in range(K):
+        column = tl.zeros((1, BLOCK_C), ACC)
+        for dy in range(K):
+            column += tl.load(weight + c * (K * K) + dy * K + dx, c < C, other=0).to(ACC)
+        for j in tl.static_range(STEP):
+            within += tl.where((w + j + dx >= HALF) & (w + j + dx < W + HALF), column, 0) * columns[j]
+    plain = zero
+    for j in tl.static_range(STEP):
+        plain += columns[j]
     tl.store(out + K * K, tl.sum(plain, 0), lane < C)
     tl.store(out + (K * K + 1), tl.sum(within, 0), lane < C)
 
@@ -281,22 +306,27 @@ def _join_kernel(
 
 def _tile(x: Tensor, size: int) -> dict[str, int]:
     """Lanes along the columns, columns of a lane, channels, rows that are loaded at a time, and warps."""
-    step = 4 if x.shape[3] > 8 else 1
+    channels, width, double = x.shape[1], x.shape[3], x.dtype == torch.float64
     if is_channels_last(x):
-        lanes = power_of_two(triton.cdiv(x.shape[3], step), 1, 4)
-        return dict(LANES=lanes, STEP=step, QUADS=False, BLOCK_C=32, UNROLL=2 if size <= 5 else 1, num_warps=lanes)
+        step = 4 if width > 2 else 1
+        # Small taps leave a thread the registers for two channels.
+        unit = 2 if size <= 3 and channels % 64 == 0 and not double else 1
+        lanes = power_of_two(triton.cdiv(width, step), 1, 4)
+        return dict(LANES=lanes, STEP=step, UNIT=unit, BLOCK_C=32 * unit, UNROLL=1 if double else 2, num_warps=lanes)
+    step = 4 if width > 8 else 1
     # One warp, which more columns than the map has would leave idle, and more channels make read from more places.
-    padded = {lanes: triton.cdiv(x.shape[3], lanes * step) * lanes for lanes in (4, 8, 16, 32)}
-    lanes = max(lanes for lanes in padded if padded[lanes] <= 1.15 * min(padded.values()))
-    quads = step == 4 and x.shape[3] % 4 == 0
-    return dict(LANES=lanes, STEP=step, QUADS=quads, BLOCK_C=32 // lanes, UNROLL=2, num_warps=1)
+    # If it has one channel only, then its taps are in the registers that the lanes share.
+    lanes = least_padding(triton.cdiv(width, step), [4, 8, 16, 32])
+    unroll = 1 if double else 4 if size <= 3 else 2
+    return dict(LANES=lanes, STEP=step, UNIT=math.gcd(width, step), BLOCK_C=32 // lanes, UNROLL=unroll, num_warps=1)
 
 
-def _cut(x: Tensor, tile: dict[str, int], size: int) -> dict[str, int]:
-    """Rows of a program, at least so many that those it loads for its border are few, and the strips they make."""
-    height = x.shape[2]
-    count = pieces(height, x.shape[0] * _columns(x, tile), 4 * size)
-    rows = triton.cdiv(height, count)
+def _cut(x: Tensor, tile: dict[str, int], size: int, overhead: float) -> dict[str, int]:
+    """Rows of a program, and the strips that they make. ``overhead``: of each, in rows."""
+    height, unroll = x.shape[2], tile['UNROLL']
+    count = pieces(height, tile['num_warps'] * x.shape[0] * _columns(x, tile), overhead)
+    border = size // 2 * 2
+    rows = triton.cdiv(triton.cdiv(height, count) + border, unroll) * unroll - border  # no turn with less to do
     return dict(rows=rows, strips=triton.cdiv(height, rows))
 
 
@@ -306,7 +336,8 @@ def _columns(x: Tensor, tile: dict[str, int]) -> int:
 
 
 def _sizes(x: Tensor, tile: dict[str, int]) -> dict[str, int]:
-    return dict(C=x.shape[1], H=x.shape[2], W=x.shape[3] // 4 if tile['QUADS'] else x.shape[3])
+    by_channel, by_column = (tile['UNIT'], 1) if is_channels_last(x) else (1, tile['UNIT'])
+    return dict(C=x.shape[1] // by_channel, H=x.shape[2], W=x.shape[3] // by_column)
 
 
 def _depthwise(
@@ -315,7 +346,7 @@ def _depthwise(
     normalize: bool = False, backward: bool = False, relu: bool = False,
 ) -> Tensor:  # fmt: skip
     size, tile = weight.shape[-1], _tile(x, weight.shape[-1])
-    cut = _cut(x, tile, size)
+    cut = _cut(x, tile, size, size + 1)
     y = torch.empty_like(x)
     launch(
         _depthwise_kernel, x.shape[0] * cut['strips'] * _columns(x, tile), x, x, weight, bias, mean, var, other, slope,
@@ -328,10 +359,11 @@ def _depthwise(
 def _sums(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
     """``(parts, C, k^2 + 2)``, see :func:`_sums_kernel`."""
     size, tile = weight.shape[-1], _tile(x, weight.shape[-1])
-    cut = _cut(x, tile, size)
-    # Small maps: several instances in one program, so that the partial sums stay small against the map.
+    # Sums within a warp, and partial sums that are written and read, cost as much as some rows.
+    overhead = size + 8 + 2 * size * size / (tile['LANES'] * tile['STEP'])
+    cut = _cut(x, tile, size, overhead)
     columns = cut['strips'] * _columns(x, tile)
-    groups = pieces(x.shape[0], columns, max(1, 2048 // (cut['rows'] * tile['LANES'] * tile['STEP'])))
+    groups = pieces(x.shape[0], tile['num_warps'] * columns, overhead / (cut['rows'] + size))
     instances = triton.cdiv(x.shape[0], groups)
     groups = triton.cdiv(x.shape[0], instances)
     count = groups * cut['strips'] * triton.cdiv(x.shape[3], tile['LANES'] * tile['STEP'])
@@ -351,7 +383,7 @@ def _join(parts: Tensor, x: Tensor, weight: Tensor, var: Tensor, eps: float) -> 
     launch(
         _join_kernel, channels, x, parts, weight, var, grad_weight, grad_bias, slope, shift, channels, len(parts), eps,
         x.numel() // channels, TAPS=taps, BLOCK=triton.next_power_of_2(taps + 2),
-        BLOCK_P=power_of_two(len(parts), 1, 16),
+        BLOCK_P=power_of_two(len(parts), 1, 4096 // triton.next_power_of_2(taps + 2)),
     )  # fmt: skip
     return grad_weight, grad_bias, slope, shift
 

@@ -8,6 +8,7 @@ Sizes are functions of the shape alone, not of timings of candidates (``triton.a
 size in almost every batch, each of which would be timed again, and other sizes of the partial sums are other results.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -16,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PROGRAMS = 4096  # enough to fill a large GPU several times over
-_TILE = 1024  # values of a tile where each is used once
+_TAIL = 1024  # warps that a large GPU could run in place of those it waits for in the end, 8 a multiprocessor
+_BYTES = 4096  # of a tile where each value is used once: 32 a thread
+_PADDING = 1.15  # times as many values as there are may be in the tiles of a map
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -53,16 +55,28 @@ def power_of_two(value: int, least: int, most: int) -> int:
     return max(least, min(most, triton.next_power_of_2(value)))
 
 
+def least_padding(size: int, tiles: list[int]) -> int:
+    """The largest of ``tiles`` of which few values are outside of ``size``."""
+    padded = {tile: triton.cdiv(size, tile) * tile for tile in tiles}
+    return max(tile for tile in tiles if padded[tile] <= _PADDING * min(padded.values()))
+
+
 def pointwise_tile(x: Tensor) -> dict[str, int]:
     """Positions and channels of a tile; the ones that are neighbours in memory first."""
     channels, positions = x.shape[1], x.shape[2] * x.shape[3]
+    size = _BYTES // max(2, x.element_size())
     if is_channels_last(x):
         block_c = power_of_two(channels, 1, 64)
-        return dict(BLOCK_S=power_of_two(positions, 1, _TILE // block_c), BLOCK_C=block_c)
-    block_s = power_of_two(positions, 1, _TILE)
-    return dict(BLOCK_S=block_s, BLOCK_C=power_of_two(channels, 1, _TILE // block_s))
+        return dict(BLOCK_S=power_of_two(positions, 1, size // block_c), BLOCK_C=block_c)
+    least = power_of_two(positions, 1, 32)
+    block_s = least_padding(positions, [least << i for i in range(8) if least << i <= size])
+    return dict(BLOCK_S=block_s, BLOCK_C=power_of_two(channels, 1, size // block_s))
 
 
-def pieces(count: int, others: int, least: int) -> int:
-    """Into how many pieces of ``least`` or more to cut ``count``, if there are ``others`` programs for each piece."""
-    return max(1, min(-(-_PROGRAMS // others), count // least))
+def pieces(count: int, others: int, overhead: float) -> int:
+    """Into how many pieces to cut ``count``, if there are ``others`` warps for each of them.
+
+    A piece costs ``overhead`` besides its share of ``count``. Few pieces leave much of a GPU idle until the last warp
+    is done, many do much besides: ``(count / pieces + overhead) * (others * pieces + _TAIL)`` is to be least.
+    """
+    return max(1, min(count, round(math.sqrt(count * _TAIL / (overhead * others)))))

@@ -8,6 +8,8 @@ Each is an operator of torch, too: ``torch.ops.mmdet_norms.affine`` and so on, k
 two of the backward pass, to autograd. The functions themselves are not, which saves the time to look that up.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -36,16 +38,18 @@ def _offsets(s, c, C, S, LAST: tl.constexpr):
     return s[:, None] + c[None, :] * S
 
 
-@triton.jit(do_not_specialize=('parts', 'turns'))
+@triton.jit(do_not_specialize=('S', 'parts', 'turns'))
 def _moments_kernel(
     x, origins, sums, squares, C, S, parts, turns,
-    CENTRED: tl.constexpr, LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    CENTRED: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums of ``x - origin`` and of its square over the positions of ``turns`` tiles; not CENTRED: of the square of x.
 
     The origin is the mean of the first tile. The digits that the difference of the two then loses are few, whatever x
     is: how far it may be from the mean of all tiles is limited by their variance, of which it is a part.
     """
+    S *= UNIT
     n, first, piece = _place(C, S, parts, LAST, BLOCK_C)
     c, lane = first + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S)
     x += n.to(tl.int64) * C * S
@@ -112,11 +116,13 @@ def _join_moments_kernel(
     tl.store(var + row * C + c, tl.where(spread < 0, 0, spread), c < C)  # nan stays
 
 
-@triton.jit(do_not_specialize=('parts',))
+@triton.jit(do_not_specialize=('S', 'parts'))
 def _affine_kernel(
     x, centre, scale, shift, y, C, S, parts,
-    PER_INSTANCE: tl.constexpr, LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    PER_INSTANCE: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
+    S *= UNIT
     n, first, piece = _place(C, S, parts, LAST, BLOCK_C)
     c, s = first + tl.arange(0, BLOCK_C), piece * BLOCK_S + tl.arange(0, BLOCK_S)
     mask = (s < S)[:, None] & (c < C)[None, :]
@@ -129,11 +135,13 @@ def _affine_kernel(
     tl.store(y + place, (value - a) * b + d, mask)
 
 
-@triton.jit(do_not_specialize=('parts', 'turns'))
+@triton.jit(do_not_specialize=('S', 'parts', 'turns'))
 def _gradient_sums_kernel(
     grad, x, centre, sums, centred_sums, C, S, parts, turns,
-    PER_INSTANCE: tl.constexpr, LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    PER_INSTANCE: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
+    S *= UNIT
     n, first, piece = _place(C, S, parts, LAST, BLOCK_C)
     c, lane = first + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S)
     middle = tl.load(centre + (n * C + c if PER_INSTANCE else c), c < C, other=0).to(ACC)[None, :]
@@ -174,11 +182,13 @@ def _join_sums_kernel(
     tl.store(centred_total + row * C + c, tl.sum(centred, 0), c < C)
 
 
-@triton.jit(do_not_specialize=('parts',))
+@triton.jit(do_not_specialize=('S', 'parts'))
 def _gradient_kernel(
     grad, x, gain, centre, slope, shift, out, C, S, parts,
-    PER_INSTANCE: tl.constexpr, LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    PER_INSTANCE: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
+    S *= UNIT
     n, first, piece = _place(C, S, parts, LAST, BLOCK_C)
     c, s = first + tl.arange(0, BLOCK_C), piece * BLOCK_S + tl.arange(0, BLOCK_S)
     mask = (s < S)[:, None] & (c < C)[None, :]
@@ -197,12 +207,15 @@ def _reduction(x: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     """Arguments of a kernel that reads an instance in pieces of several tiles: (how to cut, the tile)."""
     tile = pointwise_tile(x)
     count = triton.cdiv(x.shape[2] * x.shape[3], tile['BLOCK_S'])
-    turns = triton.cdiv(count, pieces(count, _programs(x, 1, tile), 4))
+    turns = triton.cdiv(count, pieces(count, 4 * _programs(x, 1, tile), 1))
     return dict(parts=triton.cdiv(count, turns), turns=turns), tile
 
 
 def _sizes(x: Tensor) -> dict[str, int]:
-    return dict(C=x.shape[1], S=x.shape[2] * x.shape[3])
+    """Of a kernel that reads a map: ``UNIT * S`` positions, which tells the compiler how channels are aligned."""
+    last, positions = is_channels_last(x), x.shape[2] * x.shape[3]
+    unit = 1 if last else math.gcd(positions, 16 // x.element_size())
+    return dict(C=x.shape[1], S=positions // unit, UNIT=unit, LAST=last)
 
 
 def _programs(x: Tensor, parts: int, tile: dict[str, int]) -> int:
@@ -210,7 +223,9 @@ def _programs(x: Tensor, parts: int, tile: dict[str, int]) -> int:
 
 
 def _join_tile(x: Tensor, rows: int) -> dict[str, int]:
-    return dict(BLOCK_P=power_of_two(rows, 1, 16), BLOCK_C=power_of_two(x.shape[1], 1, 32))
+    """Many pieces at a time, as few programs have to wait for each other's; at least 32 bytes of each."""
+    block_p = power_of_two(rows, 1, 256)
+    return dict(BLOCK_P=block_p, BLOCK_C=power_of_two(x.shape[1], 1, max(8, min(32, 2048 // block_p))))
 
 
 def _joined_moments(x: Tensor, per_instance: bool, centred: bool) -> tuple[Tensor, Tensor]:
@@ -219,8 +234,7 @@ def _joined_moments(x: Tensor, per_instance: bool, centred: bool) -> tuple[Tenso
     options = dict(dtype=wide(x.dtype), device=x.device)
     parts = torch.empty(3, x.shape[0] * cut['parts'], x.shape[1], **options)
     launch(
-        _moments_kernel, _programs(x, cut['parts'], tile), x, x, *parts, **_sizes(x), **cut, CENTRED=centred,
-        LAST=is_channels_last(x), **tile,
+        _moments_kernel, _programs(x, cut['parts'], tile), x, x, *parts, **_sizes(x), **cut, CENTRED=centred, **tile,
     )  # fmt: skip
     rows = cut['parts'] if per_instance else parts.shape[1]
     shape = x.shape[:2] if per_instance else x.shape[1:2]
@@ -228,7 +242,7 @@ def _joined_moments(x: Tensor, per_instance: bool, centred: bool) -> tuple[Tenso
     join = _join_tile(x, rows)
     launch(
         _join_moments_kernel, mean.numel() // x.shape[1] * triton.cdiv(x.shape[1], join['BLOCK_C']), x, *parts, mean,
-        var, **_sizes(x), parts=cut['parts'], length=cut['turns'] * tile['BLOCK_S'], rows=rows,
+        var, x.shape[1], x.shape[2] * x.shape[3], parts=cut['parts'], length=cut['turns'] * tile['BLOCK_S'], rows=rows,
         total=x.numel() // mean.numel(), CENTRED=centred, **join,
     )  # fmt: skip
     return mean, var
@@ -239,7 +253,7 @@ def _pointwise(kernel, x: Tensor, *args: Tensor, vector: Tensor) -> None:
     parts = triton.cdiv(x.shape[2] * x.shape[3], tile['BLOCK_S'])
     launch(
         kernel, _programs(x, parts, tile), x, *args, **_sizes(x), parts=parts, PER_INSTANCE=vector.dim() == 2,
-        LAST=is_channels_last(x), **tile,
+        **tile,
     )  # fmt: skip
 
 
@@ -270,7 +284,7 @@ def gradient_sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tens
     sums = torch.empty(2, x.shape[0] * cut['parts'], x.shape[1], dtype=wide(x.dtype), device=x.device)
     launch(
         _gradient_sums_kernel, _programs(x, cut['parts'], tile), x, grad, x, centre, *sums, **_sizes(x), **cut,
-        PER_INSTANCE=per_instance, LAST=is_channels_last(x), **tile,
+        PER_INSTANCE=per_instance, **tile,
     )  # fmt: skip
     rows = cut['parts'] if per_instance else sums.shape[1]
     total, centred = sums.new_empty(centre.shape), sums.new_empty(centre.shape)
