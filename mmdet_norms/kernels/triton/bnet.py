@@ -5,9 +5,9 @@ makes, too: statistics read x; the convolution reads x and writes y; one kernel 
 the bias's and both sums of batch norm's backward; one reads both and writes the gradient of x. x is all they save.
 
 A program owns some columns of some channels and walks down the rows: each row of x adds to the k rows of results that
-it is part of. A thread has STEP neighbouring columns of one channel, whose taps, or sums of products, it keeps in
-registers. So a value of the map is loaded about 1 + k / STEP times in place of k^2, mostly from the cache. The lanes of
-a warp have neighbouring channels in channels_last, else neighbouring columns.
+it is part of. A thread has STEP neighbouring columns of one channel or two, whose taps, or sums of products, it keeps
+in registers. So a value of the map is loaded about 1 + k / STEP times in place of k^2, mostly from the cache. The lanes
+of a warp have neighbouring channels in channels_last, else neighbouring columns.
 """
 
 import math
@@ -305,11 +305,14 @@ def _join_kernel(
 
 
 def _tile(x: Tensor, size: int) -> dict[str, int]:
-    """Lanes along the columns, columns of a lane, channels, rows that are loaded at a time, and warps."""
+    """Lanes along the columns, columns of a lane, channels, rows that are loaded at a time, and warps.
+
+    Rows at a time and two channels in a thread put more bytes on their way, and take fewer instructions for each, as
+    long as registers last: tests/kernels/test_triton_resources.py.
+    """
     channels, width, double = x.shape[1], x.shape[3], x.dtype == torch.float64
     if is_channels_last(x):
         step = 4 if width > 2 else 1
-        # Small taps leave a thread the registers for two channels.
         unit = 2 if size <= 3 and channels % 64 == 0 and not double else 1
         lanes = power_of_two(triton.cdiv(width, step), 1, 4)
         return dict(LANES=lanes, STEP=step, UNIT=unit, BLOCK_C=32 * unit, UNROLL=1 if double else 2, num_warps=lanes)
