@@ -26,6 +26,9 @@ CASES = [  # kernel size, dtype, layout, shape
     (5, torch.float32, LAST, (1, 2, 3, 9)),
     (7, torch.float64, CONTIGUOUS, (1, 2, 3, 4)),  # the map is smaller than the taps
     (7, torch.float16, CONTIGUOUS, (1, 1, 2, 12)),
+    (5, torch.float64, CONTIGUOUS, (1, 2, 5, 10)),  # two columns at once
+    (3, torch.float32, LAST, (1, 64, 3, 9)),  # two channels a thread
+    (7, torch.float64, CONTIGUOUS, (2, 1, 13, 9)),  # strips of fewer rows than the border
 ]
 GIVEN = [CASES[i] for i in (0, 1, 2, 7)]
 

@@ -66,6 +66,13 @@ def test_a_triton_that_does_not_work_warns_once_and_training_goes_on(asked_anew,
     torch.testing.assert_close(x.grad, torch.zeros_like(x), rtol=0, atol=1e-5)
 
 
+@needs_triton
+def test_kernels_that_compute_something_else_are_not_used(asked_anew, monkeypatch):
+    monkeypatch.setattr(triton, '_trains', lambda device: False)
+    with pytest.warns(UserWarning, match='do not work here.*wrong numbers'):
+        assert not triton.serves(torch.randn(1, 2, 3, 3))
+
+
 TYPES = {torch.float16: 'fp16', torch.float32: 'fp32', torch.bfloat16: 'bf16'}
 
 

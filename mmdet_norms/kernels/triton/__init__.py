@@ -144,14 +144,17 @@ def _try(device: torch.device) -> bool:
 
         if tuple(map(int, triton.__version__.split('.')[:2])) < _OLDEST_TRITON:
             return False
-        return _trains(device)
+        if _trains(device):
+            return True
+        reason = 'a trial step gave wrong numbers'
     except Exception as error:  # of any kind: what is missing shows in the compiler, the linker, or the driver
-        warnings.warn(
-            f'the Triton kernels of mmdet_norms do not work here, so slower ones are used: {type(error).__name__}: '
-            f'{error}. Without MMDET_NORMS_TRITON=1 in the environment they are not tried',
-            stacklevel=2,
-        )
-        return False
+        reason = f'{type(error).__name__}: {error}'
+    warnings.warn(
+        f'the Triton kernels of mmdet_norms do not work here, so slower ones are used: {reason}. Without '
+        'MMDET_NORMS_TRITON=1 in the environment they are not tried',
+        stacklevel=2,
+    )
+    return False
 
 
 def _trains(device: torch.device) -> bool:
