@@ -12,6 +12,7 @@ import mmengine.config.config as mmengine_config
 import numpy as np
 import pytest
 import torch
+from mmengine.logging import MMLogger
 
 import mmdet_norms  # noqa: F401  (before any test imports mmdet's models, which need mmcv's ops)
 
@@ -46,6 +47,8 @@ def _seed(value):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
     _seed(1)
+    # Runs are told apart by config and second: one within a second of another would write into the other's log.
+    MMLogger._instance_dict.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,15 @@ from types import SimpleNamespace
 import pytest
 from mmcv.cnn import ConvModule
 from mmdet.registry import MODELS
+from mmengine.registry import init_default_scope
 from torch import nn
 
 from mmdet_norms.engine.norms import NormHook, defeated
+
+
+@pytest.fixture(autouse=True)
+def in_mmdet():
+    init_default_scope('mmdet')
 
 
 def runner(model, length=25, accumulative_counts=1):
