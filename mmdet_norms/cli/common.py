@@ -20,11 +20,8 @@ from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.compat.checkpoints import explain_refusal
 from mmdet_norms.datasets.locate import DataRootError, datasets, use_data_root
 from mmdet_norms.engine import end_processes, start_cpu_processes
+from mmdet_norms.errors import UserError
 from mmdet_norms.placement import PLACEMENTS, apply_norm
-
-
-class UserError(Exception):
-    """Something the caller can put right: shown as one message, without a traceback."""
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
