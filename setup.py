@@ -46,7 +46,15 @@ setup(
         'lite': ['mmcv-lite>=2.0.0,<2.2.0'],
         'mmcv': ['mmcv>=2.0.0,<2.2.0'],
         # Triton has wheels for Linux only; on GPUs torch pins its own, and its CPU builds come without.
-        'dev': ['pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'triton; platform_system == "Linux"', *onnx],
+        'dev': [
+            'hypothesis',
+            'pytest',
+            'pytest-timeout',
+            'pytest-xdist',
+            'ruff',
+            'triton; platform_system == "Linux"',
+            *onnx,
+        ],
         'onnx': onnx,
     },
     classifiers=[

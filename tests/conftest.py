@@ -12,6 +12,7 @@ import mmengine.config.config as mmengine_config
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from mmengine.logging import MMLogger
 
 import mmdet_norms  # noqa: F401  (before any test imports mmdet's models, which need mmcv's ops)
@@ -19,6 +20,11 @@ import mmdet_norms  # noqa: F401  (before any test imports mmdet's models, which
 ROOT = Path(__file__).resolve().parents[1]
 # Numbers recorded from the published layers: a small copy in the repository, the full set beside the checkout.
 _GOLDEN = (ROOT / 'tests' / 'data' / 'golden', ROOT.parent / 'shared' / 'golden')
+
+# The same few examples in every run; HYPOTHESIS_PROFILE=long draws other ones each time, and many.
+settings.register_profile('short', derandomize=True, max_examples=30, deadline=None)
+settings.register_profile('long', max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'short'))
 
 
 def _once_per_text(format_code):
