@@ -1,16 +1,17 @@
 """What a benchmark says: tables for a terminal and a markdown file, json with every single time, a bar chart."""
 
-import os
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..engine.results import write_json
+from ..files import replacing
 from .groups import CONV_ONLY, reference_of
 
 _MEGA = 1e6
@@ -99,18 +100,11 @@ def write(result: dict, folder: str | Path) -> list[Path]:
     """
     paths = [Path(folder) / f'benchmark{suffix}' for suffix in ('.json', '.md', '.png')]
     write_json(paths[0], result)
-    _write_in_one_step(paths[1], lambda path: path.write_text(markdown(result), encoding='utf-8'))
-    _write_in_one_step(paths[2], lambda path: draw(result, path))
+    with replacing(paths[1]) as path:
+        path.write_text(markdown(result), encoding='utf-8')
+    with replacing(paths[2]) as path:
+        draw(result, path)
     return paths
-
-
-def _write_in_one_step(path: Path, write_to: Callable[[Path], object]) -> None:
-    part = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
-    try:
-        write_to(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def markdown(result: dict) -> str:
@@ -139,6 +133,7 @@ def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> li
     return [f'| {" | ".join(row)} |' for row in (headers, alignment, *clean)]
 
 
+@rc_context({'text.parse_math': False})  # a name with $ in it is no formula
 def draw(result: dict, path: str | Path) -> None:
     """The ratios of every group as bars with their quartiles; yardsticks in light grey."""
     groups = [group for group in result['groups'] if any('ms' in row for row in group['rows'])]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..compat.checkpoints import load_stranger
+from ..files import replacing
 from ..version import __version__
 from .layouts import BOXES, CLASSES, COUNTERS, ENTRIES, LAYOUTS, MASKS, WRAPPERS, Layout, Rule
 from .report import Report, list_keys
@@ -57,15 +58,8 @@ class Converted:
         """
         destination = Path(destination)
         check_destination(destination, self.path, overwrite)
-        part = destination.with_name(f'.{destination.name}.{os.getpid()}.part')
-        try:
-            with open(part, 'xb') as file:
-                torch.save(dict(meta=self.meta, state_dict=self.state_dict), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, destination)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(destination) as part:
+            torch.save(dict(meta=self.meta, state_dict=self.state_dict), part)
 
 
 def check_destination(

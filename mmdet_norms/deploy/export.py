@@ -2,15 +2,12 @@
 
 import inspect
 import os
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..files import replacing
 from ..version import __version__
 from .folding import fuse
 
@@ -44,7 +41,7 @@ def save_fused(model: nn.Module, path: str | os.PathLike, meta: dict | None = No
     if not hasattr(model, 'fuse_report'):
         raise ValueError('save_fused(model) takes what fuse(model) returned; save other models with torch.save')
     fused = dict(mmdet_norms=__version__, folded=len(model.fuse_report.folded), reduced=len(model.fuse_report.reduced))
-    with _new_file(path) as file:
+    with replacing(path) as file:
         torch.save(dict(meta=dict(meta or {}, fused=fused), state_dict=model.state_dict()), file)
 
 
@@ -70,21 +67,6 @@ def load_fused(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     if 'dataset_meta' in checkpoint['meta']:
         model.dataset_meta = checkpoint['meta']['dataset_meta']
     return model
-
-
-@contextmanager
-def _new_file(path: str | os.PathLike) -> Iterator[str]:
-    """The name of a file beside ``path`` that becomes ``path`` if all goes well, and vanishes if not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=f'.{path.stem}.', dir=path.parent)
-    os.close(handle)
-    try:
-        yield name
-        os.chmod(name, 0o644)  # a temporary file is private; the result is not
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 PARTS = ('features', 'heads')
@@ -184,7 +166,7 @@ def export_onnx(
     if dynamic:
         images = torch.cat([images, images]) if batch == 1 else images  # one image would look like a constant
         shapes = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
-    with _new_file(path) as file, warnings.catch_warnings():
+    with replacing(path) as file, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of the exporter, about itself
         torch.onnx.export(
             maps, (images,), file, dynamo=True, verbose=False, external_data=False, input_names=['image'],

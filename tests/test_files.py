@@ -1,0 +1,37 @@
+"""Files are whole or not there."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mmdet_norms.files import replacing, unfinished
+
+
+def test_a_block_that_ends_well_replaces_the_file_and_keeps_a_link(tmp_path):
+    real, link = tmp_path / 'real.txt', tmp_path / 'link.txt'
+    real.write_text('old')
+    link.symlink_to(real)
+    with replacing(link) as part:
+        part.write_text('new')
+        assert real.read_text() == 'old'
+    assert real.read_text() == 'new' and link.is_symlink() and unfinished(tmp_path) == []
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    (tmp_path / 'a.txt').write_text('old')
+    with pytest.raises(OSError, match='disk'), replacing(tmp_path / 'a.txt') as part:
+        part.write_text('half')
+        raise OSError('disk full')
+    assert os.listdir(tmp_path) == ['a.txt'] and (tmp_path / 'a.txt').read_text() == 'old'
+
+
+def test_a_killed_process_leaves_the_old_file_and_a_part_that_is_found(tmp_path):
+    (tmp_path / 'a.txt').write_text('old')
+    code = 'import os, signal, sys\nfrom mmdet_norms.files import replacing\n'
+    code += (
+        'with replacing(sys.argv[1]) as part:\n    part.write_text("half")\n    os.kill(os.getpid(), signal.SIGKILL)\n'
+    )
+    subprocess.run([sys.executable, '-c', code, str(tmp_path / 'a.txt')], check=False)
+    assert (tmp_path / 'a.txt').read_text() == 'old' and len(unfinished(tmp_path)) == 1
