@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from mmengine.config import Config, DictAction
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from mmdet_norms.benchmark import detectors, layers, measure, report
 from mmdet_norms.benchmark.groups import LAYOUTS, PRECISIONS, Group, Setting, add_triton
+from mmdet_norms.console import plain_column, plain_console
 from mmdet_norms.kernels import triton
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings=vars(args),
         groups=[],
     )
-    console = Console()
+    console = plain_console()
     if not console.is_terminal:
-        console = Console(width=200)
+        console = plain_console(width=200)
     paths = []
     while plan:
         group = plan.pop(0)()  # and let go of it, with its models, when it is done
@@ -242,14 +242,14 @@ def _configs(args: argparse.Namespace) -> dict[str, Config]:
 
 def _measure(group: Group, repeats: int, warmup: int) -> dict:
     columns = (
-        TextColumn('{task.description}'),
+        plain_column('{task.description}'),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     title = group.title[:_TITLE_WIDTH]
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=plain_console(stderr=True)) as bar:
         task = bar.add_task(title, total=group.count_calls(repeats, warmup))
 
         def on_call(name: str) -> None:

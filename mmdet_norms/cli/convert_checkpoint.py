@@ -4,12 +4,12 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mmdet_norms.checkpoints import LAYOUTS, Report, UntrustedCheckpointError, check_destination, convert
 from mmdet_norms.checkpoints.report import pattern
+from mmdet_norms.console import plain_console
 
 from .common import UserError, command, read_config
 
@@ -61,9 +61,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def print_report(report: Report, args: argparse.Namespace) -> None:
     """A table of the steps, then what to heed."""
-    console = Console()
+    console = plain_console()
     if not console.is_terminal:
-        console = Console(width=140)
+        console = plain_console(width=140)
     table = Table(title=f'{args.src}: {report.kind}, layout {report.source!r}', title_justify='left')
     table.add_column('step', no_wrap=True)
     table.add_column('tensors', justify='right')

@@ -35,15 +35,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from ..console import plain_column, plain_console
 
 __all__ = [
     'CLASSES',
@@ -636,14 +630,14 @@ def make_shapes(
         (fresh / 'annotations').mkdir()
         counts = dict(train=num_train, val=num_val)
         columns = (
-            TextColumn('{task.description}'),
+            plain_column('{task.description}'),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn('left'),
+            plain_column('left'),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        with Progress(*columns, console=plain_console(stderr=True), disable=not progress) as bar:
             task = bar.add_task('shapes', total=num_train + num_val)
             for split, count in counts.items():
                 for _ in _write_split(fresh, config, seed, split, count):

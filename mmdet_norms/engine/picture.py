@@ -10,6 +10,8 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle_codec
 
+from ..files import replacing
+
 Colour = tuple[int, int, int]
 
 PANEL = 288  # pixels, the longer side of a panel
@@ -232,5 +234,5 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
     """Write the sheet, creating its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with replacing(path) as part:
+        sheet.save(part)

@@ -3,8 +3,6 @@
 import io
 import json
 import math
-import os
-import tempfile
 from numbers import Real
 from pathlib import Path
 
@@ -12,12 +10,15 @@ import numpy as np
 import torch
 from mmdet.evaluation import CocoMetric
 from mmengine.dist import master_only
+from mmengine.evaluator import DumpResults
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, METRICS
 from mmengine.runner import BaseLoop, Runner
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from ..console import as_text, plain_console
+from ..files import replacing
 
 KINDS = ('bbox', 'segm')
 COLUMNS = {
@@ -62,6 +63,9 @@ class ResultsHook(Hook):
     def _report(self, runner: Runner, metrics: dict[str, float] | None, split: str) -> None:
         results = plain_results(metrics or {})
         path = Path(runner.work_dir) / self.filename
+        if not results and _only_formats(runner, split):
+            runner.logger.info(f'format_only: nothing was evaluated; {path} is left as it was')
+            return
         write_json(path, {**results, **_origin(runner, split)})
         if results:
             text = results_table(results, title=_title(runner, split))
@@ -117,28 +121,43 @@ def plain_results(metrics: dict[str, object]) -> dict[str, float | None]:
 def write_json(path: Path, content: dict) -> None:
     """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part."""
     text = json.dumps(content, indent=2) + '\n'  # before any file exists: this is what can fail
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile('w', dir=path.parent, suffix='.tmp', delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)  # a temporary file is private; the result is not
-    os.replace(file.name, path)
+    with replacing(path) as part:
+        part.write_text(text, encoding='utf-8')
 
 
 def results_table(results: dict[str, float | None], title: str = '') -> str:
-    """A text table of the COCO results (bbox and segm), and a second one per class if there are any.
+    """A text table of the COCO results (:func:`coco_kinds`), and a second one per class if there are any.
 
     Empty if ``results`` has no COCO average precision.
     """
-    kinds = [kind for kind in KINDS if f'{kind}_mAP' in results]
+    kinds = coco_kinds(results)
     if not kinds:
         return ''
-    table = Table(title=title, title_justify='left', box=box.ASCII2)
+    table = Table(title=as_text(title), title_justify='left', box=box.ASCII2)
     table.add_column('')
     for column in COLUMNS:
         table.add_column(column, justify='right')
     for kind in kinds:
-        table.add_row(kind, *(format_ap(results.get(f'{kind}_{key}')) for key in COLUMNS.values()))
+        table.add_row(as_text(kind), *(format_ap(results.get(f'{kind}_{key}')) for key in COLUMNS.values()))
     return _as_text(table, *_per_class_tables(results, kinds))
+
+
+def coco_kinds(results: dict[str, object]) -> list[str]:
+    """What COCO precisions ``results`` has: ``bbox``, ``segm``, and with a prefix what semi-supervised runs evaluate.
+
+    Their teacher's ``teacher/coco/bbox_mAP`` is the kind ``teacher/coco/bbox``.
+    """
+    found = [key.removesuffix('_mAP') for key in results if key.endswith('_mAP')]
+    found = [kind for kind in found if kind.rpartition('/')[2] in KINDS]
+    return sorted(found, key=lambda kind: KINDS.index(kind.rpartition('/')[2]))
+
+
+def _only_formats(runner: Runner, split: str) -> bool:
+    """Whether no metric of the evaluation was to compute anything (CocoMetric's ``format_only``)."""
+    loop = getattr(runner, f'_{split}_loop', None)
+    metrics = getattr(getattr(loop, 'evaluator', None), 'metrics', [])
+    metrics = [metric for metric in metrics if not isinstance(metric, DumpResults)]
+    return bool(metrics) and all(getattr(metric, 'format_only', False) for metric in metrics)
 
 
 def _per_class_tables(results: dict[str, float | None], kinds: list) -> list:
@@ -153,9 +172,9 @@ def _per_class_tables(results: dict[str, float | None], kinds: list) -> list:
     table = Table(title='AP per class', title_justify='left', box=box.ASCII2)
     table.add_column('class')
     for kind in kinds:
-        table.add_column(f'{kind} AP', justify='right')
+        table.add_column(as_text(f'{kind} AP'), justify='right')
     for name, values in classes.items():
-        table.add_row(name, *(format_ap(values.get(kind)) for kind in kinds))
+        table.add_row(as_text(name), *(format_ap(values.get(kind)) for kind in kinds))
     return [table]
 
 
@@ -165,7 +184,7 @@ def format_ap(value: float | None) -> str:
 
 
 def _as_text(*tables: Table) -> str:
-    console = Console(file=io.StringIO(), width=_TABLE_WIDTH)
+    console = plain_console(file=io.StringIO(), width=_TABLE_WIDTH)
     console.print()
     for table in tables:
         console.print(table)

@@ -26,3 +26,27 @@ def test_a_missing_or_broken_file_is_one_message(tmp_path, capsys, content, said
     with pytest.raises(SystemExit) as end:
         compare.main([str(tmp_path)])
     assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_runs_of_other_kinds_are_shown_too(tmp_path, capsys):
+    runs = dict(
+        voc={'pascal_voc/mAP': 0.31, 'split': 'test'},
+        semi={'teacher/coco/bbox_mAP': 0.29, 'student/coco/bbox_mAP': 0.28, 'iter': 7},
+        nothing={'split': 'val', 'epoch': 3},
+    )
+    for name, result in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'results.json').write_text(json.dumps(result))
+    compare.main([str(tmp_path / name) for name in runs])
+    shown = capsys.readouterr().out
+    assert 'teacher/coco/bbox average precision' in shown and '0.290' in shown and '0.280' in shown
+    assert 'pascal_voc/mAP' in shown and '0.31' in shown and 'epoch' not in shown
+    assert f'{tmp_path / "nothing"}: the evaluation gave no results' in shown
+
+
+@pytest.mark.parametrize('content', ['[]', '{"bbox_mAP": "n/a"}', '{"bbox_mAP": true}', '7', '[' * 100_000, '\x00'])
+def test_json_that_is_no_result_is_one_message(content, tmp_path, capsys):
+    (tmp_path / 'results.json').write_text(content)
+    with pytest.raises(SystemExit) as end:
+        compare.main([str(tmp_path)])
+    assert end.value.code == 2 and 'is not a results.json' in capsys.readouterr().err

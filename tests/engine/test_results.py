@@ -71,6 +71,23 @@ def test_metrics_of_other_kinds_are_written_and_not_tabled(runner, tmp_path, cap
     assert 'AP50' not in caplog.text
 
 
+def test_a_format_only_run_leaves_earlier_results(runner, tmp_path, caplog):
+    ResultsHook().after_test_epoch(runner, METRICS)
+    before = (tmp_path / 'results.json').read_text()
+    evaluator = SimpleNamespace(metrics=[SimpleNamespace(format_only=True)])
+    runner._test_loop = SimpleNamespace(evaluator=evaluator)
+    ResultsHook().after_test_epoch(runner, {})
+    assert (tmp_path / 'results.json').read_text() == before and 'left as it was' in caplog.text
+    evaluator.metrics.append(SimpleNamespace())  # one that evaluates, and found nothing
+    ResultsHook().after_test_epoch(runner, {})
+    assert 'bbox_mAP' not in (tmp_path / 'results.json').read_text()
+
+
+def test_results_of_semi_supervised_runs_get_their_rows():
+    table = results_table(plain_results({'teacher/coco/bbox_mAP': 0.31, 'student/coco/bbox_mAP': 0.3}))
+    assert 'teacher/coco/bbox' in table and '0.310' in table and 'student/coco/bbox' in table
+
+
 def test_undefined_values_are_valid_json():
     plain = plain_results({'coco/bbox_ring_precision': np.float64('nan'), 't': torch.tensor(0.25)})
     assert plain == {'bbox_ring_precision': None, 't': 0.25}
