@@ -1,7 +1,8 @@
 """Pickles of plain data and tensors, read without running any of their code.
 
 A pickle is a program. This reader knows the part of the language that builds numbers, texts, lists, tuples, dicts,
-numpy arrays and tensors, and no other: every name in the file is looked up in a table of harmless functions written here.
+numpy arrays and tensors, and no other: every name in the file is looked up in a table of harmless functions written
+here.
 """
 
 import io
