@@ -117,6 +117,9 @@ class Dataflow:
             raise CannotFoldError('several modules feed it')
         if not isinstance(conv, _ConvNd):
             raise CannotFoldError('its input is not the output of a convolution')
+        channels = getattr(norm, 'num_features', conv.out_channels)
+        if channels != conv.out_channels:  # the forward will say so
+            raise CannotFoldError(f'it has {channels} channels, and its convolution puts out {conv.out_channels}')
         for users in self._users[id(conv)]:
             if users != [norm]:
                 raise CannotFoldError('its convolution also feeds other modules')

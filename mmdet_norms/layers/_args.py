@@ -1,7 +1,10 @@
-"""Checks of constructor arguments, so that a wrong ``norm_cfg`` gives one error that says what to write."""
+"""Checks of arguments: a wrong ``norm_cfg``, or a wrong map, gives one error that says what is right."""
 
 import difflib
 import inspect
+
+import torch
+from torch import Tensor, nn
 
 
 def reject_unknown(cls: type, unknown: dict) -> None:
@@ -31,3 +34,37 @@ def check_number(cls: type, key: str, value, low: float, high: float = float('in
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
         upper = '' if high == float('inf') else f' and at most {high:g}'
         raise ValueError(f'norm_cfg of type {cls.__name__!r}: {key}={value!r} must be a number above {low:g}{upper}')
+
+
+def check_map(layer: nn.Module, channels: int, x: Tensor) -> None:
+    """Raise unless ``x`` is what ``layer`` normalizes: ``(N, channels, H, W)`` of floating point numbers.
+
+    Every norm asks this first in its forward, in every mode. Operators would not do: some broadcast other shapes, some
+    read maps of fewer dimensions in their own way, and compiled code reads what it is told to. Symbolic tracing and
+    ``torch.jit.trace`` go by unasked, as they have no numbers yet.
+
+    Raises:
+        ValueError: names the layer, and what it got in place of what.
+    """
+    if not isinstance(x, Tensor) or torch.jit.is_tracing():
+        return
+    if x.dim() == 4 and x.shape[1] == channels and x.is_floating_point():
+        return
+    place = f' {layer.name!r}' if getattr(layer, 'name', None) else ''
+    got = f'{type(layer).__name__}({channels}){place} got an input of'
+    if x.is_floating_point():
+        raise ValueError(f'{got} shape {tuple(x.shape)}; it must be (N, {channels}, H, W)')
+    raise ValueError(f'{got} {x.dtype}; it must be of floating point numbers')
+
+
+def check_residual(layer: nn.Module, channels: int, x: Tensor, residual: Tensor) -> None:
+    """Raise unless ``residual`` is shaped as the map that ``layer`` adds it to: it would be spread over it.
+
+    Raises:
+        ValueError: names the layer and both shapes.
+    """
+    if isinstance(x, Tensor) and not torch.jit.is_tracing() and residual.shape != x.shape:
+        raise ValueError(
+            f'{type(layer).__name__}({channels}) got a residual of shape {tuple(residual.shape)}; it must be that of '
+            f'the map, {tuple(x.shape)}'
+        )

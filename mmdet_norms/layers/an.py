@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.instance_affine import instance_affine, serves
-from ._args import check_number, reject_unknown
+from ._args import check_map, check_number, reject_unknown
 from ._fold import InferenceOnly, batch_norm_affine, exact
 from ._recompute import in_backward, run_batch_norm
 from ._watched import is_watched
@@ -116,6 +116,7 @@ class FoldedAN(InferenceOnly, nn.Module):
         self.mixture = nn.Parameter(torch.empty(k, 2 * num_features))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(self, self.num_features, x)
         if x.shape[0] == 0:
             return x
         with _no_autocast(x):
@@ -199,7 +200,7 @@ class AN(WithBatchNorm):
 
     Raises:
         ValueError: ``norm`` is neither choice; ``k`` is no positive integer; ``num_groups`` does not divide C;
-            ``eps`` or ``momentum`` out of range.
+            ``eps`` or ``momentum`` out of range; an input that is not ``(N, C, H, W)``.
         TypeError: an unknown key.
 
     Source: Li, Sun, Wu, arXiv:1908.01259, section 3. Independent implementation from the paper's maths.
@@ -260,6 +261,7 @@ class AN(WithBatchNorm):
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(self, self.num_features, x)
         with _no_autocast(x):
             if serves(x) and self._is_as_built():
                 batch_statistics = self.norm == 'BN' and self.bn.training and x.numel() > x.shape[1]

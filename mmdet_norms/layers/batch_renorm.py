@@ -5,7 +5,7 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
-from ._args import check_number, reject_unknown
+from ._args import check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
 from ._recompute import in_backward
 from ._with_batch_norm import WithBatchNorm
@@ -56,7 +56,8 @@ class BRN(WithBatchNorm):
             steady.
 
     Raises:
-        ValueError: a number out of range, or ``r_iters`` or ``d_iters`` below ``warmup_iters``.
+        ValueError: a number out of range, or ``r_iters`` or ``d_iters`` below ``warmup_iters``; an input that is not
+            ``(N, C, H, W)``.
         TypeError: an unknown key.
 
     Source: Ioffe, "Batch Renormalization", arXiv:1702.03275, sections 3 and 4.1.
@@ -91,6 +92,7 @@ class BRN(WithBatchNorm):
         self._recent = deque(maxlen=_REMEMBERED_CALLS)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(self, self.num_features, x)
         bn = self.bn
         if not bn.training:
             return bn(x)

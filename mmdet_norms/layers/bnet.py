@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.bnet import inference, normalize_and_convolve, serves
-from ._args import check_number, reject_unknown
+from ._args import check_map, check_number, check_residual, reject_unknown
 from ._fold import InferenceOnly, fold_batch_norm
 from ._recompute import in_backward, run_batch_norm
 from ._watched import is_watched
@@ -72,6 +72,9 @@ class FoldedBNET(InferenceOnly, BNETTaps):
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False, inplace: bool = False) -> Tensor:
+        check_map(self, self.in_channels, x)
+        if residual is not None:
+            check_residual(self, self.in_channels, x, residual)
         return inference(x, self.weight, self.bias, residual, relu, inplace)
 
 
@@ -112,7 +115,8 @@ class BNET(WithBatchNorm):
             all batches. Default 0.1, as published.
 
     Raises:
-        ValueError: ``kernel_size`` even, not positive or no integer; ``eps`` or ``momentum`` out of range.
+        ValueError: ``kernel_size`` even, not positive or no integer; ``eps`` or ``momentum`` out of range; an input
+            that is not ``(N, C, H, W)``.
         TypeError: an unknown key.
 
     Source: Xu et al., arXiv:2011.14150, section 3.
@@ -142,6 +146,7 @@ class BNET(WithBatchNorm):
         self.bnconv = BNETTaps(num_features, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(self, self.num_features, x)
         if self.training and self._is_as_built() and serves(x, *self.parameters(), self.bn.running_mean):
             if not self.bn.training:
                 return self._train(x, self.bn.running_mean, self.bn.running_var)[0]

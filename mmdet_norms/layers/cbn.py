@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..kernels import passes, winograd
-from ._args import check_number, reject_unknown
+from ._args import check_map, check_number, reject_unknown
 from ._fold import exact, fold_affine
 
 _HISTORY = ('history_patch', 'history_grad', 'history_moments', 'history_index')
@@ -143,8 +143,7 @@ class CBN(nn.Module):
     # ------------------------------------------------------------------------------------------------ forward
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.num_features:
-            raise ValueError(f'{self._called()} expects (N, {self.num_features}, H, W), got {tuple(x.shape)}')
+        check_map(self, self.num_features, x)
         if self.training:
             return self._forward_train(x)
         dtype = _statistics_dtype(x)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ._args import check_number, reject_unknown
+from ._args import check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
 
 
@@ -33,7 +33,7 @@ class FrozenBN(nn.Module):
         eps: added to the variance inside the root. Default 1e-5, batch norm's.
 
     Raises:
-        ValueError: ``eps`` out of range.
+        ValueError: ``eps`` out of range; an input that is not ``(N, C, H, W)``.
         TypeError: an unknown key.
 
     Source: Ioffe and Szegedy, arXiv:1502.03167, section 3.1 (batch norm at inference); frozen in detectors since
@@ -55,6 +55,7 @@ class FrozenBN(nn.Module):
         self.register_buffer('num_batches_tracked', torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(self, self.num_features, x)
         return _affine(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
 
     def to_batch_norm(self) -> nn.BatchNorm2d:

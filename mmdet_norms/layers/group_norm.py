@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ._args import check_number, reject_unknown
+from ._args import check_map, check_number, reject_unknown
 
 
 class GN(nn.GroupNorm):
@@ -28,7 +28,8 @@ class GN(nn.GroupNorm):
         affine: with weight and bias. Default True.
 
     Raises:
-        ValueError: ``num_groups`` does not divide C (the message lists what does); ``eps`` out of range.
+        ValueError: ``num_groups`` does not divide C (the message lists what does); ``eps`` out of range; an input
+            that is not ``(N, C, H, W)``.
         TypeError: an unknown key.
 
     Source: Wu and He, arXiv:1803.08494, section 3.
@@ -47,6 +48,7 @@ class GN(nn.GroupNorm):
         super().__init__(num_groups, num_features, eps=eps, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(self, self.num_channels, x)
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 

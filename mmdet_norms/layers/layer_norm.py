@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._args import check_number, reject_unknown
+from ._args import check_map, check_number, reject_unknown
 from .group_norm import group_norm
 
 
@@ -30,7 +30,7 @@ class LN2d(nn.LayerNorm):
         eps: added to the variance inside the root. Default 1e-5.
 
     Raises:
-        ValueError: ``over`` is neither, or ``eps`` out of range.
+        ValueError: ``over`` is neither, or ``eps`` out of range; an input that is not ``(N, C, H, W)``.
         TypeError: an unknown key.
 
     Source: Ba et al., arXiv:1607.06450, section 3; per position: Liu et al., arXiv:2201.03545, section 2.6; over
@@ -49,6 +49,7 @@ class LN2d(nn.LayerNorm):
         self.over = over
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(self, self.normalized_shape[0], x)
         return _layer_norm(x, self.over, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..kernels import passes
-from ._args import check_number, reject_unknown
+from ._args import check_map, check_number, reject_unknown
 from ._fold import exact, fold_affine
 
 _FIX = "write conv_cfg=dict(type='CenConv') beside norm_cfg=dict(type='MABN')"
@@ -231,8 +231,7 @@ class MABN(nn.Module):
         self._conv_checked = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.num_features:
-            raise ValueError(f'MABN({self.num_features}) takes (N, {self.num_features}, H, W), not {tuple(x.shape)}')
+        check_map(self, self.num_features, x)
         if not self.training or x.numel() == 0:
             moment = self.running_var.flatten().to(_statistics_dtype(x))
             weight, bias = self.weight.to(moment.dtype), self.bias.to(moment.dtype)

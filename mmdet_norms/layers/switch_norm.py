@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ._args import check_number, reject_unknown
+from ._args import check_map, check_number, reject_unknown
 from ._recompute import in_backward
 from ._with_batch_norm import WithBatchNorm
 
@@ -39,7 +39,7 @@ class SN(WithBatchNorm):
             all batches. Default 0.1, the published 0.9 for the old value.
 
     Raises:
-        ValueError: ``eps`` or ``momentum`` out of range.
+        ValueError: ``eps`` or ``momentum`` out of range; an input that is not ``(N, C, H, W)``.
         TypeError: an unknown key.
 
     Source: Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", arXiv:1806.10779,
@@ -61,6 +61,7 @@ class SN(WithBatchNorm):
         self.var_weight = nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(self, self.num_features, x)
         bn = self.bn
         use_batch = bn.training and x.numel() > 0
         learned = (self.weight, self.bias, self.mean_weight, self.var_weight)

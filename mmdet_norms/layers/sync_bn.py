@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._args import check_number, reject_unknown
+from ._args import check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
 from ._recompute import in_backward, statistics_kept
 
@@ -41,7 +41,7 @@ class SyncBN(_BatchNorm):
 
     Under activation checkpointing the recomputed forward does not update the running statistics a second time.
 
-    Shapes: x and y ``(N, C, H, W)`` (or any ``(N, C, ...)``); ``weight``, ``bias``, ``running_*`` ``(C,)``. State dict
+    Shapes: x and y ``(N, C, H, W)``; ``weight``, ``bias``, ``running_*`` ``(C,)``. State dict
     as ``nn.SyncBatchNorm``. A batch norm to ``norm_eval`` and conv-BN fusion, but no subclass of ``nn.SyncBatchNorm``,
     because ``DistributedDataParallel`` refuses every one of those on a CPU.
 
@@ -54,7 +54,8 @@ class SyncBN(_BatchNorm):
         process_group: whose batches form the union. Default ``None``: all processes.
 
     Raises:
-        ValueError: ``eps`` or ``momentum`` out of range; one value per channel in local training.
+        ValueError: ``eps`` or ``momentum`` out of range; an input that is not ``(N, C, H, W)``; one value per channel
+            in local training.
         TypeError: an unknown key.
 
     Source: Peng et al., "MegDet", arXiv:1711.07240, section 3.3.
@@ -78,6 +79,7 @@ class SyncBN(_BatchNorm):
         self.process_group = process_group
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(self, self.num_features, x)
         if not self.training:
             # As torch does it, but without looking at x, so that symbolic tracing passes through.
             running = (self.running_mean, self.running_var)

@@ -953,5 +953,5 @@ class TestBadArguments:
 
     @pytest.mark.parametrize('shape', [(2, 5, 3, 3), (2, 4), (4, 3, 3)])
     def test_an_input_of_another_shape_is_named(self, shape):
-        with pytest.raises(ValueError, match=r'CBN\(num_features=4\) expects \(N, 4, H, W\)'):
+        with pytest.raises(ValueError, match=r'CBN\(4\) got an input of shape .*must be \(N, 4, H, W\)'):
             CBN(4)(torch.randn(shape))

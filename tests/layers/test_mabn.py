@@ -864,6 +864,6 @@ class TestBadArguments:
     @pytest.mark.parametrize('shape', [(2, 4), (2, 5, 3, 3), (4, 3, 3)])
     def test_an_input_of_another_shape_is_refused_before_the_state_moves(self, shape):
         layer = MABN(4)
-        with pytest.raises(ValueError, match=r'takes \(N, 4, H, W\)'):
+        with pytest.raises(ValueError, match=r'MABN\(4\) got an input of shape .*must be \(N, 4, H, W\)'):
             layer(torch.randn(shape))
         assert layer.iters.item() == 0
