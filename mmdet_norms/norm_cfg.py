@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mmdet.registry import MODELS
+from .entries import name_of, parameter_of
 
 CENTRED = dict(type='CenConv')
 
@@ -58,7 +58,7 @@ def replace_norm_cfg(
         set_keys(part, keys)
     placed = [_replace_at(part, norm_cfg, types) for part in _dicts(model_cfg) if part.get('norm_at')]
     if not parts and not any(placed):
-        found = {type_name(norm['type']) for part in _dicts(model_cfg) if (norm := norm_of(part))}
+        found = {name_of(norm) for part in _dicts(model_cfg) if (norm := norm_of(part))}
         raise ValueError(
             f'norm_cfg.type={norm_cfg["type"]!r} has nothing to replace: model.type={model_cfg.get("type")!r} has '
             f'{"norms of type " + ", ".join(sorted(found)) if found else "no norms"}, none of {", ".join(types)}; '
@@ -73,7 +73,7 @@ def _replace_at(part: dict, norm_cfg: Mapping, types: tuple[str, ...]) -> bool:
     for position, placed in part['norm_at'].items():
         norms = list(placed) if isinstance(placed, (list, tuple)) else [placed]
         for i, norm in enumerate(norms):
-            if norm and type_name(norm['type']) in types:
+            if norm and name_of(norm) in types:
                 norms[i], found = copy.deepcopy(norm_cfg), True
         part['norm_at'][position] = norms if isinstance(placed, (list, tuple)) else norms[0]
     return found
@@ -83,13 +83,13 @@ def parts_with(node: Any, types: tuple[str, ...]) -> Iterator[dict]:
     """The dicts in ``node`` whose norm is one of ``types``."""
     for part in list(_dicts(node)):
         norm = norm_of(part)
-        if norm and type_name(norm['type']) in types:
+        if norm and name_of(norm) in types:
             yield part
 
 
 def set_keys(part: dict, keys: dict) -> None:
     """Set those of ``keys`` that the part takes; a centred convolution belongs to the norm that goes."""
-    if (part.get('conv_cfg') or {}).get('type') == CENTRED['type']:
+    if name_of(part.get('conv_cfg')) == CENTRED['type']:
         del part['conv_cfg']
     for key, value in copy.deepcopy(keys).items():
         if takes(part, key) and (key != 'conv_cfg' or conv_is_plain(part)):
@@ -99,12 +99,12 @@ def set_keys(part: dict, keys: dict) -> None:
 def conv_is_plain(part: Mapping) -> bool:
     """Whether another ``conv_cfg`` would change nothing but the weights' use."""
     conv = part['conv_cfg'] if 'conv_cfg' in part else default_of(part, 'conv_cfg')
-    return not isinstance(conv, Mapping) or type_name(conv.get('type')) in _CONVS
+    return not isinstance(conv, Mapping) or name_of(conv) in _CONVS
 
 
 def norm_of(part: Mapping) -> Mapping | None:
     """The ``norm_cfg`` that a part has, explicit or by the default of its class; None where it has none."""
-    if type_name(part.get('type')) in _DEAF:
+    if name_of(part) in _DEAF:
         return None
     norm = part['norm_cfg'] if 'norm_cfg' in part else default_of(part, 'norm_cfg')
     return norm if isinstance(norm, Mapping) and 'type' in norm else None
@@ -112,45 +112,17 @@ def norm_of(part: Mapping) -> Mapping | None:
 
 def takes(part: Mapping, key: str) -> bool:
     """Whether ``part`` may have ``key``. A dict without a type (arguments of an inner module) has what it needs."""
-    if key == 'norm_cfg' and type_name(part.get('type')) in _DEAF:
+    if key == 'norm_cfg' and name_of(part) in _DEAF:
         return False
     if key in part or 'type' not in part:
         return True
-    return _parameter(part['type'], key) is not None
+    return parameter_of(part, key) is not None
 
 
 def default_of(part: Mapping, key: str) -> Any:
     """The default that the class of ``part`` has for ``key``; :data:`MISSING` where it has none."""
-    parameter = _parameter(part['type'], key) if 'type' in part else None
+    parameter = parameter_of(part, key) if 'type' in part else None
     return MISSING if parameter is None else parameter.default
-
-
-def class_of(kind: Any) -> type | None:
-    """The class that ``type`` of a model config names; None where mmdet and this package do not know it."""
-    if inspect.isclass(kind):
-        return kind
-    scope, _, name = str(kind).rpartition('.')
-    found = MODELS.get(name) if scope in ('', 'mmdet') else None
-    return found if inspect.isclass(found) else None
-
-
-def type_name(kind: Any) -> str:
-    """'ResNet' for 'ResNet', 'mmdet.ResNet' and the class itself (mmengine's lazy configs)."""
-    return getattr(kind, '__name__', None) or str(kind).rsplit('.', 1)[-1]
-
-
-def _parameter(kind: Any, key: str) -> inspect.Parameter | None:
-    """The argument ``key`` of a class, or of the base that its ``**kwargs`` go to."""
-    found = class_of(kind)
-    for cls in found.__mro__ if found else ():
-        if '__init__' not in vars(cls):
-            continue
-        parameters = inspect.signature(cls.__init__).parameters
-        if key in parameters:
-            return parameters[key]
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            break
-    return None
 
 
 def _dicts(node: Any) -> Iterator[dict]:

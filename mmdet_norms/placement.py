@@ -6,18 +6,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .norm_cfg import (
-    CENTRED,
-    MISSING,
-    class_of,
-    conv_is_plain,
-    default_of,
-    norm_of,
-    parts_with,
-    set_keys,
-    takes,
-    type_name,
-)
+from .entries import class_of, is_a, name_of
+from .norm_cfg import CENTRED, MISSING, conv_is_plain, default_of, norm_of, parts_with, set_keys, takes
 
 BATCH_NORM = dict(type='BN', requires_grad=True)
 GROUP_NORM = dict(type='GN', num_groups=32, requires_grad=True)
@@ -243,16 +233,16 @@ def _backbones(detector: dict, name: str) -> Iterator[tuple[str, dict]]:
 
 
 def _place_in_backbone(path: str, backbone: dict, name: str, placement: Placement) -> None:
-    stock = _STOCK.get(type_name(backbone['type']), type_name(backbone['type']))
+    stock = _STOCK.get(name_of(backbone), name_of(backbone))
     if not _is_host(stock, backbone, placement):
-        batch_norm = type_name((norm_of(backbone) or {}).get('type')) in ('BN', 'SyncBN')
+        batch_norm = name_of(norm_of(backbone)) in ('BN', 'SyncBN')
         if not (placement.norm_at or placement.backbone) and (placement.neck or batch_norm):
             return  # a name that leaves the backbone alone
         _refuse_backbone(path, backbone, name, placement)
     backbone.pop('norm_at', None)
-    if (backbone.get('conv_cfg') or {}).get('type') == CENTRED['type']:
+    if name_of(backbone.get('conv_cfg')) == CENTRED['type']:
         del backbone['conv_cfg']
-    norm = type_name((norm_of(backbone) or BATCH_NORM)['type'])
+    norm = name_of(norm_of(backbone) or BATCH_NORM)
     if 'norm_cfg' in placement.backbone:
         _place_in_whole_backbone(path, backbone, name, placement.backbone)
     elif norm in _WHOLE_BACKBONE:
@@ -270,12 +260,12 @@ def _place_in_backbone(path: str, backbone: dict, name: str, placement: Placemen
             else _as_batch_norm(cfg, backbone)
             for position, cfg in placement.norm_at.items()
         }
-    elif type_name(backbone['type']) in _STOCK:
+    elif name_of(backbone) in _STOCK:
         backbone['type'] = stock
 
 
 def _is_host(stock: str, backbone: dict, placement: Placement) -> bool:
-    if class_of(backbone['type']) is None:
+    if class_of(backbone) is None:
         return False
     if stock == 'AOGNet':  # has the places of AN, and no others, by itself
         return placement.norm_at in ({}, _AN_AT)
@@ -287,7 +277,7 @@ def _is_host(stock: str, backbone: dict, placement: Placement) -> bool:
 def _place_in_whole_backbone(path: str, backbone: dict, name: str, keys: dict) -> None:
     missing = _missing_key(backbone, keys)
     if missing:
-        kind = type_name(backbone['type'])
+        kind = name_of(backbone)
         raise ValueError(f'norm {name!r}: model.{path}.type={kind!r} {missing}; use another norm')
     keys = dict(keys, norm_cfg=_as_batch_norm(keys['norm_cfg'], backbone))
     if 'frozen_stages' in keys and takes(backbone, 'frozen_stages'):
@@ -296,9 +286,9 @@ def _place_in_whole_backbone(path: str, backbone: dict, name: str, keys: dict) -
 
 
 def _refuse_backbone(path: str, backbone: dict, name: str, placement: Placement) -> None:
-    kind = type_name(backbone['type'])
+    kind = name_of(backbone)
     reason = _NO_HOSTS.get(kind, 'has no blocks with batch norm that it could be placed in')
-    if class_of(backbone['type']) is None:
+    if class_of(backbone) is None:
         kind, reason = str(backbone['type']), 'is no backbone of mmdet'
     everywhere = ''
     if placement.norm_at and norm_of(backbone) and kind not in _NO_HOSTS:
@@ -341,7 +331,7 @@ def _as_batch_norm(norm_cfg: dict, part: dict) -> dict:
     """
     norm_cfg = copy.deepcopy(norm_cfg)
     for old in (norm_of(part), default_of(part, 'norm_cfg')):
-        if isinstance(old, Mapping) and type_name(old['type']) in _AS_IN_BN:
+        if isinstance(old, Mapping) and name_of(old) in _AS_IN_BN:
             keys = () if norm_cfg.get('norm') == 'GN' else _AS_IN_BN.get(norm_cfg['type'], ())
             norm_cfg.update({key: old[key] for key in keys if old.get(key) and key not in norm_cfg})
             break
@@ -355,7 +345,7 @@ def _place_in_neck_and_heads(detector: dict, name: str, placement: Placement) ->
         if reason is None:
             placed += 1
         else:
-            left.append(f'model.{path} ({type_name(part["type"])} {reason})')
+            left.append(f'model.{path} ({name_of(part)} {reason})')
     left = '; '.join(dict.fromkeys(left))  # the heads of a cascade say the same
     if not placed and not placement.backbone:
         raise ValueError(
@@ -377,9 +367,9 @@ def _neck_and_heads(detector: dict, placement: Placement) -> Iterator[tuple[str,
             if key == 'shared_head':
                 if placement.backbone:
                     yield path, head, placement.backbone, _place_in_neck
-            elif key == 'bbox_head' and type_name(head['type']) in _BOX_HEADS + _LEGACY_BOX_HEADS:
+            elif key == 'bbox_head' and name_of(head) in _BOX_HEADS + _LEGACY_BOX_HEADS:
                 yield path, head, placement.box_head, _place_in_box_head
-            elif key == 'mask_head' and _is_a(head, 'FCNMaskHead'):
+            elif key == 'mask_head' and is_a(head, 'FCNMaskHead'):
                 yield path, head, placement.mask_head, _place_in_mask_head
             else:
                 yield path, head, placement.head, _replace_in_head
@@ -397,11 +387,11 @@ def _place_in_neck(neck: dict, keys: dict) -> str | None:
 
 
 def _place_in_box_head(head: dict, keys: dict) -> None:
-    if type_name(head['type']) == 'ConvFCBBoxHead':
+    if name_of(head) == 'ConvFCBBoxHead':
         for key in [key for key in head if key.startswith('num_') and key.endswith(('_convs', '_fcs'))]:
             del head[key]
     per_conv = isinstance(keys['norm_cfg'], list)
-    if type_name(head['type']) in _LEGACY_BOX_HEADS:
+    if name_of(head) in _LEGACY_BOX_HEADS:
         head['type'] = 'PlusOneShared4Conv1FCBBoxHead'  # takes one norm_cfg or a list
     else:
         head['type'] = 'NormShared4Conv1FCBBoxHead' if per_conv else 'Shared4Conv1FCBBoxHead'
@@ -410,7 +400,7 @@ def _place_in_box_head(head: dict, keys: dict) -> None:
 
 
 def _place_in_mask_head(head: dict, keys: dict) -> str | None:
-    if type_name(head['type']) == 'NormFCNMaskHead':
+    if name_of(head) == 'NormFCNMaskHead':
         head['type'] = 'FCNMaskHead'
     missing = _missing_key(head, keys)
     if missing is None:
@@ -446,12 +436,7 @@ def _instead_of_conv(part: dict) -> str | None:
     switched_on = [key for key in _DEFORMABLE if part.get(key, default_of(part, key)) not in (MISSING, None, 0, False)]
     if switched_on:
         return f'deformable convolutions ({switched_on[0]})'
-    return _NOT_BEHIND_CONV.get(type_name(part.get('type')))
-
-
-def _is_a(part: dict, base: str) -> bool:
-    cls = class_of(part['type'])
-    return cls is not None and any(b.__name__ == base for b in cls.__mro__)
+    return _NOT_BEHIND_CONV.get(name_of(part))
 
 
 def _parts(node) -> Iterator[dict]:

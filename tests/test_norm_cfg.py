@@ -6,7 +6,8 @@ import pytest
 from mmengine.config import ConfigDict
 
 from mmdet_norms import replace_norm_cfg
-from mmdet_norms.norm_cfg import class_of, default_of, norm_of, takes
+from mmdet_norms.entries import class_of
+from mmdet_norms.norm_cfg import default_of, norm_of, takes
 
 BNET = dict(type='BNET', kernel_size=5)
 

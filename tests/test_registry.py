@@ -114,6 +114,7 @@ def test_layers_import_torch_and_each_other_only():
         ('kernels', ('layers', 'models', 'registry', 'placement', 'engine', 'cli')),
         ('registry.py', ('models', 'placement', 'engine', 'cli', 'datasets')),
         ('models', ('placement', 'engine', 'cli', 'datasets')),
+        ('entries.py', ('norm_cfg', 'placement', 'models', 'registry', 'layers', 'engine', 'datasets', 'cli')),
         ('placement.py', ('models', 'registry', 'layers', 'engine', 'cli')),
         ('engine', ('cli',)),
         ('compat', ('layers', 'models', 'registry', 'placement', 'engine', 'cli')),

@@ -11,11 +11,12 @@ import torch
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS, init_default_scope
 from torch import nn
 
+from ..entries import is_a, name_of
 from ..layers import NORMS, CenConv2d, link_convs
-from ..placement import BATCH_NORM, CENTRED, HOSTS, type_name
+from ..placement import BATCH_NORM, CENTRED, HOSTS
 from .groups import Entry, Group, Setting
 from .layers import failed_entry, settle, settling_calls
 from .measure import Case, owned_tensors, peak_bytes, saved_bytes
@@ -194,8 +195,8 @@ def _with_batch_norm(node):
         return node
     if 'norm_at' in node:
         del node['norm_at']
-        node['type'] = _STOCK.get(type_name(node['type']), node['type'])
-    if _is_type(node.get('conv_cfg'), CENTRED['type']):
+        node['type'] = _STOCK.get(name_of(node), node['type'])
+    if name_of(node.get('conv_cfg')) == CENTRED['type']:
         del node['conv_cfg']
     for key, value in node.items():
         if key == 'norm_cfg':
@@ -206,11 +207,7 @@ def _with_batch_norm(node):
 
 
 def _plain(norm_cfg: Mapping | None) -> Mapping | None:
-    return ConfigDict(BATCH_NORM) if norm_cfg and type_name(norm_cfg['type']) in NORMS else norm_cfg
-
-
-def _is_type(node, name: str) -> bool:
-    return isinstance(node, Mapping) and type_name(node.get('type')) == name
+    return ConfigDict(BATCH_NORM) if norm_cfg and name_of(norm_cfg) in NORMS else norm_cfg
 
 
 def _with_twins(configs: Mapping[str, Config]) -> tuple[dict[str, Config], dict[str, str]]:
@@ -233,9 +230,9 @@ def _build(cfg: Config) -> nn.Module:
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     model_cfg = copy.deepcopy(cfg.model)
     for node in _dicts(model_cfg):
-        if _is_type(node.get('init_cfg'), 'Pretrained'):
+        if is_a(node.get('init_cfg'), 'Pretrained', WEIGHT_INITIALIZERS):
             node['init_cfg'] = None
-        if _is_type(node, 'CBN'):
+        if is_a(node, 'CBN'):
             node['burnin'] = 0
     torch.manual_seed(0)
     with _quiet():

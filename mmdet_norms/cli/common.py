@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mmdet.registry import RUNNERS
+from mmdet.registry import HOOKS, RUNNERS
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, DictAction
+from mmengine.hooks import LoggerHook
 from mmengine.hub import get_config
 from mmengine.runner import Runner
 
@@ -20,6 +21,7 @@ from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.compat.checkpoints import explain_refusal
 from mmdet_norms.datasets.locate import DataRootError, datasets, use_data_root
 from mmdet_norms.engine import end_processes, start_cpu_processes
+from mmdet_norms.entries import class_of, is_a, spell_out
 from mmdet_norms.errors import UserError
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
@@ -92,6 +94,7 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.work_dir = _work_dir(args, cfg)
     _import_this_package(cfg)
     _add_hooks(cfg)
+    spell_out(cfg)
     return cfg
 
 
@@ -189,8 +192,8 @@ def _import_this_package(cfg: Config) -> None:
 
 def _add_hooks(cfg: Config) -> None:
     """Results after every evaluation, and progress lines that do not keep one waiting."""
-    logger = cfg.get('default_hooks', {}).get('logger')
-    if logger is not None and logger.get('type') == 'LoggerHook':
+    logger = (cfg.get('default_hooks') or {}).get('logger')
+    if class_of(logger, HOOKS) is LoggerHook:  # a subclass is somebody's own
         logger.type = 'TimedLoggerHook'
     add_hook(cfg, 'NormHook')
     add_hook(cfg, 'ResultsHook')
@@ -199,5 +202,5 @@ def _add_hooks(cfg: Config) -> None:
 def add_hook(cfg: Config, name: str) -> None:
     """Append a hook without arguments to the custom hooks, unless the config has one of that type."""
     hooks = list(cfg.get('custom_hooks') or [])
-    if all(hook.get('type') != name for hook in hooks):
+    if not any(is_a(hook, name, HOOKS) for hook in hooks):
         cfg.custom_hooks = [*hooks, dict(type=name)]

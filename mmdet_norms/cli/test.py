@@ -4,10 +4,11 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 
-from mmdet.evaluation import DumpDetResults
+from mmdet.evaluation import CocoMetric, DumpDetResults
+from mmdet.registry import HOOKS, METRICS
 from mmengine.config import Config
 
-from mmdet_norms.placement import type_name
+from mmdet_norms.entries import class_of, is_a, name_of, parameter_of
 
 from .common import (
     UserError,
@@ -22,7 +23,6 @@ from .common import (
 
 KINDS = ('bbox', 'segm', 'proposal', 'proposal_fast')
 _MASK_TYPES = ('MaskFormer', 'Mask2Former', 'RTMDetIns')  # masks without anything called a mask head
-_COCO_METRICS = ('CocoMetric', 'PerClassCocoMetric')
 
 
 @command
@@ -67,7 +67,10 @@ def test_config(args: argparse.Namespace) -> Config:
         _evaluate(cfg, args)
     if args.per_class:
         for metric in _coco_metrics(cfg, '--per-class'):
-            metric.type = 'PerClassCocoMetric'
+            if class_of(metric, METRICS) is CocoMetric:
+                metric.type = 'PerClassCocoMetric'
+            else:  # that, or a subclass with work of its own
+                metric.classwise = True
     if args.show_dir is not None:
         _draw_into(cfg, args.show_dir)
     _add_fuse_hook(cfg, args.fuse)
@@ -81,7 +84,7 @@ test_config.__test__ = False  # the name is for people, not for pytest
 def _add_fuse_hook(cfg: Config, fuse: bool) -> None:
     """With or without --fuse, so that checkpoints of fused models are recognized."""
     hooks = [dict(hook) for hook in cfg.get('custom_hooks') or []]
-    ours = [hook for hook in hooks if hook.get('type') == 'FuseHook']
+    ours = [hook for hook in hooks if is_a(hook, 'FuseHook', HOOKS)]
     if not ours:
         hooks.append(dict(type='FuseHook', fuse=fuse))
     elif fuse:
@@ -105,9 +108,9 @@ def _coco_metrics(cfg: Config, option: str) -> list[dict]:
     """The config's COCO metrics, which are the ones that the options act on."""
     evaluator = cfg.get('test_evaluator') or []
     entries = list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
-    found = [entry for entry in entries if type_name(entry.get('type')) in _COCO_METRICS]
+    found = [entry for entry in entries if is_a(entry, 'CocoMetric', METRICS)]
     if not found:
-        types = ', '.join(type_name(entry.get('type')) for entry in entries) or 'none'
+        types = ', '.join(name_of(entry, METRICS) for entry in entries) or 'none'
         raise UserError(
             f"{option} is for COCO metrics, but the config's test_evaluator is {types}; leave {option} "
             "out to use it as it is, or set test_evaluator.type='CocoMetric'"
@@ -120,9 +123,14 @@ def predicts_masks(model_cfg: dict) -> bool:
     return any(
         value is not None
         if 'mask' in key and 'head' in key
-        else key == 'type' and any(word in type_name(value) for word in _MASK_TYPES)
+        else key == 'type' and any(word in name for name in _names(value) for word in _MASK_TYPES)
         for key, value in _items(model_cfg)
     )
+
+
+def _names(kind: object) -> list[str]:
+    """Of the class that a type names, and of those that it is a subclass of."""
+    return [name_of(kind), *(cls.__name__ for cls in getattr(class_of(kind), '__mro__', ()))]
 
 
 def _items(node: object) -> Iterator[tuple]:
@@ -137,8 +145,8 @@ def _items(node: object) -> Iterator[tuple]:
 
 
 def _draw_into(cfg: Config, directory: str) -> None:
-    hooks = cfg.get('default_hooks', {})
-    if 'visualization' not in hooks:
+    hooks = cfg.get('default_hooks') or {}
+    if parameter_of(hooks.get('visualization'), 'test_out_dir', HOOKS) is None:
         raise UserError(
             "--show-dir needs a visualization hook; set default_hooks.visualization=dict(type='DetVisualizationHook')"
         )

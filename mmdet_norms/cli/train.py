@@ -4,12 +4,15 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mmdet.registry import OPTIM_WRAPPERS, WEIGHT_INITIALIZERS
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 
 from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.deploy import is_fused
-from mmdet_norms.placement import type_name
+from mmdet_norms.engine import CPUAmpOptimWrapper
+from mmdet_norms.entries import class_of, is_a, name_of
 
 from .common import (
     UserError,
@@ -86,9 +89,16 @@ def train_config(args: argparse.Namespace) -> Config:
 
 
 def _use_mixed_precision(cfg: Config) -> None:
+    if not isinstance(cfg.get('optim_wrapper'), dict):
+        raise UserError(
+            '--amp replaces OptimWrapper, but the config has no optim_wrapper; write one, or leave --amp out'
+        )
     wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
-    if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise UserError(f'--amp replaces OptimWrapper, but the config has optim_wrapper.type={wrapper!r}')
+    if class_of(wrapper, OPTIM_WRAPPERS) not in (OptimWrapper, AmpOptimWrapper, CPUAmpOptimWrapper):
+        raise UserError(
+            f'--amp replaces OptimWrapper, but the config has optim_wrapper.type={name_of(wrapper, OPTIM_WRAPPERS)!r}; '
+            "leave --amp out, or set optim_wrapper.type='OptimWrapper'"
+        )
     if get_device() == 'cpu':
         if mmcv_ops.active() == 'compiled':
             raise UserError(
@@ -147,7 +157,7 @@ def _pretrained(node: object, key: str) -> Iterator[tuple[str, str]]:
         for i, entry in enumerate(node):
             yield from _pretrained(entry, f'{key}.{i}')
     elif isinstance(node, dict):
-        if type_name(node.get('type')) in ('Pretrained', 'PretrainedInit') and node.get('checkpoint'):
+        if node.get('checkpoint') and is_a(node, 'Pretrained', WEIGHT_INITIALIZERS):
             yield f'{key}.checkpoint', node['checkpoint']
         for name, value in node.items():
             yield from _pretrained(value, f'{key}.{name}')

@@ -4,8 +4,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from mmdet.registry import DATASETS
 from mmengine.config import Config
-from mmengine.registry import DATASETS
+
+from ..entries import class_of, is_a, name_of
 
 # Where COCO and common exports of it keep a split's files, relative to the root.
 _ANNOTATIONS = (
@@ -33,7 +35,8 @@ def use_data_root(cfg: Config, root: str) -> list[str]:
         What was adapted besides the paths, one line each, for the log.
 
     Raises:
-        DataRootError: the config has no ``data_root``, or the folder has no annotations of a split.
+        DataRootError: the config has no ``data_root`` or a data set that does not read COCO's format, or the folder
+            has no annotations of a split.
     """
     old = cfg.get('data_root')
     if not old:
@@ -41,6 +44,7 @@ def use_data_root(cfg: Config, root: str) -> list[str]:
             'the config has no data_root to replace; set train_dataloader.dataset.data_root and the '
             'like by --cfg-options'
         )
+    _require_coco(cfg)
     root = Path(root)
     for split in ('train', 'val', 'test'):
         for key in (f'{split}_dataloader', f'{split}_evaluator'):
@@ -52,9 +56,8 @@ def use_data_root(cfg: Config, root: str) -> list[str]:
     for split in ('train', 'val', 'test'):
         for dataset in datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset')):
             notes += _fit_layout(dataset, root, 'train' if split == 'train' else 'val')
-            if dataset.get('type') == 'CocoDataset':
-                classes = classes or _class_names(root / dataset['ann_file'])
-                notes += _fit_classes(cfg, dataset, classes)
+            classes = classes or _class_names(root / dataset['ann_file'])
+            notes += _fit_classes(cfg, dataset, classes)
         _fit_evaluators(cfg, split, root)
     return list(dict.fromkeys(notes))
 
@@ -71,11 +74,31 @@ def datasets(node: object) -> Iterator[dict]:
         yield from datasets(node.get('datasets'))
 
 
+def _require_coco(cfg: Config) -> None:
+    for split in ('train', 'val', 'test'):
+        entry = (cfg.get(f'{split}_dataloader') or {}).get('dataset')
+        found = list(datasets(entry))
+        others = [dataset for dataset in found if not is_a(dataset, 'CocoDataset', DATASETS)]
+        if others or (entry and not found):
+            wrong = others[0] if others else entry
+            name = name_of(wrong, DATASETS)
+            if class_of(wrong, DATASETS) is None:
+                raise DataRootError(
+                    f'{split}_dataloader reads a {name}, which nobody registered; name its module in custom_imports'
+                )
+            raise DataRootError(
+                f'{split}_dataloader reads a {name}, which is no CocoDataset: its folders are laid out in another way '
+                'and have no annotation file in COCO format. Take a config whose data sets are of type CocoDataset, or '
+                f'set the data_root of its data sets by --cfg-options'
+            )
+
+
 def _moved(node: object, old: str, new: str) -> object:
     if isinstance(node, str):
         return new + node[len(old) :] if node == old or node.startswith(f'{old}/') else node
     if isinstance(node, dict):
-        return type(node)({key: _moved(value, old, new) for key, value in node.items()})
+        # the items() of a ConfigDict would import the classes that it names
+        return type(node)({key: _moved(value, old, new) for key, value in dict.items(node)})
     if isinstance(node, (list, tuple)):
         return type(node)(_moved(value, old, new) for value in node)
     return node
@@ -115,9 +138,14 @@ def _class_names(annotations: Path) -> tuple[str, ...]:
 
 def _fit_classes(cfg: Config, dataset: dict, classes: tuple[str, ...]) -> list[str]:
     metainfo = dataset.get('metainfo') or {}
-    known = metainfo.get('classes') or DATASETS.get('mmdet.CocoDataset').METAINFO['classes']
+    known = metainfo.get('classes') or class_of(dataset, DATASETS).METAINFO.get('classes', ())
     if set(known) <= set(classes):
         return []
+    if is_a(dataset, 'CocoPanopticDataset', DATASETS):
+        raise DataRootError(
+            f'{dataset["ann_file"]} lists other classes than the config, and which of them are things and which are '
+            'stuff is not known; set metainfo of the data sets and the numbers of classes in the config'
+        )
     dataset['metainfo'] = dict(classes=classes)
     _set_num_classes(cfg.model, len(known), len(classes))
     return [f'classes: {len(classes)} of the annotations (the config has {len(known)})']

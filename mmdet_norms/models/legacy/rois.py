@@ -5,6 +5,7 @@ from mmcv.ops import RoIAlign
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from torch import Tensor, nn
 
+from ...entries import name_of
 from ...registry import MODELS
 from .conventions import MASKRCNN_BENCHMARK, MMDET_V1, check_convention
 
@@ -61,7 +62,7 @@ class PlusOneRoIExtractor(SingleRoIExtractor):
         """One :class:`PlusOneRoIAlign` per level."""
         cfg = dict(layer_cfg)
         kind = cfg.pop('type')
-        if kind not in ('RoIAlign', RoIAlign):
+        if name_of(kind) != 'RoIAlign':
             raise ValueError(f"PlusOneRoIExtractor.roi_layer.type={kind!r} has no legacy form; write 'RoIAlign'")
         if 'aligned' in cfg:
             raise ValueError(

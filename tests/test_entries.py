@@ -1,0 +1,114 @@
+"""What a config entry is, however it names its class."""
+
+import pytest
+from mmdet.datasets import CocoDataset
+from mmdet.registry import DATASETS, MODELS
+from mmengine.config import Config, ConfigDict
+from mmengine.config.lazy import LazyObject
+from mmengine.registry import DATASETS as ROOT_DATASETS
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS
+from torch import nn
+
+from mmdet_norms.entries import class_of, is_a, name_of, parameter_of, spell_out
+
+
+class OwnCoco(CocoDataset):
+    """Of a user, registered by the test that needs the name."""
+
+
+@pytest.fixture
+def own_coco():
+    DATASETS.register_module(module=OwnCoco)
+    yield OwnCoco
+    del DATASETS._module_dict['OwnCoco']
+
+
+SPELLINGS = [
+    'CocoDataset',
+    'mmdet.CocoDataset',
+    'mmdet.datasets.CocoDataset',
+    'mmdet.datasets.coco.CocoDataset',
+    CocoDataset,
+    LazyObject('mmdet.datasets', 'CocoDataset'),
+]
+
+
+@pytest.mark.parametrize('registry', [DATASETS, ROOT_DATASETS], ids=['mmdet', 'mmengine'])
+@pytest.mark.parametrize('kind', SPELLINGS, ids=str)
+def test_every_spelling_of_a_class_is_that_class(kind, registry):
+    for entry in (kind, dict(type=kind, ann_file='a.json'), ConfigDict(type=kind)):
+        assert class_of(entry, registry) is CocoDataset
+        assert name_of(entry, registry) == 'CocoDataset'
+        assert is_a(entry, 'CocoDataset', registry) and is_a(entry, CocoDataset, registry)
+        assert is_a(entry, ('VOCDataset', 'mmdet.CocoDataset'), registry)
+        assert not is_a(entry, 'VOCDataset', registry)
+
+
+@pytest.mark.parametrize('kind', ['OwnCoco', 'mmdet.OwnCoco', OwnCoco, 'CityscapesDataset', 'mmdet.LVISV1Dataset'])
+def test_a_subclass_is_what_its_base_is_and_not_the_other_way_round(kind, own_coco):
+    assert is_a(dict(type=kind), 'CocoDataset', DATASETS) and is_a(kind, 'BaseDetDataset', DATASETS)
+    assert not is_a('CocoDataset', kind, DATASETS)
+    assert name_of(kind, DATASETS) == getattr(kind, '__name__', str(kind)).rpartition('.')[2]
+
+
+def test_what_somebody_registered_in_the_place_of_a_class_still_is_one():
+    class Replaced(CocoDataset):
+        pass
+
+    try:
+        DATASETS.register_module(name='CocoDataset', module=Replaced, force=True)
+        assert is_a(CocoDataset, 'CocoDataset', DATASETS) and is_a('CocoDataset', CocoDataset, DATASETS)
+    finally:
+        DATASETS.register_module(name='CocoDataset', module=CocoDataset, force=True)
+
+
+@pytest.mark.parametrize('entry', ['NoSuch', 'mmdet.NoSuch', 'no_such_package.CocoDataset', 'this', 'json.dumps'])
+def test_what_nobody_registered_has_a_name_and_no_class(entry):
+    # 'this' is a module that an import would execute, json.dumps a function that a path may name
+    assert class_of(entry, DATASETS) is None or entry == 'json.dumps'
+    assert name_of(entry, DATASETS) == entry.rpartition('.')[2]
+    assert is_a(entry, entry, DATASETS) and not is_a(entry, 'VOCDataset', DATASETS)
+
+
+@pytest.mark.parametrize('entry', [None, {}, dict(ann_file='a.json'), dict(type=None)])
+def test_an_entry_without_a_type_is_nothing(entry):
+    assert class_of(entry, DATASETS) is None and not is_a(entry, 'CocoDataset', DATASETS)
+
+
+@pytest.mark.parametrize(
+    'kind, name',
+    [
+        (nn.BatchNorm2d, 'BN'),
+        ('BN2d', 'BN'),
+        ('torch.nn.BatchNorm2d', 'BN'),
+        (nn.SyncBatchNorm, 'SyncBN'),
+        (nn.GroupNorm, 'GN'),
+        ('torch.nn.modules.normalization.GroupNorm', 'GN'),
+        ('mmengine.GN', 'GN'),
+        (nn.LayerNorm, 'LN'),
+        (nn.InstanceNorm2d, 'IN'),
+        ('mmdet.ResNet', 'ResNet'),
+    ],
+    ids=str,
+)
+def test_names_of_norms_are_those_of_a_norm_cfg(kind, name):
+    assert name_of(dict(type=kind)) == name
+
+
+def test_an_argument_is_found_through_the_keyword_arguments_of_subclasses():
+    assert parameter_of('PAAHead', 'norm_cfg', MODELS).default['type'] == 'GN'
+    assert parameter_of('AmpOptimWrapper', 'clip_grad', OPTIM_WRAPPERS) is not None
+    assert parameter_of('CheckpointHook', 'nonsense', HOOKS) is None and parameter_of('NoSuch', 'a', HOOKS) is None
+
+
+def test_classes_that_were_read_out_of_a_config_can_be_written_again():
+    cfg = Config(
+        dict(a=dict(type=LazyObject('mmdet.datasets', 'CocoDataset')), b=[dict(type=CocoDataset, size=(1, 2))])
+    )
+    cfg.a = dict(cfg.a)  # reads the class
+    with pytest.raises(SyntaxError):
+        cfg.dump()
+    spell_out(cfg)
+    assert cfg.a.type == cfg.b[0].type == 'mmdet.datasets.coco.CocoDataset'
+    assert DATASETS.get(cfg.a.type) is CocoDataset and cfg.b[0].size == (1, 2)
+    compile(cfg.dump(), 'config', 'exec')
