@@ -1,0 +1,39 @@
+"""DistributedDataParallel that takes note of a new memory layout of its parameters."""
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def plan_buckets_again(model: nn.Module) -> int:
+    """Have every ``DistributedDataParallel`` in ``model`` lay out its gradient buckets as its parameters are now.
+
+    A bucket copies the strides of the parameters when it is made. Where they change afterwards, gradients are added up
+    and handed back in another order of their elements, without a word: in the first iteration of a run, and in all of
+    them with ``find_unused_parameters=True``. Call it in every process, between two iterations.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        RuntimeError: one of them has a communication hook or mixed precision, which belong to the old buckets.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    for ddp in wrappers:
+        if ddp._comm_hooks or getattr(ddp, 'mixed_precision', None) is not None:
+            raise RuntimeError(
+                'the memory layout of a model cannot change after register_comm_hook() or with the mixed_precision of '
+                'DistributedDataParallel: change it before the model is wrapped'
+            )
+        _plan_again(ddp)
+    return len(wrappers)
+
+
+def _plan_again(ddp: DistributedDataParallel) -> None:
+    """What unpickling a wrapper does, in the process group that it has."""
+    del ddp.reducer, ddp.logger  # the last references: their hooks leave the parameters
+    parameters, expect_sparse_gradient = ddp._build_params_for_reducer()
+    names = ddp._build_debug_param_to_name_mapping(parameters)
+    ddp._ddp_init_helper(parameters, expect_sparse_gradient, names, ddp.static_graph)
+    if ddp.static_graph:
+        ddp.reducer._set_static_graph()
+        ddp.logger._set_static_graph()
