@@ -517,7 +517,7 @@ def _write_split(folder: Path, cfg: ShapesConfig, seed: int, split: str, count: 
     images, annotations = [], []
     for index in range(count):
         scene = render_scene(cfg, seed, split, index)
-        name = f'{index:06d}.png'
+        name = _image_name(index)
         ok, data = cv2.imencode('.png', scene.image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
         assert ok
         (folder / split / name).write_bytes(data.tobytes())  # raises on a full disk
@@ -542,6 +542,10 @@ def _write_split(folder: Path, cfg: ShapesConfig, seed: int, split: str, count: 
     )
     text = json.dumps(content, separators=(',', ':'))
     (folder / 'annotations' / f'{split}.json').write_text(text, encoding='utf-8')
+
+
+def _image_name(index: int) -> str:
+    return f'{index:06d}.png'
 
 
 def _read_meta(root: Path) -> dict | None:
@@ -571,6 +575,16 @@ def _complete(root: Path, meta: dict) -> bool:
         if _sha256(path) != meta.get('sha256', {}).get(path.name):
             return False
     return True
+
+
+def _foreign(root: Path, meta: dict) -> list[str]:
+    """Files and folders below ``root``, at any depth, that are not of the data set that ``meta.json`` tells of."""
+    arguments = meta.get('arguments') or {}
+    own = {'annotations', 'meta.json', *_SPLITS}
+    for split in _SPLITS:
+        own.add(f'annotations/{split}.json')
+        own.update(f'{split}/{_image_name(i)}' for i in range(arguments.get(f'num_{split}', 0)))
+    return sorted(name for path in root.rglob('*') if (name := path.relative_to(root).as_posix()) not in own)
 
 
 def make_shapes(
@@ -680,8 +694,8 @@ def _is_done(target: Path, root: Path, arguments: dict, overwrite: bool) -> bool
         problem = 'holds this shapes dataset, but files are missing or were changed'
     else:
         return True
-    foreign = sorted(set(os.listdir(target)) - {*_SPLITS, 'annotations', 'meta.json'})
-    if foreign and overwrite:
+    foreign = _foreign(target, meta) if overwrite else []
+    if foreign:
         raise ShapesError(
             f'{root} holds files that are not part of the dataset '
             f'({", ".join(foreign[:5])}). Move them away before replacing it.'

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -403,6 +404,18 @@ def test_a_foreign_folder_is_never_touched(tmp_path, overwrite, meta):
         tiny(folder, overwrite=overwrite)
     assert (folder / 'holiday.jpg').read_bytes() == b'precious'
     assert [p.name for p in tmp_path.iterdir()] == ['photos']
+
+
+@pytest.mark.parametrize(
+    'name', ['train/mine.png', 'annotations/mine.json', 'val/000099.png', 'val/a/b.txt', '.hidden']
+)
+def test_files_put_anywhere_into_a_dataset_are_not_deleted_by_overwrite(tmp_path, name):
+    root = tiny(tmp_path / 'shapes')
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).write_text('mine')
+    with pytest.raises(ShapesError, match=re.escape(name)):
+        tiny(root, seed=1, overwrite=True)
+    assert (root / name).read_text() == 'mine'
 
 
 def test_files_put_into_a_dataset_are_not_deleted_by_overwrite(tmp_path):
