@@ -51,7 +51,7 @@ demo: data
 	@$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_DIR)
 	@$(BIN)/python tools/test.py $(DEMO_CONFIG) "$$(cat $(DEMO_DIR)/last_checkpoint)" --eval bbox segm \
 		--work-dir $(DEMO_DIR) --out $(DEMO_DIR)/results.pkl
-	@$(BIN)/python tools/picture_sheet.py $(DEMO_CONFIG) $(DEMO_DIR)/results.pkl --out $(DEMO_DIR)/pictures.png
+	@$(BIN)/python tools/picture_sheet.py $(DEMO_CONFIG) $(DEMO_DIR)/results.pkl --out $(DEMO_DIR)/pictures.png --overwrite
 	@$(BIN)/python tools/compare.py $(DEMO_DIR)
 	@echo 'AP: $(DEMO_DIR)/results.json   pictures: $(DEMO_DIR)/pictures.png   log and checkpoint: $(DEMO_DIR)/'
 

@@ -1,21 +1,26 @@
 """``tools/picture_sheet.py``: detections with masks against ground truth, in one picture."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import mmengine
 import numpy as np
 from mmdet.registry import DATASETS
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 
+from mmdet_norms.console import as_text
+from mmdet_norms.engine.coco_detections import read_coco_detections
+from mmdet_norms.engine.detections import read_detections
 from mmdet_norms.engine.picture import (
-    Colour,
+    FORMATS,
+    Colours,
     Instance,
     Pair,
     class_colours,
     draw_sheet,
+    is_sheet,
     read_image,
     save_sheet,
     to_mask,
@@ -28,20 +33,21 @@ from .common import UserError, command, move_data_root, read_config, require_ann
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw as the command line says."""
     args = parse_args(argv)
+    _check_out(args)
     cfg = read_config(args.config)
     if args.data_root is not None:
         move_data_root(cfg, args.data_root)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     require_annotations(cfg, 'test_dataloader')
-    results = _read_results(args.results)
     dataset = _build_dataset(cfg)
+    results = _read_results(args.results, dataset)
     classes = dataset.metainfo['classes']
     palette = dataset.metainfo.get('palette') or ()
     colours = class_colours(classes, palette if len(palette) == len(classes) else None)
-    pairs = make_pairs(dataset, results, colours, args.num, args.score_thr)
-    title = f'{Path(args.config).stem}, {len(pairs)} of {len(results)} images'
-    legend = colours if any(pair.truth or pair.detections for pair in pairs) else {}
+    pairs = make_pairs(dataset, results, colours, args.num, args.score_thr, args.out)
+    title = as_text(f'{Path(args.config).stem}, {len(pairs)} of {len(results)} images')
+    legend = colours if any(pair.truth or pair.detections for pair in pairs) else []
     save_sheet(draw_sheet(pairs, title, args.score_thr, legend), Path(args.out))
     print(f'Picture sheet written to {args.out}')
 
@@ -50,8 +56,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog='tools/picture_sheet.py', description='Draw detections against ground truth.')
     parser.add_argument('config', help='the config that made the results; its test data are drawn')
-    parser.add_argument('results', help='what tools/test.py --out wrote (a pickle: only open one that you trust)')
+    parser.add_argument('results', help='what tools/test.py --out wrote, *.json or *.pkl')
     parser.add_argument('--out', metavar='FILE.png', default='sheet.png', help='default: sheet.png')
+    parser.add_argument('--overwrite', action='store_true', help='replace a file --out that is no picture sheet')
     parser.add_argument('--num', type=int, default=12, help='number of images, spread over the data set')
     parser.add_argument('--score-thr', type=float, default=0.5, help='least score to draw (default: 0.5)')
     parser.add_argument('--data-root', metavar='DIR', help="replaces the config's data_root")
@@ -59,34 +66,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_pairs(dataset, results: list[dict], colours: dict[str, Colour], num: int, score_thr: float) -> list[Pair]:
+def make_pairs(dataset, results: list[dict], colours: Colours, num: int, score_thr: float, out: str = '') -> list[Pair]:
     """``num`` images, evenly spread over the results, each with its ground truth and detections."""
     truth = {info['img_id']: info for info in (dataset.get_data_info(i) for i in range(len(dataset)))}
     unknown = [result['img_id'] for result in results if result['img_id'] not in truth]
     if unknown:
         raise UserError(f"the results are of other data: the config's test data have no image {unknown[0]}")
-    names = list(colours)
     chosen = np.unique(np.linspace(0, len(results) - 1, min(num, len(results))).round().astype(int))
     pairs = []
     for result in (results[i] for i in chosen):
         info = truth[result['img_id']]
-        image = read_image(info['img_path'])
+        if out and os.path.realpath(out) == os.path.realpath(info['img_path']):
+            raise UserError(f'--out {out}: is a test image; choose another name')
+        try:
+            image = read_image(info['img_path'])
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from error
         pairs.append(
             Pair(
                 image,
-                _truth(info, names, colours, image.shape),
-                _detections(result['pred_instances'], names, colours, image.shape, score_thr),
+                _truth(info, colours, image.shape),
+                _detections(result['pred_instances'], colours, image.shape, score_thr),
             )
         )
     return pairs
 
 
-def _truth(info: dict, names: list[str], colours: dict[str, Colour], shape: tuple) -> list[Instance]:
+def _truth(info: dict, colours: Colours, shape: tuple) -> list[Instance]:
     return [
         Instance(
             box=item['bbox'],
-            name=names[item['bbox_label']],
-            colour=colours[names[item['bbox_label']]],
+            name=colours[item['bbox_label']][0],
+            colour=colours[item['bbox_label']][1],
             mask=to_mask(item.get('mask'), *shape[:2]),
             ignored=bool(item.get('ignore_flag', 0)),
         )
@@ -94,15 +105,19 @@ def _truth(info: dict, names: list[str], colours: dict[str, Colour], shape: tupl
     ]
 
 
-def _detections(
-    predicted: dict, names: list[str], colours: dict[str, Colour], shape: tuple, score_thr: float
-) -> list[Instance]:
+def _detections(predicted: dict, colours: Colours, shape: tuple, score_thr: float) -> list[Instance]:
     masks = predicted.get('masks')
+    labels = [int(label) for label in predicted['labels']]
+    if any(not 0 <= label < len(colours) for label in labels):
+        raise UserError(
+            f"the results have the label {max(labels)}, but the config's test data have {len(colours)} classes: they "
+            'were made with another config'
+        )
     return [
         Instance(
             box=[float(value) for value in predicted['bboxes'][i]],
-            name=names[int(predicted['labels'][i])],
-            colour=colours[names[int(predicted['labels'][i])]],
+            name=colours[labels[i]][0],
+            colour=colours[labels[i]][1],
             mask=None if masks is None else to_mask(masks[i], *shape[:2]),
             score=float(score),
         )
@@ -111,13 +126,30 @@ def _detections(
     ]
 
 
-def _read_results(path: str) -> list[dict]:
+def _check_out(args: argparse.Namespace) -> None:
+    """Raise unless the sheet can be written, before anything is read."""
+    out = Path(args.out)
+    if args.num < 1:
+        raise UserError(f'--num {args.num}: must be at least 1')
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f'--out {args.out}: name the picture *.png or *.jpg')
+    if out.is_dir():
+        raise UserError(f'--out {args.out}: is a folder; name a file in it')
+    inputs = [name for name in (args.config, args.results) if os.path.exists(name)]
+    if out.exists() and any(os.path.samefile(out, name) for name in inputs):
+        raise UserError(f'--out {args.out}: is an input of this command; choose another name')
+    if out.exists() and not args.overwrite and not is_sheet(out):
+        raise UserError(f'--out {args.out}: is there and no picture sheet; choose another name, or add --overwrite')
+
+
+def _read_results(path: str, dataset) -> list[dict]:
+    """The detections of each image, from either format of ``tools/test.py --out``."""
     if not Path(path).is_file():
         raise UserError(f'there is no results file {path}; tools/test.py CONFIG CKPT --out {path} writes it')
-    results = mmengine.load(path)
-    if not isinstance(results, list) or not all('pred_instances' in result for result in results):
-        raise UserError(f'{path} does not hold detections as tools/test.py --out writes them')
-    return results
+    if path.endswith('.json'):
+        images = {info['img_id']: info for info in (dataset.get_data_info(i) for i in range(len(dataset)))}
+        return read_coco_detections(path, dataset.cat_ids, list(images))
+    return read_detections(path)
 
 
 def _build_dataset(cfg: Config):

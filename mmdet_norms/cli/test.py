@@ -3,11 +3,15 @@
 import argparse
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from mmdet.engine.hooks import DetVisualizationHook
 from mmdet.evaluation import CocoMetric, DumpDetResults
 from mmdet.registry import HOOKS, METRICS
 from mmengine.config import Config
+from mmengine.runner import Runner
 
+from mmdet_norms.engine.coco_detections import DumpCocoDetections, category_ids, is_detections
 from mmdet_norms.entries import class_of, is_a, name_of, parameter_of
 
 from .common import (
@@ -23,6 +27,7 @@ from .common import (
 
 KINDS = ('bbox', 'segm', 'proposal', 'proposal_fast')
 _MASK_TYPES = ('MaskFormer', 'Mask2Former', 'RTMDetIns')  # masks without anything called a mask head
+_DETECTIONS = ('.json', '.pkl', '.pickle')
 
 
 @command
@@ -32,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = test_config(args)
     runner = build_runner(cfg)
     if args.out is not None:
-        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+        _save_detections(runner, args.out)
     run_with_checkpoint(runner.test, args.checkpoint)
 
 
@@ -46,7 +50,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--eval', nargs='+', choices=KINDS, help="what to evaluate; default: what the config's evaluator says"
     )
     parser.add_argument('--per-class', action='store_true', help='AP of every class as well')
-    parser.add_argument('--out', metavar='FILE.pkl', help='save the detections')
+    parser.add_argument(
+        '--out', metavar='FILE', help="save the detections: *.json in COCO's result format, *.pkl as mmdet does"
+    )
     parser.add_argument('--show-dir', metavar='DIR', help='save every test image with its detections')
     parser.add_argument(
         '--fuse', action='store_true', help='fold the norms into the convolutions first: the model as it is deployed'
@@ -57,9 +63,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def test_config(args: argparse.Namespace) -> Config:
     """The config that the arguments of a test lead to. Raises before anything heavy happens."""
-    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
-        raise UserError(f'--out {args.out}: the detections are pickled, name the file *.pkl')
+    if args.out is not None:
+        _check_out(args.out)
     cfg = load_config(args)
+    if args.out is not None and os.path.realpath(args.out) == os.path.realpath(f'{cfg.work_dir}/results.json'):
+        raise UserError(f'--out {args.out}: the metrics are written there; name the detections detections.json')
     require_checkpoint(args.checkpoint, 'CKPT')
     cfg.load_from = args.checkpoint
     cfg.resume = False
@@ -90,6 +98,27 @@ def _add_fuse_hook(cfg: Config, fuse: bool) -> None:
     elif fuse:
         ours[0]['fuse'] = True
     cfg.custom_hooks = hooks
+
+
+def _check_out(out: str) -> None:
+    """Raise unless ``out`` can be written: a name of a known kind that no other kind of file has."""
+    if not out.endswith(_DETECTIONS):
+        raise UserError(f'--out {out}: name the file *.json (COCO result format) or *.pkl (as mmdet does)')
+    path = Path(out)
+    if path.is_dir():
+        raise UserError(f'--out {out}: is a folder; name a file in it')
+    if path.is_file() and not is_detections(path):
+        raise UserError(f'--out {out}: there is such a file, and it holds no detections; choose another name')
+
+
+def _save_detections(runner: Runner, out: str) -> None:
+    """Beside the metrics, one that keeps the detections."""
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    metrics = runner.test_evaluator.metrics
+    if out.endswith('.json'):
+        metrics.append(DumpCocoDetections(out, category_ids(runner.test_dataloader.dataset, out)))
+    else:
+        metrics.append(DumpDetResults(out_file_path=out))
 
 
 def _evaluate(cfg: Config, args: argparse.Namespace) -> None:
@@ -152,6 +181,8 @@ def _draw_into(cfg: Config, directory: str) -> None:
         )
     # an absolute path is taken as it is, a relative one would land in the dated folder of the run
     hooks.visualization.update(draw=True, test_out_dir=os.path.abspath(directory))
+    if class_of(hooks.visualization, HOOKS) is DetVisualizationHook:  # a user's own subclass draws its own way
+        hooks.visualization.type = 'PicturesHook'
 
 
 if __name__ == '__main__':

@@ -1,10 +1,12 @@
 """What the package adds to mmengine's runner: results, progress, CPU processes, memory format, tune mode."""
 
+from .coco_detections import DumpCocoDetections
 from .dist import CPUAmpOptimWrapper, end_processes, start_cpu_processes
 from .fuse import FuseHook
 from .memory_format import ChannelsLastHook
 from .norms import NormHook
 from .optim import NormOptimWrapperConstructor
+from .pictures import PicturesHook
 from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
 from .tune import TuneModeHook, TuneReport, tune_mode, undo_tune_mode
@@ -12,10 +14,12 @@ from .tune import TuneModeHook, TuneReport, tune_mode, undo_tune_mode
 __all__ = [
     'CPUAmpOptimWrapper',
     'ChannelsLastHook',
+    'DumpCocoDetections',
     'FuseHook',
     'NormHook',
     'NormOptimWrapperConstructor',
     'PerClassCocoMetric',
+    'PicturesHook',
     'ResultsHook',
     'TimedLoggerHook',
     'TuneModeHook',

@@ -7,14 +7,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from pycocotools import mask as rle_codec
 
+from ..console import as_text
 from ..files import replacing
 
 Colour = tuple[int, int, int]
+Colours = Sequence[tuple[str, Colour]]
+FORMATS = ('.png', '.jpg', '.jpeg')
 
 PANEL = 288  # pixels, the longer side of a panel
+_MARK = 'mmdet_norms picture sheet'
 _GAP = 8
 _HEADER = 24
 _PAIRS_PER_ROW = 3
@@ -58,7 +62,7 @@ class Pair:
     detections: list[Instance] = field(default_factory=list)
 
 
-def draw_sheet(pairs: Sequence[Pair], title: str, score_thr: float, legend: dict[str, Colour]) -> Image.Image:
+def draw_sheet(pairs: Sequence[Pair], title: str, score_thr: float, legend: Colours) -> Image.Image:
     """The sheet as a picture: a title, then rows of (ground truth | detections), then the colours."""
     rows = [pairs[i : i + _PAIRS_PER_ROW] for i in range(0, len(pairs), _PAIRS_PER_ROW)]
     columns = max((len(row) for row in rows), default=1)
@@ -123,10 +127,10 @@ def to_mask(segmentation: object, height: int, width: int) -> np.ndarray | None:
     return rle_codec.decode(segmentation).astype(bool)
 
 
-def class_colours(classes: Sequence[str], palette: Sequence[Colour] | None = None) -> dict[str, Colour]:
-    """A colour for each class: the data set's palette if it has one that suffices."""
+def class_colours(classes: Sequence[object], palette: Sequence[Colour] | None = None) -> list[tuple[str, Colour]]:
+    """Name and colour of each label: the data set's palette if it has one that suffices. Names become one line."""
     colours = palette if palette and len(palette) >= len(classes) else _COLOURS
-    return {name: tuple(colours[i % len(colours)]) for i, name in enumerate(classes)}
+    return [(as_text(name), tuple(colours[i % len(colours)])) for i, name in enumerate(classes)]
 
 
 def read_image(path: str) -> np.ndarray:
@@ -202,12 +206,12 @@ def _readable_on(colour: Colour) -> Colour:
     return (0, 0, 0) if luminance > 140 else (255, 255, 255)
 
 
-def _wrap_legend(legend: dict[str, Colour], width: int) -> list[list[tuple[float, str, Colour]]]:
+def _wrap_legend(legend: Colours, width: int) -> list[list[tuple[float, str, Colour]]]:
     """Lines of (x, name, colour); none for more classes than one can tell apart."""
     if len(legend) > 20:
         return []
     lines, x = [[]], 0.0
-    for name, colour in legend.items():
+    for name, colour in legend:
         needed = _font(13).getlength(name) + 40
         if x + needed > width and lines[-1]:
             lines.append([])
@@ -233,6 +237,18 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write the sheet, creating its folder."""
+    """Write the sheet as one of :data:`FORMATS`, creating its folder."""
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text('Software', _MARK)
     with replacing(path) as part:
-        sheet.save(part)
+        sheet.save(part, **(dict(pnginfo=mark) if path.suffix.lower() == '.png' else dict(comment=_MARK)))
+
+
+def is_sheet(path: Path) -> bool:
+    """Is the file a sheet that :func:`save_sheet` wrote?"""
+    try:
+        with Image.open(path) as image:
+            said = image.info.get('Software') or image.info.get('comment')
+    except (OSError, ValueError, SyntaxError):  # what Pillow makes of files that are no images
+        return False
+    return said in (_MARK, _MARK.encode())

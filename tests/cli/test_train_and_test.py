@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
@@ -84,7 +86,14 @@ def test_testing_gives_the_same_aps_as_training_did(trained):
 
 def test_only_the_chosen_kind_is_evaluated(trained):
     arguments = [str(trained / 'tiny.py'), str(trained / 'run' / 'epoch_10.pth'), '--eval', 'bbox']
-    test.main([*arguments, '--work-dir', str(trained / 'boxes')])
+    detections = trained / 'boxes' / 'detections.json'
+    test.main([*arguments, '--work-dir', str(trained / 'boxes'), '--out', str(detections)])
+    assert {'image_id', 'category_id', 'bbox', 'score', 'segmentation'} == set(json.loads(detections.read_text())[0])
+    truth = COCO(str(trained / 'data' / 'annotations.json'))
+    evaluated = COCOeval(truth, truth.loadRes(str(detections)), 'bbox')
+    evaluated.evaluate(), evaluated.accumulate(), evaluated.summarize()
+    ap = json.loads((trained / 'boxes' / 'results.json').read_text())['bbox_mAP']
+    assert evaluated.stats[0] == pytest.approx(ap, abs=1e-3)
     assert set(aps(trained / 'boxes' / 'results.json')) == {f'bbox_{column}' for column in COCO_COLUMNS}
 
 
@@ -200,7 +209,8 @@ def test_a_mistake_in_training_is_one_message(config, tmp_path, capsys, monkeypa
     'arguments, said',
     [
         (['CONFIG', 'missing.pth'], 'missing.pth'),
-        (['CONFIG', 'EMPTY', '--out', 'results.json'], '.pkl'),
+        (['CONFIG', 'EMPTY', '--out', 'results.txt'], '.pkl'),
+        (['CONFIG', 'EMPTY', '--out', 'w/results.json', '--work-dir', 'w'], 'the metrics are written there'),
         (['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', 'EMPTY', '--eval', 'bbox', 'segm'], '--eval bbox;'),
         (['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', 'EMPTY', '--eval', 'segm'], '--eval bbox,'),
         (['mmdet::pascal_voc/retinanet_r50_fpn_1x_voc0712.py', 'EMPTY', '--eval', 'bbox'], 'VOCMetric'),
