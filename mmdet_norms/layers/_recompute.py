@@ -1,4 +1,4 @@
-"""Running a batch norm child where torch's own would count a batch twice, or refuse it."""
+"""Running a batch norm child where torch's own would count a batch twice, be poisoned by it, or refuse it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,14 +32,56 @@ def statistics_kept(norm: _BatchNorm) -> Iterator[None]:
         norm._buffers.update(buffers)
 
 
+def all_finite(*statistics: Tensor) -> Tensor:
+    """Whether all values are finite, as a tensor ``()`` on their device: nobody waits for it."""
+    return sum(values.sum() for values in statistics).isfinite()
+
+
+@torch.no_grad()
+def take_if_finite(norm: _BatchNorm, **new: Tensor) -> None:
+    """Write running statistics and batch counter, unless a statistic would be inf or nan: then all stay as they are.
+
+    Loss scalers and hooks skip the step of a batch that overflowed, but its statistics would stay for ever.
+    """
+    new = {name: value.to(getattr(norm, name).dtype) for name, value in new.items()}
+    good = all_finite(*(value for value in new.values() if value.is_floating_point()))
+    for name, value in new.items():
+        buffer = getattr(norm, name)
+        buffer.copy_(torch.where(good, value, buffer))
+
+
+def copied_statistics(norm: _BatchNorm) -> dict[str, Tensor]:
+    """Copies of the running statistics and the batch counter."""
+    return {name: buffer.clone() for name, buffer in norm._buffers.items() if buffer is not None}
+
+
+def _run_guarded(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """``norm(x)``, whose statistics stay if they would become inf or nan."""
+    # Copies are updated: autograd remembers them, and would object to a write after the forward.
+    copies = copied_statistics(norm)
+    if torch.compiler.is_compiling():  # it does not follow a module that gets another buffer
+        y = torch.func.functional_call(norm, copies, (x,))
+    else:
+        kept = dict(norm._buffers)
+        norm._buffers.update(copies)
+        try:
+            y = norm(x)
+        finally:
+            norm._buffers.update(kept)
+    take_if_finite(norm, **copies)
+    return y
+
+
 def run_batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)`` of a child batch norm, with two differences in training mode.
+    """``norm(x)`` of a child batch norm, with three differences in training mode.
 
     * A forward that activation checkpointing repeats during the backward pass does not update the running statistics a
       second time: they end as without checkpointing. (torch's batch norm counts such batches twice.)
     * A batch with one value per channel, which has no variance, or with none (torch: an error, and a count) is
       normalized with the running statistics and leaves them as they are. A synchronized batch norm is called in any
       case: the values may be on other ranks, which wait for this one.
+    * A batch whose mean or variance is inf or nan (in one channel is enough) leaves the running statistics and the
+      batch counter as they are: see :func:`take_if_finite`.
 
     The child is called as a module wherever possible, so that hooks, SyncBN conversion, tracing and conv-BN fusion see
     it; anything but a batch norm (such as what a fusion left in its place) is just called.
@@ -57,7 +99,7 @@ def run_batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     if in_backward():
         with statistics_kept(norm):
             return norm(x)
-    return norm(x)
+    return _run_guarded(norm, x)
 
 
 def _is_synchronized(norm: nn.Module) -> bool:

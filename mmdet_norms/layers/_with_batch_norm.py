@@ -5,6 +5,8 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
+from ._recompute import take_if_finite
+
 
 class WithBatchNorm(nn.Module):
     """Base of norms that keep running statistics in a child ``bn`` and save them as a plain batch norm would.
@@ -26,13 +28,17 @@ class WithBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor | None) -> None:
-        """Move the running statistics towards this batch's; ``var=None`` leaves the variance."""
+        """Move the running statistics towards this batch's; ``var=None`` leaves the variance.
+
+        A batch with an inf or nan changes nothing and is not counted: its step will be skipped.
+        """
         bn = self.bn
-        bn.num_batches_tracked.add_(1)
-        factor = 1 / bn.num_batches_tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
-        bn.running_mean.add_((mean - bn.running_mean) * factor)
+        tracked = bn.num_batches_tracked + 1
+        factor = 1 / tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
+        new = dict(num_batches_tracked=tracked, running_mean=bn.running_mean + (mean - bn.running_mean) * factor)
         if var is not None:
-            bn.running_var.add_((var - bn.running_var) * factor)
+            new['running_var'] = bn.running_var + (var - bn.running_var) * factor
+        take_if_finite(bn, **new)
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
         for name, value in _statistics(self).items():

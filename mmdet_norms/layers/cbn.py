@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from ..kernels import passes, winograd
 from ._args import check_map, check_number, reject_unknown
 from ._fold import exact, fold_affine
+from ._recompute import all_finite
 
 _HISTORY = ('history_patch', 'history_grad', 'history_moments', 'history_index')
 _REMEMBERED_CALLS = 32  # training forwards that activation checkpointing may still replay: C-sized vectors each
@@ -207,10 +208,13 @@ class CBN(nn.Module):
         return calls.index_select(0, nearest.view(1))[0]
 
     def _update_running(self, mean: Tensor, var: Tensor, positions: int) -> None:
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-        if positions > 1:
-            unbiased = var * (positions / (positions - 1))
-            self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+        """A batch with an inf or nan changes nothing: its step will be skipped."""
+        old = [self.running_mean] if positions == 1 else [self.running_mean, self.running_var]
+        unbiased = var * (positions / max(positions - 1, 1))
+        new = [buffer.lerp(now.to(buffer), self.momentum) for buffer, now in zip(old, (mean, unbiased))]
+        good = all_finite(*new)
+        for buffer, moved in zip(old, new):
+            buffer.copy_(torch.where(good, moved, buffer))
 
     def _plain_running_var(self, dtype: torch.dtype) -> Tensor:
         """The variance that batch norm, with eps inside its root, needs for the same denominator."""
@@ -484,11 +488,12 @@ class _History:
         patch = _mean_patch(conv, x).view(self.patch.shape[1:])
         grad = _variance_gradient(conv, x, mean, var)
         by_group = weight.unflatten(0, (len(patch), -1))
-        self.patch[self.next].copy_(patch)
-        self.grad[self.next].copy_(grad)
-        self.moments[self.next].copy_(
-            torch.stack((mean, var, (patch.unsqueeze(1) * by_group).sum(-1).flatten(), (grad * weight).sum(-1)))
-        )
+        moments = torch.stack((mean, var, (patch.unsqueeze(1) * by_group).sum(-1).flatten(), (grad * weight).sum(-1)))
+        # An iteration with an inf or nan becomes a row that no later one counts: its variance stays negative.
+        good = all_finite(patch, grad, moments)
+        self.patch[self.next].copy_(torch.where(good, patch, 0))
+        self.grad[self.next].copy_(torch.where(good, grad, 0))
+        self.moments[self.next].copy_(torch.where(good, moments, -1))
         self.next = (self.next + 1) % len(self.grad)
         self.length = min(self.length + 1, keep)
 

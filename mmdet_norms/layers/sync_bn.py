@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._args import check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
-from ._recompute import in_backward, statistics_kept
+from ._recompute import all_finite, copied_statistics, in_backward, statistics_kept, take_if_finite
 
 _LOG = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -111,16 +111,30 @@ class SyncBN(_BatchNorm):
         factor = 0.0
         if tracks:
             factor = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked + 1)
-        mean, var = (self.running_mean, self.running_var) if tracks else (None, None)
-        y = F.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
+        # Copies, which autograd remembers; the layer's own are written below.
+        new = copied_statistics(self) if tracks else dict(running_mean=None, running_var=None)
+        running = (new['running_mean'], new['running_var'])
+        y = F.batch_norm(x, *running, self.weight, self.bias, True, factor, self.eps)
         if tracks:  # not before: a batch that is refused leaves no trace
-            self.num_batches_tracked.add_(1)
+            new['num_batches_tracked'] += 1
+            take_if_finite(self, **new)
         return y
 
     def _synced_by_torch(self, x: Tensor) -> Tensor:
         # Peers exchange fp32 numbers; for an empty half input torch would send half ones, which hangs or corrupts.
         wide = x if x.numel() else x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        return nn.SyncBatchNorm.forward(self, wide).to(x.dtype)
+        before = copied_statistics(self)
+        y = nn.SyncBatchNorm.forward(self, wide).to(x.dtype)
+        if before:
+            self._go_back_if_not_finite(before)
+        return y
+
+    @torch.no_grad()
+    def _go_back_if_not_finite(self, before: dict[str, Tensor]) -> None:
+        good = all_finite(self.running_mean, self.running_var)
+        for name, old in before.items():
+            buffer = getattr(self, name)
+            buffer.copy_(torch.where(good, buffer, old))
 
     def _synced(self, x: Tensor) -> Tensor:
         y, mean, var, count = _SyncedBatchNorm.apply(
@@ -128,12 +142,16 @@ class SyncBN(_BatchNorm):
         )
         if self.track_running_stats:
             with torch.no_grad():
-                self.num_batches_tracked.add_(count > 0)
-                batches = self.num_batches_tracked.clamp(min=1).to(mean.dtype)
+                tracked = self.num_batches_tracked + (count > 0)
+                batches = tracked.clamp(min=1).to(mean.dtype)
                 factor = torch.full_like(batches, self.momentum) if self.momentum is not None else 1 / batches
-                self.running_mean.add_((mean - self.running_mean) * factor * (count > 0))
                 unbiased = var * count / (count - 1).clamp(min=1)
-                self.running_var.add_((unbiased - self.running_var) * factor * (count > 1))
+                take_if_finite(
+                    self,
+                    running_mean=self.running_mean + (mean - self.running_mean) * factor * (count > 0),
+                    running_var=self.running_var + (unbiased - self.running_var) * factor * (count > 1),
+                    num_batches_tracked=tracked,
+                )
         return y
 
 
