@@ -21,6 +21,7 @@ from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.compat.checkpoints import explain_refusal
 from mmdet_norms.datasets.locate import DataRootError, datasets, use_data_root
 from mmdet_norms.engine import end_processes, start_cpu_processes
+from mmdet_norms.engine.one_value import explain_one_value
 from mmdet_norms.entries import class_of, is_a, spell_out
 from mmdet_norms.errors import UserError
 from mmdet_norms.placement import PLACEMENTS, apply_norm
@@ -40,6 +41,12 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
             main(argv)
         except UserError as error:
             print(f'error: {error}', file=sys.stderr)
+            sys.exit(2)
+        except ValueError as error:
+            said = explain_one_value(error)
+            if said is None:
+                raise
+            print(f'error: {said}', file=sys.stderr)
             sys.exit(2)
         finally:
             end_processes()
