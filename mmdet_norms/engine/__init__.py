@@ -9,6 +9,7 @@ from .optim import NormOptimWrapperConstructor
 from .pictures import PicturesHook
 from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
+from .together import SyncBuffersHook
 from .tune import TuneModeHook, TuneReport, tune_mode, undo_tune_mode
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     'PerClassCocoMetric',
     'PicturesHook',
     'ResultsHook',
+    'SyncBuffersHook',
     'TimedLoggerHook',
     'TuneModeHook',
     'TuneReport',

@@ -1,5 +1,6 @@
 """What CBN and MABN need of a run, and warnings where a setting defeats a method."""
 
+import math
 import warnings
 
 from mmengine.hooks import Hook
@@ -7,6 +8,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..layers import CBN, MABN, link_convs, warn_if_uncentred
 
@@ -16,7 +18,7 @@ class NormHook(Hook):
     """Prepare the norms of a model for training; ``tools/train.py`` adds it to every run.
 
     * CBN: links each layer to its convolution (activation checkpointing and compilation need it) and turns a burn-in
-      in epochs, ``burnin='8e'``, into iterations of this run's data loader.
+      in epochs, ``burnin='8e'``, into iterations: of all processes together, also with an infinite sampler.
     * Warns of settings that defeat a method: ``norm_eval=True`` or ``frozen_stages`` over CBN or MABN in the backbone,
       MABN behind a convolution that is not centred, CBN with gradient accumulation.
 
@@ -30,7 +32,7 @@ class NormHook(Hook):
         warn_if_uncentred(model)
         layers = [module for module in model.modules() if isinstance(module, CBN)]
         for layer in layers:
-            layer.resolve_burnin(len(runner.train_dataloader))
+            layer.resolve_burnin(iterations_per_epoch(runner.train_dataloader))
         accumulated = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
         if layers and accumulated > 1:
             warnings.warn(
@@ -41,6 +43,19 @@ class NormHook(Hook):
             )
         for message in defeated(model):
             warnings.warn(message, stacklevel=2)
+
+
+def iterations_per_epoch(loader: DataLoader) -> int:
+    """How many iterations of all processes together show every image once.
+
+    The length of a sampler for iteration loops (``InfiniteSampler``, those for several data sets) is the whole data
+    set, of which every process sees its share.
+    """
+    sampler = getattr(getattr(loader, 'batch_sampler', None), 'sampler', None) or getattr(loader, 'sampler', None)
+    processes = getattr(sampler, 'world_size', 1)
+    if processes > 1 and len(sampler) == len(loader.dataset):
+        return math.ceil(len(loader) / processes)
+    return len(loader)
 
 
 def defeated(model: nn.Module) -> list[str]:

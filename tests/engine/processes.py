@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import traceback
 import uuid
 from pathlib import Path
@@ -26,7 +27,7 @@ def run_in_two(folder: Path, function, *args, timeout: float = 240) -> list:
         results = []
         for rank, pipe in enumerate(pipes):
             assert pipe.poll(timeout), f'process {rank} does not answer'
-            results.append(pipe.recv())
+            results.append(pickle.loads(pipe.recv_bytes()))
     finally:
         for child in children:
             child.join(20)
@@ -44,6 +45,6 @@ def _child(rank, store, sender, function, args):
         answer = True, function(rank, *args)
     except BaseException:
         answer = False, traceback.format_exc()
-    sender.send(answer)
+    sender.send_bytes(pickle.dumps(answer))  # not send, which hands tensors over in memory of this process
     sender.close()
     os._exit(0)  # nothing of the test's own process, such as pytest, must run its exit in here
