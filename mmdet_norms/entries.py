@@ -12,6 +12,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.registry import Registry
+from mmengine.utils import get_object_from_string
 
 # What mmcv calls torch's norms. This package registers classes of its own under two of the names.
 _NORMS_OF_TORCH = {'GroupNorm': 'GN', 'SyncBatchNorm': 'SyncBN'}
@@ -104,9 +105,19 @@ def spell_out(node: Any) -> None:
     elif isinstance(node, dict):
         for key, value in dict.items(node):  # the items() of a ConfigDict would import the classes
             if key in _CLASS_KEYS and (inspect.isclass(value) or inspect.isfunction(value)):
-                node[key] = f'{value.__module__}.{value.__qualname__}'
+                node[key] = path_of(value)
             else:
                 spell_out(value)
+
+
+def path_of(cls: Callable) -> str:
+    """A path by which mmengine finds a class: where it is defined, or an outer package that exports it.
+
+    mmengine takes ``smooth_l1_loss`` in ``mmdet.models.losses.smooth_l1_loss.L1Loss`` for the function of that name.
+    """
+    modules = cls.__module__.split('.')
+    paths = ['.'.join([*modules[:end], cls.__qualname__]) for end in range(len(modules), 0, -1)]
+    return next((path for path in paths if get_object_from_string(path) is cls), paths[0])
 
 
 def _mmdets(registry: Registry) -> Registry:

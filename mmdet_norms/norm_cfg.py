@@ -60,7 +60,7 @@ def replace_norm_cfg(
     if not parts and not any(placed):
         found = {name_of(norm) for part in _dicts(model_cfg) if (norm := norm_of(part))}
         raise ValueError(
-            f'norm_cfg.type={norm_cfg["type"]!r} has nothing to replace: model.type={model_cfg.get("type")!r} has '
+            f'norm_cfg.type={norm_cfg["type"]!r} has nothing to replace: model.type={name_of(model_cfg)!r} has '
             f'{"norms of type " + ", ".join(sorted(found)) if found else "no norms"}, none of {", ".join(types)}; '
             'write norm_cfg into the parts that are to have it, or name other types'
         )

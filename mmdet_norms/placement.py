@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from mmengine.registry import MODELS
+from torch import nn
+
 from .entries import class_of, is_a, name_of
 from .norm_cfg import CENTRED, MISSING, conv_is_plain, default_of, norm_of, parts_with, set_keys, takes
 
@@ -59,6 +62,9 @@ _AS_IN_BN = {norm: ('eps', 'momentum') for norm in ('BN', 'SyncBN', 'BNET', 'AN'
 
 # Norms that another may replace: those of feature maps, not the layer norm of tokens.
 _REPLACED = ('BN', 'SyncBN', 'GN', 'LN2d', 'IN', 'BNET', 'CBN', 'MABN', 'AN', 'BRN', 'SN', 'FrozenBN')
+
+# With running statistics that a checkpoint has; a user's own subclasses included.
+_BATCH_NORMS = ('BN', 'SyncBN', nn.BatchNorm2d, nn.SyncBatchNorm)
 
 # Box heads of Faster R-CNN, which become 4conv1fc heads; those of published checkpoints keep their box convention.
 _BOX_HEADS = ('Shared2FCBBoxHead', 'Shared4Conv1FCBBoxHead', 'NormShared4Conv1FCBBoxHead', 'ConvFCBBoxHead')
@@ -223,7 +229,7 @@ def _backbones(detector: dict, name: str) -> Iterator[tuple[str, dict]]:
     backbone = detector.get('backbone')
     if not isinstance(backbone, Mapping) or 'type' not in backbone:
         raise ValueError(
-            f'norm {name!r} sits in the backbone, but model.backbone of {detector.get("type")!r} is {backbone!r}; '
+            f'norm {name!r} sits in the backbone, but model.backbone of {name_of(detector)!r} is {backbone!r}; '
             'use a detector config with a backbone dict'
         )
     yield 'backbone', backbone
@@ -235,25 +241,25 @@ def _backbones(detector: dict, name: str) -> Iterator[tuple[str, dict]]:
 def _place_in_backbone(path: str, backbone: dict, name: str, placement: Placement) -> None:
     stock = _STOCK.get(name_of(backbone), name_of(backbone))
     if not _is_host(stock, backbone, placement):
-        batch_norm = name_of(norm_of(backbone)) in ('BN', 'SyncBN')
+        batch_norm = is_a(norm_of(backbone), _BATCH_NORMS)
         if not (placement.norm_at or placement.backbone) and (placement.neck or batch_norm):
             return  # a name that leaves the backbone alone
         _refuse_backbone(path, backbone, name, placement)
     backbone.pop('norm_at', None)
     if name_of(backbone.get('conv_cfg')) == CENTRED['type']:
         del backbone['conv_cfg']
-    norm = name_of(norm_of(backbone) or BATCH_NORM)
+    norm = norm_of(backbone) or BATCH_NORM
     if 'norm_cfg' in placement.backbone:
         _place_in_whole_backbone(path, backbone, name, placement.backbone)
-    elif norm in _WHOLE_BACKBONE:
+    elif name_of(norm) in _WHOLE_BACKBONE:
         backbone['norm_cfg'] = copy.deepcopy(default_of(backbone, 'norm_cfg'))
-    elif norm not in ('BN', 'SyncBN'):
+    elif not is_a(norm, _BATCH_NORMS):
         _start_from_batch_norm(backbone, name)
     if stock == 'AOGNet':
         if placement.norm_at or 'norm' in backbone:
             backbone['norm'] = 'AN' if placement.norm_at else 'BN'
     elif placement.norm_at:
-        backbone['type'] = HOSTS[stock]
+        _rename(backbone, HOSTS[stock])
         backbone['norm_at'] = {
             position: [_as_batch_norm(cfg[i], backbone) for i in _stages(stock, backbone)]
             if isinstance(cfg, list)
@@ -261,7 +267,7 @@ def _place_in_backbone(path: str, backbone: dict, name: str, placement: Placemen
             for position, cfg in placement.norm_at.items()
         }
     elif name_of(backbone) in _STOCK:
-        backbone['type'] = stock
+        _rename(backbone, stock)
 
 
 def _is_host(stock: str, backbone: dict, placement: Placement) -> bool:
@@ -304,7 +310,7 @@ def _refuse_backbone(path: str, backbone: dict, name: str, placement: Placement)
 def _start_from_batch_norm(backbone: dict, name: str) -> None:
     """A backbone of another norm has no running statistics, so none can be frozen: they must be learned."""
     warnings.warn(
-        f'norm {name!r}: model.backbone.norm_cfg is {backbone["norm_cfg"]["type"]}, whose pretrained weights hold no '
+        f'norm {name!r}: model.backbone.norm_cfg is {name_of(backbone["norm_cfg"])}, whose pretrained weights hold no '
         'running statistics; using BN with norm_eval=False and frozen_stages=-1. Start from a config with BN to '
         'fine-tune pretrained weights',
         stacklevel=4,
@@ -331,7 +337,7 @@ def _as_batch_norm(norm_cfg: dict, part: dict) -> dict:
     """
     norm_cfg = copy.deepcopy(norm_cfg)
     for old in (norm_of(part), default_of(part, 'norm_cfg')):
-        if isinstance(old, Mapping) and name_of(old) in _AS_IN_BN:
+        if isinstance(old, Mapping) and (name_of(old) in _AS_IN_BN or is_a(old, _BATCH_NORMS)):
             keys = () if norm_cfg.get('norm') == 'GN' else _AS_IN_BN.get(norm_cfg['type'], ())
             norm_cfg.update({key: old[key] for key in keys if old.get(key) and key not in norm_cfg})
             break
@@ -392,16 +398,16 @@ def _place_in_box_head(head: dict, keys: dict) -> None:
             del head[key]
     per_conv = isinstance(keys['norm_cfg'], list)
     if name_of(head) in _LEGACY_BOX_HEADS:
-        head['type'] = 'PlusOneShared4Conv1FCBBoxHead'  # takes one norm_cfg or a list
+        _rename(head, 'PlusOneShared4Conv1FCBBoxHead')  # takes one norm_cfg or a list
     else:
-        head['type'] = 'NormShared4Conv1FCBBoxHead' if per_conv else 'Shared4Conv1FCBBoxHead'
+        _rename(head, 'NormShared4Conv1FCBBoxHead' if per_conv else 'Shared4Conv1FCBBoxHead')
     head.setdefault('conv_out_channels', head.get('in_channels', 256))
     set_keys(head, keys)
 
 
 def _place_in_mask_head(head: dict, keys: dict) -> str | None:
     if name_of(head) == 'NormFCNMaskHead':
-        head['type'] = 'FCNMaskHead'
+        _rename(head, 'FCNMaskHead')
     missing = _missing_key(head, keys)
     if missing is None:
         set_keys(head, keys)
@@ -432,11 +438,17 @@ def _missing_key(part: dict, keys: dict) -> str | None:
 def _instead_of_conv(part: dict) -> str | None:
     """What a part has in front of a norm, if that is no ordinary convolution."""
     if not conv_is_plain(part):
-        return f'conv_cfg={part.get("conv_cfg")}'
+        return f'conv_cfg={dict(part["conv_cfg"], type=name_of(part["conv_cfg"]))}'
     switched_on = [key for key in _DEFORMABLE if part.get(key, default_of(part, key)) not in (MISSING, None, 0, False)]
     if switched_on:
         return f'deformable convolutions ({switched_on[0]})'
     return _NOT_BEHIND_CONV.get(name_of(part))
+
+
+def _rename(part: dict, name: str) -> None:
+    """Another class. A config that writes more than names may set no scope; ours are found without, mmdet's are not."""
+    plain = isinstance(part['type'], str) and '.' not in part['type']
+    part['type'] = name if plain or name in MODELS.module_dict else f'mmdet.{name}'
 
 
 def _parts(node) -> Iterator[dict]:

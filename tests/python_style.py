@@ -12,7 +12,6 @@ from mmdet_norms.entries import class_of
 
 # What a config that imports its classes has for these names, which this package serves by classes of its own.
 _TORCHS = {'GN': nn.GroupNorm, 'SyncBN': nn.SyncBatchNorm}
-# Keys whose value is the name of something that is not registered.
 _REGISTRIES = [value for value in vars(registries).values() if isinstance(value, Registry)]
 
 
@@ -40,6 +39,17 @@ def with_classes(node, make=None):
     if isinstance(node, (list, tuple)):
         return type(node)(with_classes(value, make) for value in node)
     return node
+
+
+def resolved(node):
+    """A plain copy whose types are classes, however they were spelled: what two spellings of a config share."""
+    if isinstance(node, dict):
+        return {key: _resolved(value) if key == 'type' else resolved(value) for key, value in node.items()}
+    return [resolved(value) for value in node] if isinstance(node, (list, tuple)) else node
+
+
+def _resolved(kind):
+    return (named_class(kind) or kind) if isinstance(kind, str) else kind
 
 
 class _Named:

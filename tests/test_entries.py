@@ -9,7 +9,7 @@ from mmengine.registry import DATASETS as ROOT_DATASETS
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from torch import nn
 
-from mmdet_norms.entries import class_of, is_a, name_of, parameter_of, spell_out
+from mmdet_norms.entries import class_of, is_a, name_of, parameter_of, path_of, spell_out
 
 
 class OwnCoco(CocoDataset):
@@ -112,3 +112,9 @@ def test_classes_that_were_read_out_of_a_config_can_be_written_again():
     assert cfg.a.type == cfg.b[0].type == 'mmdet.datasets.coco.CocoDataset'
     assert DATASETS.get(cfg.a.type) is CocoDataset and cfg.b[0].size == (1, 2)
     compile(cfg.dump(), 'config', 'exec')
+
+
+@pytest.mark.parametrize('name', ['L1Loss', 'FocalLoss', 'ResNet', 'BN', 'BNET', 'ConvModule'])
+def test_mmengine_finds_a_class_by_its_path(name):
+    # by the place of its definition it does not find L1Loss: a function has the name of the module
+    assert MODELS.get(path_of(class_of(name))) is class_of(name)

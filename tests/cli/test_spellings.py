@@ -21,7 +21,7 @@ from python_style import with_classes, write_python_style
 from mmdet_norms.cli import test, train
 from mmdet_norms.cli.common import UserError, read_config
 from mmdet_norms.datasets.locate import DataRootError, use_data_root
-from mmdet_norms.entries import class_of, name_of
+from mmdet_norms.entries import class_of, name_of, path_of
 
 
 def scoped(node):
@@ -41,7 +41,7 @@ def _scoped(name):
 
 
 def dotted(node):
-    return with_classes(node, lambda cls: f'{cls.__module__}.{cls.__name__}')
+    return with_classes(node, path_of)
 
 
 @pytest.fixture(scope='module', params=['plain', 'scoped', 'paths', 'classes'])
