@@ -114,24 +114,20 @@ def _share_the_rest(model: nn.Module, changed: set[int]) -> None:
     for name, module in model.named_modules():
         of_first, own = sent[0].get(name, {}), have.get(name, {})
         if of_first or own or any(id(buffer) in changed for buffer in module._buffers.values()):
-            state = {key: value for key, value in _own_state(module).items() if key not in own}
+            # all of it: a layer may take a part for the checkpoint of another norm
+            state = {key: value for key, value in module.state_dict().items() if key not in own}
             module.load_state_dict({**state, **of_first}, strict=False)
 
 
 def _rests(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict]]:
-    """Every module that saves more than its parameters and buffers, with that."""
+    """Every module that itself saves more than its parameters and buffers, with that."""
     for name, module in model.named_modules():
-        plain = {*module._parameters, *module._buffers}
-        rest = {key: value for key, value in _own_state(module).items() if key not in plain}
+        state: dict = {}
+        module._save_to_state_dict(state, '', keep_vars=True)
+        known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        rest = {key: value for key, value in state.items() if id(value) not in known}
         if rest:
             yield name, module, rest
-
-
-def _own_state(module: nn.Module) -> dict:
-    """What a module itself puts into the state dict, without its children."""
-    state: dict = {}
-    module._save_to_state_dict(state, '', False)
-    return state
 
 
 def _on_cpu(state: dict) -> dict:
