@@ -7,11 +7,13 @@ Importing the package registers everything and does nothing else; in a config::
 
 from .compat import mmcv_ops
 from .compat.checkpoints import allow_own_checkpoints
+from .compat.safe_files import write_whole_files
 from .version import __version__
 
 # First, because mmdet's models import mmcv's compiled ops, which mmcv-lite lacks.
 mmcv_ops.install()
 allow_own_checkpoints()
+write_whole_files()
 
 from . import checkpoints, engine, models  # noqa: E402, F401  (registers hooks and backbones)
 from .deploy import fuse  # noqa: E402

@@ -58,8 +58,8 @@ class Converted:
         """
         destination = Path(destination)
         check_destination(destination, self.path, overwrite)
-        with replacing(destination) as part:
-            torch.save(dict(meta=self.meta, state_dict=self.state_dict), part)
+        with replacing(destination) as part, open(part, 'wb') as file:  # by name torch would not tell a full disk
+            torch.save(dict(meta=self.meta, state_dict=self.state_dict), file)
 
 
 def check_destination(

@@ -41,7 +41,7 @@ def save_fused(model: nn.Module, path: str | os.PathLike, meta: dict | None = No
     if not hasattr(model, 'fuse_report'):
         raise ValueError('save_fused(model) takes what fuse(model) returned; save other models with torch.save')
     fused = dict(mmdet_norms=__version__, folded=len(model.fuse_report.folded), reduced=len(model.fuse_report.reduced))
-    with replacing(path) as file:
+    with replacing(path) as part, open(part, 'wb') as file:  # by name torch would not tell a full disk
         torch.save(dict(meta=dict(meta or {}, fused=fused), state_dict=model.state_dict()), file)
 
 

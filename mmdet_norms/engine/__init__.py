@@ -9,6 +9,7 @@ from .optim import NormOptimWrapperConstructor
 from .pictures import PicturesHook
 from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
+from .safe_checkpoints import PendingValidationHook
 from .together import SyncBuffersHook
 from .tune import TuneModeHook, TuneReport, tune_mode, undo_tune_mode
 
@@ -19,6 +20,7 @@ __all__ = [
     'FuseHook',
     'NormHook',
     'NormOptimWrapperConstructor',
+    'PendingValidationHook',
     'PerClassCocoMetric',
     'PicturesHook',
     'ResultsHook',
