@@ -35,3 +35,11 @@ def test_a_killed_process_leaves_the_old_file_and_a_part_that_is_found(tmp_path)
     )
     subprocess.run([sys.executable, '-c', code, str(tmp_path / 'a.txt')], check=False)
     assert (tmp_path / 'a.txt').read_text() == 'old' and len(unfinished(tmp_path)) == 1
+
+
+def test_who_reads_the_old_file_keeps_reading_it(tmp_path):
+    (tmp_path / 'a.txt').write_text('old')
+    with open(tmp_path / 'a.txt') as reader:
+        with replacing(tmp_path / 'a.txt') as part:
+            part.write_text('new, and longer')
+        assert reader.read() == 'old'

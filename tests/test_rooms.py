@@ -1,0 +1,43 @@
+"""The rooms of the package: imports run downwards only, so a line's place says what it may know."""
+
+import ast
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import mmdet_norms
+
+PACKAGE = Path(mmdet_norms.__file__).parent
+
+
+def imported_rooms(path):
+    """Rooms (folders and files right below the package) that a file imports anywhere in it, its own left out."""
+    parts = ('mmdet_norms', *path.relative_to(PACKAGE).with_suffix('').parts)
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name.split('.') for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = list(parts[: len(parts) - node.level]) if node.level else []
+            names = [[*above, *(node.module or '').split('.'), alias.name] for alias in node.names]
+            names = [[part for part in name if part] for name in names]
+        rooms |= {name[1] for name in names if name[0] == 'mmdet_norms' and len(name) > 1}
+    return rooms & {room(p) for p in PACKAGE.rglob('*.py')} - {room(path)}
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+
+
+def test_no_import_runs_upwards():
+    needs = defaultdict(set)
+    for path in PACKAGE.rglob('*.py'):
+        if room(path) not in ('__init__', '__main__'):
+            needs[room(path)] |= imported_rooms(path) - {'__init__'}
+    try:
+        floors = list(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        raise AssertionError(f'rooms that import each other: {" -> ".join(reversed(error.args[1]))}') from None
+    assert floors.index('layers') < floors.index('placement') < floors.index('cli')
+    assert needs['layers'] <= {'kernels'} and 'cli' not in set().union(*needs.values())
