@@ -12,7 +12,6 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, fx, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..deploy.dataflow import Dataflow, may_fold
@@ -359,8 +358,7 @@ class _ScaledConvolution(torch.autograd.Function):
         return torch.convolution(x, _times(weight, scale), shift, *ctx.conv)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # by operators that can be differentiated again
         x, weight, scale = ctx.saved_tensors
         needs_x, needs_weight, needs_scale, needs_shift, _ = ctx.needs_input_grad
         grad_x, grad_product, grad_shift = torch.ops.aten.convolution_backward(

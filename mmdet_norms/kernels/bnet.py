@@ -16,10 +16,9 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import compiled, triton
+from . import compiled, second, triton
 
 _CHANNEL = (1, -1, 1, 1)
 
@@ -158,9 +157,10 @@ class _Compiled(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, *_):
         x, weight, mean, var = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _second(ctx, grad, x, weight, mean, (var + ctx.eps).rsqrt())
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_x = torch.empty_like(x) if needs_x else None
         grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(mean)
@@ -174,7 +174,7 @@ class _Compiled(torch.autograd.Function):
 class _InTorch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, mean, var):
-        ctx.of_batch = mean is None
+        ctx.of_batch, ctx.eps = mean is None, eps
         mean, centred, var = _centre(x) if ctx.of_batch else (mean, x - mean.view(_CHANNEL), var)
         rstd = torch.rsqrt(var + eps)
         y = _depthwise(centred, weight * rstd.view(-1, 1, 1, 1), bias)
@@ -183,9 +183,10 @@ class _InTorch(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, *_):
         x, weight, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _second(ctx, grad, x, weight, mean, rstd)
         grad = grad.contiguous(memory_format=_layout(x))
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_bias = _sum(grad) if needs_bias else None
@@ -202,6 +203,13 @@ class _InTorch(torch.autograd.Function):
                 centred = x - mean.view(_CHANNEL)
                 grad_x.addcmul_(centred, projection.view(_CHANNEL), value=-1).sub_(average.view(_CHANNEL))
         return grad_x, grad_weight if needs_weight else None, grad_bias, None, None, None
+
+
+def _second(ctx, grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple:
+    """Somebody wants to differentiate the gradient."""
+    statistics = () if ctx.of_batch else (mean, rstd)
+    gradients = second.bnet_gradients(grad, x, weight, ctx.eps, *statistics)
+    return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)), None, None, None)
 
 
 def _layout(x: Tensor) -> torch.memory_format:

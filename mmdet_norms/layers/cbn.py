@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import the compiler with this file
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..kernels.second import spread
 from ..kernels import passes, winograd
 from ._args import check_map, check_number, reject_unknown
 from ._fold import exact, fold_affine
@@ -166,7 +166,8 @@ class CBN(nn.Module):
                 call = self._statistics(x, mean, var)
                 self._calls.appendleft(call)
                 self._update_running(mean, var, x.numel() // self.num_features)
-        return _Normalize.apply(x, self.weight, self.bias, *call[1:].unbind())
+        outer = 0.0 if self.eps_in_sqrt else self.eps
+        return _Normalize.apply(x, self.weight, self.bias, *call[1:], outer)
 
     def _statistics(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """Count this iteration, look back, remember it. Rows: batch mean, then the arguments of _Normalize."""
@@ -502,21 +503,24 @@ class _Normalize(torch.autograd.Function):
     """``weight * (x - mean) / denominator + bias``, with the gradient through the batch's part in both statistics.
 
     ``mean_share`` and ``var_share`` say how much one value of x moves mean and variance: 1 / M each in batch norm,
+        ctx.outer = outer
     1 / (k M) with k entries in the window. ``var_share`` carries the slope of the root where eps is outside, and is 0
-    where x is constant.
+    where x is constant. ``outer`` is the eps outside of the root.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, denominator, mean_share, var_share):
+    def forward(ctx, x, weight, bias, mean, denominator, mean_share, var_share, outer):
         ctx.save_for_backward(x, weight, mean, denominator, mean_share, var_share)
         # A constant channel becomes the bias exactly, not 1 / eps times what rounding leaves of x - mean.
         scale = torch.where(var_share > 0, weight.to(mean.dtype) / denominator, 0)
         return passes.affine(x, mean, scale, bias.to(mean.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        x, weight, mean, denominator, mean_share, var_share = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants to differentiate this
+            return *_gradients(grad, *saved, ctx.outer), None, None, None, None, None
+        x, weight, mean, denominator, mean_share, var_share = saved
         grad_bias, centred = passes.gradient_sums(grad, x, mean)
         grad_weight = centred / denominator
         grad_x = None
@@ -525,7 +529,41 @@ class _Normalize(torch.autograd.Function):
             through_var = -scale * var_share * grad_weight / denominator
             through_mean = -scale * mean_share * grad_bias
             grad_x = passes.gradient(grad, x, scale, mean, through_var, through_mean)
-        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None, None
+        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None, None, None
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    denominator: Tensor,
+    mean_share: Tensor,
+    var_share: Tensor,
+    outer: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of :class:`_Normalize` as a differentiable function of ``grad``, ``x`` and ``weight``.
+
+    Mean and root of the variance are written as functions of x, with the values that they have at this x. What earlier
+    iterations put into them is constant, as it is in the gradient itself.
+    """
+    over = (0, 2, 3)
+    grad, here, x_dtype = grad.to(mean.dtype), x.detach().to(mean.dtype), x.dtype
+    x = x.to(mean.dtype)
+    varies = var_share > 0
+    root = denominator - outer
+    share = torch.where(varies, var_share * root / denominator, 0)  # without the slope of the root
+    about, moved = here - spread(mean), (x - here).sum(over) * mean_share
+    squares = ((x - spread(mean)).square() - about.square()).sum(over)
+    variance = torch.where(varies, root.square(), 1) + share * squares - (share / mean_share) * moved.square()
+    root = variance.sqrt()
+    denominator = torch.where(varies, root + outer, denominator)
+    centred = x - spread(mean + moved)
+    grad_bias, grad_weight = grad.sum(over), (grad * centred).sum(over) / denominator
+    scale = weight.to(mean.dtype) / denominator
+    through_var, through_mean = -scale * share * grad_weight / root, -scale * mean_share * grad_bias
+    grad_x = spread(scale) * grad + spread(through_var) * centred + spread(through_mean)
+    return grad_x.to(x_dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..kernels import passes
@@ -20,6 +19,13 @@ from ._args import check_map, check_number, reject_unknown
 from ._fold import exact, fold_affine
 
 _FIX = "write conv_cfg=dict(type='CenConv') beside norm_cfg=dict(type='MABN')"
+_NO_DERIVATIVE = (
+    'MABN has no second derivative (create_graph=True): its backward pass averages over iterations and is the '
+    'derivative of no function, by design (Yan et al. 2020, arXiv:2001.06838), so to differentiate it again would give '
+    'a wrong number. '
+    'For gradient penalties, AdaHessian or Hessian-vector products use another norm that suits small batches '
+    "(norm_cfg type 'GN', 'CBN' or 'BRN'), or put MABN into eval mode, where it is an affine map"
+)
 # Calls of one module that may lie between a forward and its recomputation by activation checkpointing: a head shared
 # by 5 levels makes 5. A record is three vectors, less than the two windows take anyway.
 _MAX_CALLS = 32
@@ -89,8 +95,9 @@ class _Normalize(torch.autograd.Function):
         return F.batch_norm(x, torch.zeros_like(moment), moment, scale, shift, False, 0.0, eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(_NO_DERIVATIVE)
         x, weight, moment, renorm, t = ctx.saved_tensors
         buffer_gz, inverse = ctx.buffer_gz, (moment + ctx.eps).rsqrt()
         scale = weight.to(moment.dtype) * renorm * inverse

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -196,17 +195,17 @@ class _SyncedBatchNorm(torch.autograd.Function):
         return y.to(x.dtype), mean, var, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, *_):
         x, weight, mean, rstd, count = ctx.saved_tensors
         dims, shape = _dims_and_shape(x)
+        if torch.is_grad_enabled():  # somebody wants to differentiate this: as functions of every process's x
+            mean, rstd = _statistics_again(x.to(mean.dtype), mean, rstd, count, ctx.group)
         wide = grad.to(mean.dtype)
         normalized = (x.to(mean.dtype) - mean.view(shape)) * rstd.view(shape)
         grad_bias, grad_weight = wide.sum(dims), (wide * normalized).sum(dims)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            total = torch.cat([grad_bias, grad_weight])
-            dist.all_reduce(total, group=ctx.group)
+            total = _Sum.apply(torch.cat([grad_bias, grad_weight]), ctx.group)
             mean_grad, mean_projection = (total / count.clamp(min=1)).view(2, *shape)
             scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
             grad_x = (wide - mean_grad - normalized * mean_projection) * scale.view(shape)
@@ -214,6 +213,31 @@ class _SyncedBatchNorm(torch.autograd.Function):
         if weight is None:
             return grad_x, None, None, None, None, None
         return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over all processes, in place. As often differentiable: every process's gradient adds to every input's."""
+
+    @staticmethod
+    def forward(ctx, vector, group):
+        ctx.group = group
+        dist.all_reduce(vector, group=group)
+        ctx.mark_dirty(vector)
+        return vector
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Sum.apply(grad.clone(), ctx.group), None
+
+
+def _statistics_again(x: Tensor, mean: Tensor, rstd: Tensor, count: Tensor, group) -> tuple[Tensor, Tensor]:
+    """``mean`` and ``rstd``, whose values are known, as differentiable functions of the x of all processes."""
+    dims, shape = _dims_and_shape(x)
+    here, mean, rstd = x.detach(), mean.detach(), rstd.detach()
+    centred, about = x - mean.view(shape), here - mean.view(shape)
+    changes = torch.cat([(x - here).sum(dims), (centred.square() - about.square()).sum(dims)])
+    shift, squares = (_Sum.apply(changes, group) / count.clamp(min=1)).chunk(2)
+    return mean + shift, (rstd.pow(-2) + squares - shift.square()).rsqrt()
 
 
 def _dims_and_shape(x: Tensor) -> tuple[list[int], tuple[int, ...]]:

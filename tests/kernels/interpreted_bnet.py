@@ -118,12 +118,18 @@ def test_x_is_all_that_is_saved():
     assert sorted(t.numel() for t in saved) == [2, 2, 18, x.numel()]
 
 
-def test_a_second_derivative_is_refused_rather_than_wrong():
-    x, weight, bias, *_ = tensors(1, torch.float64, CONTIGUOUS, (1, 2, 2, 2))
-    y = by_triton(x.requires_grad_(), weight, bias)
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        grad.sum().backward()
+@pytest.mark.parametrize('given', [False, True])
+@pytest.mark.parametrize('layout', [CONTIGUOUS, LAST])
+def test_the_gradient_can_be_differentiated_again(layout, given):
+    x, weight, bias, *statistics = tensors(3, torch.float64, layout, (2, 2, 3, 4))
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    results = []
+    for function in by_triton, literal:
+        y = function(*inputs, *(statistics if given else ()))
+        gradient = torch.autograd.grad(y.pow(3).sum(), inputs, create_graph=True)
+        penalty = sum(g.square().sum() for g in gradient)
+        results.append([*gradient, *torch.autograd.grad(penalty, inputs)])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize('relu', [False, True])

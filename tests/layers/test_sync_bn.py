@@ -116,6 +116,14 @@ CASES = {
 }
 
 
+def second_gradients(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Gradients of a gradient penalty, whose sum over processes is differentiated; the layer stays as it is."""
+    fresh, x = copy.deepcopy(layer), x.detach().clone().requires_grad_()
+    inputs = (x, *fresh.parameters())
+    gradient = torch.autograd.grad((fresh(x).pow(2) * grad).sum(), inputs[:1], create_graph=True)
+    return torch.autograd.grad((gradient[0].sin() * grad).sum(), inputs)
+
+
 def worker(rank: int, store: str) -> None:
     """Both processes build the same whole batch, take their part, and compare with batch norm on the whole."""
     torch.set_num_threads(1)
@@ -144,6 +152,12 @@ def worker(rank: int, store: str) -> None:
                     expected.backward(grad)
                     same |= {'y': (y, expected[mine]), 'grad': (x.grad, whole.grad[mine])}
                     same |= {k: (layer.state_dict()[k], v) for k, v in plain.state_dict().items()}
+                    penalty, *totals = second_gradients(layer, x, grad[mine])
+                    of_whole, *of_parameters = second_gradients(plain, whole, grad)
+                    same['second'] = penalty, of_whole[mine]
+                    for i, (total, expected) in enumerate(zip(totals, of_parameters)):
+                        dist.all_reduce(total)
+                        same[f'second {i}'] = total, expected
                     for key, p in layer.named_parameters():
                         total = p.grad.clone()
                         dist.all_reduce(total)

@@ -52,7 +52,7 @@ def normalize_and_convolve(
     """:func:`mmdet_norms.kernels.bnet.normalize_and_convolve` on a GPU, if :func:`serves` says so.
 
     Statistics, sums and gradients of parameters are accumulated in fp32 for halves; y has the dtype and layout of x.
-    Gradients are not differentiable themselves.
+    Gradients are differentiable themselves, then by torch's operators; in compiled code they are not.
     """
     from . import bnet, common
 

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..second import bnet_gradients
 from .common import dense, is_channels_last, launch, least_padding, like, pieces, power_of_two, wide
 from .passes import moments
 
@@ -483,9 +483,13 @@ def _backward_by(function):
     def backward(ctx, grad, *_):
         x, weight, mean, var = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_x, grad_weight, grad_bias = function(
-            grad, x, weight, mean, var, ctx.eps, ctx.of_batch, needs_x, needs_weight or needs_bias
-        )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # somebody wants to differentiate this
+            statistics = () if ctx.of_batch else (mean, (var + ctx.eps).rsqrt())
+            grad_x, grad_weight, grad_bias = bnet_gradients(grad, x, weight, ctx.eps, *statistics)
+        else:
+            grad_x, grad_weight, grad_bias = function(
+                grad, x, weight, mean, var, ctx.eps, ctx.of_batch, needs_x, needs_weight or needs_bias
+            )
         constants = (None,) * (1 if ctx.of_batch else 3)
         return (
             grad_x if needs_x else None,
@@ -506,7 +510,7 @@ class EagerBNET(torch.autograd.Function):
 
     forward = staticmethod(bnet)
     setup_context = staticmethod(_save)
-    backward = staticmethod(once_differentiable(_backward_by(bnet_backward)))
+    backward = staticmethod(_backward_by(bnet_backward))
 
 
 class EagerBNETGiven(torch.autograd.Function):
@@ -514,4 +518,4 @@ class EagerBNETGiven(torch.autograd.Function):
 
     forward = staticmethod(bnet_given)
     setup_context = staticmethod(_save)
-    backward = staticmethod(once_differentiable(_backward_by(bnet_backward)))
+    backward = staticmethod(_backward_by(bnet_backward))

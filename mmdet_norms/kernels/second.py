@@ -1,0 +1,42 @@
+"""Backward passes by torch's own operators, for gradients that are to be differentiated again (``create_graph``).
+
+Slower than the kernels, and they keep what autograd keeps of them. Only the second derivative pays for that: a backward
+pass asks ``torch.is_grad_enabled()``, which is off unless its caller wants to differentiate the result.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_OVER = (0, 2, 3)
+
+
+def bnet_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, mean: Tensor | None = None, rstd: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, weight and bias of a depthwise convolution of the normalized map; differentiable to any order.
+
+    Args:
+        grad: gradient of the result, ``(N, C, H, W)``.
+        x, weight, eps: as in :func:`mmdet_norms.kernels.bnet.normalize_and_convolve`.
+        mean, rstd: constants ``(C,)`` that x was normalized with; None for those of x, through which x has a gradient,
+            too.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    size, of_batch = weight.shape[-1], mean is None
+    grad, values, taps = grad.to(wide), x.to(wide), weight.to(wide)
+    if of_batch:
+        var, mean = torch.var_mean(values, _OVER, correction=0)
+        rstd = (var + eps).rsqrt()
+    normalized = (values - spread(mean)) * spread(rstd)
+    grad_weight = torch.nn.grad.conv2d_weight(normalized, weight.shape, grad, 1, size // 2, 1, len(weight))
+    grad_x = F.conv2d(grad, taps.flip(2, 3), None, 1, size // 2, 1, len(weight))  # of the normalized map so far
+    if of_batch:
+        average, projection = grad_x.mean(_OVER), (grad_x * normalized).mean(_OVER)
+        grad_x = grad_x - spread(average) - normalized * spread(projection)
+    return (grad_x * spread(rstd)).to(x.dtype), grad_weight.to(weight.dtype), grad.sum(_OVER).to(weight.dtype)
+
+
+def spread(vector: Tensor) -> Tensor:
+    """``(C,)`` for broadcasting over a map."""
+    return vector.view(1, -1, 1, 1)
