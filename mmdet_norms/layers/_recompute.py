@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ._replay import recall, remember
+
 
 def in_backward() -> bool:
     """Is this forward run from within a backward pass? Then activation checkpointing is repeating it.
@@ -78,8 +80,8 @@ def run_batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     * A forward that activation checkpointing repeats during the backward pass does not update the running statistics a
       second time: they end as without checkpointing. (torch's batch norm counts such batches twice.)
     * A batch with one value per channel, which has no variance, or with none (torch: an error, and a count) is
-      normalized with the running statistics and leaves them as they are. A synchronized batch norm is called in any
-      case: the values may be on other ranks, which wait for this one.
+      normalized with the running statistics and leaves them as they are: in a repeated forward, those of then. A
+      synchronized batch norm is called in any case: the values may be on other ranks, which wait for this one.
     * A batch whose mean or variance is inf or nan (in one channel is enough) leaves the running statistics and the
       batch counter as they are: see :func:`take_if_finite`.
 
@@ -95,11 +97,26 @@ def run_batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     if norm.running_mean is None or not norm.track_running_stats:
         return norm(x)
     if x.dim() == 4 and x.shape[0] * x.shape[2] * x.shape[3] <= 1 and not _is_synchronized(norm):
-        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        return F.batch_norm(x, *running_statistics(norm), norm.weight, norm.bias, False, 0.0, norm.eps)
     if in_backward():
         with statistics_kept(norm):
             return norm(x)
     return _run_guarded(norm, x)
+
+
+def running_statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Copies of the running mean and variance, for a training forward; when repeated, what they were then.
+
+    Later forwards of a shared layer change them before the backward pass.
+    """
+    if torch.compiler.is_compiling():
+        return norm.running_mean, norm.running_var
+    known = recall(norm) if in_backward() else None
+    if known is None:
+        known = norm.running_mean.clone(), norm.running_var.clone()
+        if not in_backward():
+            remember(norm, known)
+    return known
 
 
 def _is_synchronized(norm: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..kernels.instance_affine import instance_affine, serves
 from ._args import check_map, check_number, reject_unknown
 from ._fold import InferenceOnly, batch_norm_affine, exact
-from ._recompute import in_backward, run_batch_norm
+from ._recompute import in_backward, run_batch_norm, running_statistics
 from ._watched import is_watched
 from ._with_batch_norm import WithBatchNorm
 
@@ -291,7 +291,9 @@ class AN(WithBatchNorm):
             origin, var = _pool(mean, var, 2)
             return (scale * (var + self.eps).rsqrt()).flatten(1), origin.expand_as(mean).flatten(1), shift
         if not batch_statistics:
-            origin, var = self.bn.running_mean.to(mean.dtype), self.bn.running_var.to(mean.dtype)
+            bn = self.bn
+            running = running_statistics(bn) if bn.training else (bn.running_mean, bn.running_var)
+            origin, var = (statistic.to(mean.dtype) for statistic in running)
         else:
             origin, var = (t.squeeze(0) for t in _pool(mean, var, 0))
             if not in_backward():  # activation checkpointing repeats a forward that was counted

@@ -1,16 +1,13 @@
 """Batch renormalization: training normalizes, up to a bounded correction, as inference will."""
 
-from collections import deque
-
 import torch
 from torch import Tensor, nn
 
 from ._args import check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
 from ._recompute import in_backward
+from ._replay import Calls
 from ._with_batch_norm import WithBatchNorm
-
-_REMEMBERED_CALLS = 32  # covers a head shared by all levels of a pyramid, several times over
 
 
 class BRN(WithBatchNorm):
@@ -38,8 +35,8 @@ class BRN(WithBatchNorm):
     state. A single value per channel gives :math:`\gamma d + \beta` and leaves the running variance, of which it says
     nothing. Statistics in fp32 for fp16/bf16 inputs; y has the dtype and layout of x. No host sync.
 
-    Under activation checkpointing the recomputed forward finds r and d of the original one (the last 32 calls are
-    remembered) and does not update the statistics a second time.
+    Under activation checkpointing the recomputed forward finds r and d of the original one and does not update the
+    statistics a second time.
 
     ``norm_eval`` makes it plain batch norm with running statistics, which defeats the method.
 
@@ -89,7 +86,7 @@ class BRN(WithBatchNorm):
         super().__init__(num_features, nn.BatchNorm2d(num_features, eps=eps, momentum=momentum))
         self.r_max, self.d_max = r_max, d_max
         self.warmup_iters, self.r_iters, self.d_iters = warmup_iters, r_iters, d_iters
-        self._recent = deque(maxlen=_REMEMBERED_CALLS)
+        self._calls = Calls()
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(self, self.num_features, x)
@@ -104,14 +101,14 @@ class BRN(WithBatchNorm):
         with torch.no_grad():
             var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
             repeats = in_backward()
-            r, d = (repeats and self._recall(mean)) or self._correction(mean, var)
+            _, r, d = (repeats and self._calls.recall(mean)) or (mean, *self._correction(mean, var))
         # Renormalization is affine, so it can share the step of weight and bias.
         # torch.batch_norm, since F.batch_norm refuses a single value per channel.
         weight, bias = weight * r, weight * d + bias
         y = torch.batch_norm(x, weight, bias, None, None, True, 0.0, bn.eps, torch.backends.cudnn.enabled)
         if not repeats:
             if not torch.compiler.is_compiling():
-                self._recent.appendleft((mean, r, d))
+                self._calls.add((mean, r, d))
             self._update(mean, var * (count / (count - 1)) if count > 1 else None)
         return y
 
@@ -133,18 +130,6 @@ class BRN(WithBatchNorm):
         r = torch.sqrt(var + bn.eps) / sigma
         d = (mean - bn.running_mean) / sigma
         return torch.clamp(r, 1 / r_max, r_max), torch.clamp(d, -d_max, d_max)
-
-    def _recall(self, mean: Tensor) -> tuple[Tensor, Tensor] | None:
-        """r and d of the call that had this batch mean: the newest such call, found without a host sync."""
-        calls = [call for call in self._recent if call[0].device == mean.device]
-        if not calls:  # a forward that only looks like a recomputation
-            return None
-        means, rs, ds = (torch.stack(values) for values in zip(*calls))
-        row = (means - mean).abs().sum(1).argmin(keepdim=True)
-        return rs.index_select(0, row)[0], ds.index_select(0, row)[0]
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {'_recent': deque(maxlen=_REMEMBERED_CALLS)}  # copies and pickles need no such memory
 
     def extra_repr(self) -> str:
         return (

@@ -6,7 +6,6 @@ Yao et al., "Cross-Iteration Batch Normalization", CVPR 2021, https://arxiv.org/
 import re
 import sys
 import warnings
-from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -15,14 +14,14 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would impor
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..kernels.second import spread
 from ..kernels import passes, winograd
+from ..kernels.second import spread
 from ._args import check_map, check_number, reject_unknown
 from ._fold import exact, fold_affine
 from ._recompute import all_finite
+from ._replay import Calls
 
 _HISTORY = ('history_patch', 'history_grad', 'history_moments', 'history_index')
-_REMEMBERED_CALLS = 32  # training forwards that activation checkpointing may still replay: C-sized vectors each
 
 
 class CBN(nn.Module):
@@ -139,7 +138,7 @@ class CBN(nn.Module):
         self._count: int | None = None
         self._history: _History | None = None
         self._conv_call: tuple | None = None
-        self._calls: deque[Tensor] = deque(maxlen=_REMEMBERED_CALLS)
+        self._calls = Calls()
 
     # ------------------------------------------------------------------------------------------------ forward
 
@@ -161,16 +160,20 @@ class CBN(nn.Module):
             if torch._C._current_graph_task_id() != -1:
                 # A forward inside a backward is activation checkpointing computing a forward again.
                 self._conv_call = None
-                call = self._recall(mean)
+                call = self._calls.recall(mean)
+                if call is None:
+                    raise RuntimeError(
+                        f'{self._called()} is recomputed by activation checkpointing but has no forward to recompute'
+                    )
             else:
                 call = self._statistics(x, mean, var)
-                self._calls.appendleft(call)
+                self._calls.add(call)
                 self._update_running(mean, var, x.numel() // self.num_features)
         outer = 0.0 if self.eps_in_sqrt else self.eps
         return _Normalize.apply(x, self.weight, self.bias, *call[1:], outer)
 
-    def _statistics(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """Count this iteration, look back, remember it. Rows: batch mean, then the arguments of _Normalize."""
+    def _statistics(self, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
+        """Count this iteration, look back, remember it. Returns the batch mean, then the arguments of _Normalize."""
         positions = x.numel() // self.num_features
         window = self._next_window()
         conv = self._find_conv(x, window)
@@ -196,17 +199,7 @@ class CBN(nn.Module):
             denominator, slope = std + self.eps, (std + self.eps) / std
         # The slope of the root is infinite at zero variance; there x is constant and the variance has no gradient.
         var_share = torch.where(used_var > 0, var_share * slope, 0)
-        return torch.stack((mean, used_mean, denominator, mean_share, var_share))
-
-    def _recall(self, mean: Tensor) -> Tensor:
-        """What the first pass of a checkpointed forward used: the remembered call with this batch mean."""
-        if not self._calls:
-            raise RuntimeError(
-                f'{self._called()} is recomputed by activation checkpointing but has no forward to recompute'
-            )
-        calls = torch.stack(tuple(self._calls))
-        nearest = (calls[:, 0] - mean).abs().amax(1).argmin()
-        return calls.index_select(0, nearest.view(1))[0]
+        return mean, used_mean, denominator, mean_share, var_share
 
     def _update_running(self, mean: Tensor, var: Tensor, positions: int) -> None:
         """A batch with an inf or nan changes nothing: its step will be skipped."""
@@ -320,7 +313,7 @@ class CBN(nn.Module):
         return f'{self.num_features}, buffer_num={self.buffer_num}, burnin={self.burnin!r}, eps={self.eps}'
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | dict(_conv_call=None, _calls=deque(maxlen=_REMEMBERED_CALLS))
+        return self.__dict__ | dict(_conv_call=None)
 
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)
@@ -503,7 +496,6 @@ class _Normalize(torch.autograd.Function):
     """``weight * (x - mean) / denominator + bias``, with the gradient through the batch's part in both statistics.
 
     ``mean_share`` and ``var_share`` say how much one value of x moves mean and variance: 1 / M each in batch norm,
-        ctx.outer = outer
     1 / (k M) with k entries in the window. ``var_share`` carries the slope of the root where eps is outside, and is 0
     where x is constant. ``outer`` is the eps outside of the root.
     """
@@ -511,6 +503,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, mean, denominator, mean_share, var_share, outer):
         ctx.save_for_backward(x, weight, mean, denominator, mean_share, var_share)
+        ctx.outer = outer
         # A constant channel becomes the bias exactly, not 1 / eps times what rounding leaves of x - mean.
         scale = torch.where(var_share > 0, weight.to(mean.dtype) / denominator, 0)
         return passes.affine(x, mean, scale, bias.to(mean.dtype))

@@ -7,7 +7,6 @@ https://arxiv.org/abs/2001.06838.
 import itertools
 import warnings
 import weakref
-from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from ..kernels import passes
 from ._args import check_map, check_number, reject_unknown
 from ._fold import exact, fold_affine
+from ._replay import Calls
 
 _FIX = "write conv_cfg=dict(type='CenConv') beside norm_cfg=dict(type='MABN')"
 _NO_DERIVATIVE = (
@@ -26,11 +26,8 @@ _NO_DERIVATIVE = (
     'For gradient penalties, AdaHessian or Hessian-vector products use another norm that suits small batches '
     "(norm_cfg type 'GN', 'CBN' or 'BRN'), or put MABN into eval mode, where it is an affine map"
 )
-# Calls of one module that may lie between a forward and its recomputation by activation checkpointing: a head shared
-# by 5 levels makes 5. A record is three vectors, less than the two windows take anyway.
-_MAX_CALLS = 32
 _WINDOWS = ('iters', 'buffer_x2', 'buffer_gz')
-_UNSAVED = ('_handle', '_calls', '_replays')
+_UNSAVED = ('_handle', '_calls')
 _HANDLES = itertools.count()
 _LAYERS: 'weakref.WeakValueDictionary[int, MABN]' = weakref.WeakValueDictionary()
 
@@ -265,11 +262,10 @@ class MABN(nn.Module):
 
     def _call(self, batch: Tensor, *state: Tensor) -> _Call:
         """What to normalize with, given the moment of the batch: a new iteration, or an old one recomputed."""
-        if self._calls and torch._C._current_graph_task_id() != -1:
-            return self._recall(batch)
+        if torch._C._current_graph_task_id() != -1 and (call := self._calls.recall(batch)):
+            return _Call(*call)
         call = self._advance(batch, *state)
-        self._calls.append(call)
-        self._replays = None
+        self._calls.add(call)
         return call
 
     def _advance(self, batch: Tensor, iters: Tensor, buffer_x2: Tensor, running_var: Tensor) -> _Call:
@@ -285,30 +281,13 @@ class MABN(nn.Module):
         running_var.copy_(_per_channel(torch.where(new.isfinite(), new, old)))
         return _Call(batch, used, renorm, t)
 
-    def _recall(self, batch: Tensor) -> _Call:
-        """The call that is being recomputed, found without looking at a value on the host.
-
-        Calls with equal moments, such as those of one input given twice, are taken from the latest on, as backward
-        passes meet them.
-        """
-        calls = _Call(*map(torch.stack, zip(*self._calls)))
-        if self._replays is None:
-            self._replays = torch.zeros(len(self._calls), dtype=torch.int64, device=batch.device)
-        distance = (calls.batch - batch).abs().sum(1)
-        age = torch.arange(len(self._calls), device=batch.device)
-        order = age - len(self._calls) * self._replays
-        best = torch.where(distance <= distance.min(), order, torch.full_like(order, -(2**62))).argmax(0, keepdim=True)
-        self._replays.index_add_(0, best, torch.ones_like(best))
-        return _Call(*(stack.index_select(0, best)[0] for stack in calls))
-
     def _register(self) -> None:
         # A tensor, because the compiler would make one graph per number; on the CPU, so reading it waits for nothing.
         self._handle = torch.tensor(next(_HANDLES), device='cpu')
         _LAYERS[int(self._handle)] = self
 
     def _forget_calls(self) -> None:
-        self._calls: deque[_Call] = deque(maxlen=_MAX_CALLS)
-        self._replays: Tensor | None = None
+        self._calls = Calls()
 
     def _apply(self, fn, recurse=True):
         self._forget_calls()  # they would stay behind on the old device

@@ -1,0 +1,126 @@
+"""What a forward used, for activation checkpointing to use again when it repeats the forward."""
+
+import sys
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+_TORCHS_FILE = CheckpointFunction.forward.__code__.co_filename
+_ATTRIBUTE = '_mmdet_norms_calls'
+_REMEMBERED_CALLS = 32  # covers a head shared by all levels of a pyramid, several times over; C-sized vectors each
+
+# Torch keeps an object for every checkpointed region: it is made when the region first runs, is there when the region
+# runs again, and goes with the graph. So that is where calls of a region are remembered: in their order, which the
+# repetition has, too. Equal inputs, the order of regions in the backward pass, steps without one, and second backward
+# passes (each repeats from the start) are then all the same. Where the object is, only the running functions know.
+
+
+def _regions() -> Iterator[tuple[object, Hashable]]:
+    """The checkpointed regions around this call, from the inside: each, and what is the same for all of one repetition.
+
+    That is None where the region runs for the first time.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == _TORCHS_FILE:
+            variables, name = frame.f_locals, frame.f_code.co_name
+            if name == 'unpack_hook' and 'gid' in variables:  # repeated, use_reentrant=False
+                yield variables['frame'], variables['gid']
+            elif name == 'backward' and 'ctx' in variables:  # repeated, use_reentrant=True
+                yield variables['ctx'], torch._C._current_graph_task_id()
+            elif name == 'forward' and 'ctx' in variables:
+                yield variables['ctx'], None
+            elif name == 'checkpoint' and 'gen' in variables:
+                generator = variables['gen'].gi_frame
+                if generator is not None and 'new_frame' in generator.f_locals:
+                    yield generator.f_locals['new_frame'], None
+        frame = frame.f_back
+
+
+@dataclass
+class _Record:
+    """The calls of one layer in one region; of the current repetition, which it is and how many were repeated."""
+
+    calls: list[tuple[Tensor, ...]] = field(default_factory=list)
+    repetition: Hashable = None
+    repeated: int = 0
+
+
+def _keep(region: object, layer: object, call: tuple[Tensor, ...]) -> None:
+    vars(region).setdefault(_ATTRIBUTE, {}).setdefault(layer, _Record()).calls.append(call)
+
+
+def remember(layer: object, call: tuple[Tensor, ...]) -> bool:
+    """Keep what this forward used for its repetitions, if a checkpoint is around it. Returns whether there is one."""
+    regions = [region for region, repetition in _regions() if repetition is None]
+    for region in regions:
+        _keep(region, layer, call)
+    return bool(regions)
+
+
+def recall(layer: object) -> tuple[Tensor, ...] | None:
+    """What the forward that is being repeated used; None if it was not remembered."""
+    new = []  # regions within the repeated one, which may be repeated themselves
+    for region, repetition in _regions():
+        if repetition is None:
+            new.append(region)
+            continue
+        record = vars(region).get(_ATTRIBUTE, {}).get(layer)
+        if record is None:
+            return None
+        if record.repetition != repetition:
+            record.repetition, record.repeated = repetition, 0
+        if record.repeated == len(record.calls):
+            return None
+        call = record.calls[record.repeated]
+        record.repeated += 1
+        for inner in new:
+            _keep(inner, layer, call)
+        return call
+    return None
+
+
+class Calls:
+    """What the training forwards of one layer used, for their repetitions.
+
+    Other code than torch's checkpoint that repeats forwards (the compiler's partitioner, other libraries) has no
+    regions. For it the last 32 calls are remembered, and that with the nearest ``key`` is taken; of equal ones from the
+    latest on, as backward passes meet them.
+
+    Copies and pickles are empty.
+    """
+
+    def __init__(self):
+        self._last: deque[tuple[Tensor, ...]] = deque(maxlen=_REMEMBERED_CALLS)
+        self._taken: Tensor | None = None
+
+    def add(self, call: tuple[Tensor, ...]) -> None:
+        """``call[0]`` is the key: a vector that depends on the input."""
+        if not remember(self, call):
+            self._last.append(call)
+            self._taken = None
+
+    def recall(self, key: Tensor) -> tuple[Tensor, ...] | None:
+        """The call that is being repeated. None if there is none: a forward that only looks like a repetition."""
+        return recall(self) or self._nearest(key)
+
+    def _nearest(self, key: Tensor) -> tuple[Tensor, ...] | None:
+        """Without looking at a value on the host."""
+        calls = [call for call in self._last if call[0].device == key.device]
+        if not calls:
+            return None
+        if self._taken is None or len(self._taken) != len(calls):
+            self._taken = torch.zeros(len(calls), dtype=torch.int64, device=key.device)
+        stacks = [torch.stack(vectors) for vectors in zip(*calls)]
+        distance = (stacks[0] - key).abs().sum(1)
+        order = torch.arange(len(calls), device=key.device) - len(calls) * self._taken
+        best = torch.where(distance <= distance.min(), order, torch.full_like(order, -(2**62))).argmax(0, keepdim=True)
+        self._taken.index_add_(0, best, torch.ones_like(best))
+        return tuple(stack.index_select(0, best)[0] for stack in stacks)
+
+    def __reduce__(self):
+        return Calls, ()
