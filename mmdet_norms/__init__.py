@@ -7,12 +7,14 @@ Importing the package registers everything and does nothing else; in a config::
 
 from .compat import mmcv_ops
 from .compat.checkpoints import allow_own_checkpoints
+from .compat.loading import load_when_asked
 from .compat.safe_files import write_whole_files
 from .version import __version__
 
 # First, because mmdet's models import mmcv's compiled ops, which mmcv-lite lacks.
 mmcv_ops.install()
 allow_own_checkpoints()
+load_when_asked()
 write_whole_files()
 
 from . import checkpoints, engine, models  # noqa: E402, F401  (registers hooks and backbones)

@@ -76,6 +76,7 @@ def train_config(args: argparse.Namespace) -> Config:
     if args.resume is not None:
         _resume(cfg, args.resume)
     _require_weights(cfg, args.config)
+    add_hook(cfg, 'RandomStateHook')
     add_hook(cfg, 'PendingValidationHook')
     if args.tune_mode:
         add_hook(cfg, 'TuneModeHook')

@@ -9,6 +9,7 @@ from .optim import NormOptimWrapperConstructor
 from .pictures import PicturesHook
 from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
+from .rng import RandomStateHook
 from .safe_checkpoints import PendingValidationHook
 from .together import SyncBuffersHook
 from .tune import TuneModeHook, TuneReport, tune_mode, undo_tune_mode
@@ -23,6 +24,7 @@ __all__ = [
     'PendingValidationHook',
     'PerClassCocoMetric',
     'PicturesHook',
+    'RandomStateHook',
     'ResultsHook',
     'SyncBuffersHook',
     'TimedLoggerHook',
