@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from mmdet_norms.benchmark import detectors, layers, measure, report
@@ -16,6 +16,7 @@ from mmdet_norms.kernels import triton
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
 from .common import UserError, command, read_config
+from .options import add_option_arguments, merge_options
 
 LEVELS = ('layer', 'conv', 'detector')
 _TITLE_WIDTH = 58
@@ -92,9 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f'put each of these into every --config: {", ".join(PLACEMENTS)}; default: the configs as they are, or '
         f'{" ".join(detectors.NORMS_BY_DEFAULT)} without --config',
     )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='change values of the configs'
-    )
+    add_option_arguments(parser)
     parser.add_argument('--image', nargs=2, type=int, metavar=('H', 'W'), help='image of detectors; default 512 800')
     parser.add_argument('--batch', type=int, default=2, help='images of a training step; default 2')
     parser.add_argument('--no-fuse', action='store_true', help='without inference with folded norms')
@@ -231,8 +230,7 @@ def _configs(args: argparse.Namespace) -> dict[str, Config]:
                     cfg.model = apply_norm(cfg.model, norm)
                 except ValueError as error:
                     raise UserError(f'--norm {norm}: {error}') from error
-            if args.cfg_options is not None:
-                cfg.merge_from_dict(args.cfg_options)
+            merge_options(cfg, args)
             name = stem if norm is None else norm if len(args.config) == 1 else f'{stem} {norm}'
             if name in configs:
                 raise UserError(f'--config: two files are called {stem}.py; measure them one at a time')

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmdet.registry import HOOKS, RUNNERS
 from mmdet.utils import setup_cache_size_limit_of_dynamo
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.hooks import LoggerHook
 from mmengine.hub import get_config
 from mmengine.runner import Runner
@@ -25,6 +25,8 @@ from mmdet_norms.engine.one_value import explain_one_value
 from mmdet_norms.entries import class_of, is_a, spell_out
 from mmdet_norms.errors import UserError
 from mmdet_norms.placement import PLACEMENTS, apply_norm
+
+from .options import add_option_arguments, merge_options
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
@@ -68,13 +70,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder in COCO format to read instead of the config's data_root; its file layout and classes are "
         'taken from it',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='change values of the config, e.g. train_cfg.max_epochs=1 key="[(a,b),(c,d)]"',
-    )
+    add_option_arguments(parser)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -95,8 +91,7 @@ def load_config(args: argparse.Namespace) -> Config:
             raise UserError(f'--norm {args.norm}: {error}') from error
     if args.data_root is not None:
         move_data_root(cfg, args.data_root)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    merge_options(cfg, args)
     cfg.launcher = args.launcher
     cfg.work_dir = _work_dir(args, cfg)
     _import_this_package(cfg)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmdet.registry import MODELS
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import nn
@@ -16,6 +16,7 @@ from mmdet_norms.deploy import PARTS, export_onnx, fuse, is_fused, save_fused
 from mmdet_norms.placement import PLACEMENTS
 
 from .common import UserError, command, load_config, require_checkpoint, run_with_checkpoint
+from .options import add_option_arguments
 
 _ONNX_ONLY = ('size', 'batch', 'dynamic', 'part')
 
@@ -39,9 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--norm', metavar='NAME', help=f'the norms that the model was trained with: {", ".join(PLACEMENTS)}'
     )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='change values of the config'
-    )
+    add_option_arguments(parser)
     onnx = parser.add_argument_group('for OUT.onnx')
     onnx.add_argument(
         '--size', nargs=2, type=int, metavar=('H', 'W'), help='height and width of the images; default: 800 1344'

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from mmdet.registry import DATASETS
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmdet_norms.console import as_text
@@ -27,6 +27,7 @@ from mmdet_norms.engine.picture import (
 )
 
 from .common import UserError, command, move_data_root, read_config, require_annotations
+from .options import add_option_arguments, merge_options
 
 
 @command
@@ -37,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = read_config(args.config)
     if args.data_root is not None:
         move_data_root(cfg, args.data_root)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    merge_options(cfg, args)
     require_annotations(cfg, 'test_dataloader')
     dataset = _build_dataset(cfg)
     results = _read_results(args.results, dataset)
@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--num', type=int, default=12, help='number of images, spread over the data set')
     parser.add_argument('--score-thr', type=float, default=0.5, help='least score to draw (default: 0.5)')
     parser.add_argument('--data-root', metavar='DIR', help="replaces the config's data_root")
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
+    add_option_arguments(parser)
     return parser.parse_args(argv)
 
 
