@@ -12,13 +12,11 @@ Backward needs no reduction for the second term of batch norm, because per chann
 On a GPU, :mod:`.triton` has a third.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import compiled, second, triton
+from . import compiled, pointers, second, triton
 
 _CHANNEL = (1, -1, 1, 1)
 
@@ -118,28 +116,13 @@ def _suits_the_library(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tenso
 
 
 def _compiled_inference(x, weight, bias, residual, relu, inplace) -> Tensor:
-    y = x if inplace else torch.empty_like(x)
-    tensors = dict(bias=bias, residual=residual, y=y, mean=torch.zeros_like(bias), var=torch.ones_like(bias))
-    compiled.call('bnet_forward', _Job(x, weight, 0.0, False, tensors, relu=relu), x)
+    # A row of x is overwritten before the residual's next ones are read, which may be parts of x.
+    apart = residual is None or residual.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    y = x if inplace and apart else torch.empty_like(x)
+    mean, var = torch.zeros_like(bias), torch.ones_like(bias)
+    tensors = dict(x=x, weight=weight, bias=bias, residual=residual, y=y, mean=mean, var=var)
+    compiled.call('bnet_forward', tensors, 0.0, False, relu=relu)
     return y
-
-
-class _Job(ctypes.Structure):
-    """``job`` of ``csrc/bnet.h``."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ('x', 'grad', 'weight', 'bias', 'residual')),
-        *((name, ctypes.c_void_p) for name in ('y', 'grad_x', 'grad_weight', 'grad_bias', 'mean', 'var')),
-        ('eps', ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ('n', 'c', 'h', 'w')),
-        *((name, ctypes.c_int32) for name in ('k', 'last', 'of_batch', 'needs_x', 'needs_weight', 'relu')),
-    ]
-
-    def __init__(self, x: Tensor, weight: Tensor, eps: float, of_batch: bool, tensors: dict, **flags):
-        tensors = dict(tensors, x=x, weight=weight)
-        pointers = {name: compiled.address(tensor) for name, tensor in tensors.items()}
-        sizes = dict(zip('nchw', x.shape), k=weight.shape[-1], last=_layout(x) == torch.channels_last)
-        super().__init__(eps=eps, of_batch=of_batch, **pointers, **sizes, **flags)
 
 
 class _Compiled(torch.autograd.Function):
@@ -149,8 +132,8 @@ class _Compiled(torch.autograd.Function):
         if of_batch:
             mean, var = torch.empty_like(bias), torch.empty_like(bias)
         y = torch.empty_like(x)
-        job = _Job(x, weight, eps, of_batch, dict(bias=bias, y=y, mean=mean, var=var))
-        compiled.call('bnet_forward', job, x)
+        tensors = dict(x=x, weight=weight, bias=bias, y=y, mean=mean, var=var)
+        compiled.call('bnet_forward', tensors, eps, of_batch)
         ctx.save_for_backward(x, weight, mean, var)
         ctx.of_batch, ctx.eps = of_batch, eps
         ctx.mark_non_differentiable(mean, var)
@@ -162,12 +145,15 @@ class _Compiled(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _second(ctx, grad, x, weight, mean, (var + ctx.eps).rsqrt())
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # Whoever keeps saved tensors elsewhere meanwhile may give them back in another layout.
+        x, *others = x if _layout(x) == torch.channels_last else x.contiguous(), weight, mean, var
+        weight, mean, var = (t.contiguous() for t in others)
         grad_x = torch.empty_like(x) if needs_x else None
         grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(mean)
-        grad = grad.contiguous(memory_format=_layout(x))
-        tensors = dict(grad=grad, grad_x=grad_x, grad_weight=grad_weight, grad_bias=grad_bias, mean=mean, var=var)
-        job = _Job(x, weight, ctx.eps, ctx.of_batch, tensors, needs_x=needs_x, needs_weight=needs_weight)
-        compiled.call('bnet_backward', job, x)
+        grad = grad.resolve_neg().contiguous(memory_format=_layout(x))
+        tensors = dict(x=x, weight=weight, grad=grad, mean=mean, var=var)
+        tensors |= dict(grad_x=grad_x, grad_weight=grad_weight, grad_bias=grad_bias)
+        compiled.call('bnet_backward', tensors, ctx.eps, ctx.of_batch, needs_x=needs_x, needs_weight=needs_weight)
         return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None
 
 
@@ -213,8 +199,7 @@ def _second(ctx, grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Te
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+    return torch.channels_last if pointers.is_channels_last(x) else torch.contiguous_format
 
 
 def _sum(x: Tensor) -> Tensor:

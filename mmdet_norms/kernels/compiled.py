@@ -1,6 +1,6 @@
 """The compiled CPU library, if the installation could build it: ``setup.py`` compiles ``csrc/`` if it can.
 
-``MMDET_NORMS_COMPILED=0`` in the environment does without it.
+``MMDET_NORMS_COMPILED=0`` in the environment does without it; a path is that of another build (``make asan``).
 """
 
 import ctypes
@@ -14,17 +14,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import pointers
+
 _WORTH_A_THREAD = 1 << 16  # values; starting one costs as much as some ten thousand of them
 _TORCH = Path(torch.__file__).resolve().parent
 _OPENMP = re.compile(r'lib(gomp|iomp5|omp)\b.*\.so')
-_INTERFACE = 2  # what csrc/cpu.c says, too: a library built from older sources would be called with the wrong arguments
+_INTERFACE = 3  # what csrc/cpu.c says, too: a library built from older sources would be called with the wrong arguments
 _SUFFIX = {torch.float32: 'f32', torch.float64: 'f64'}
+_LARGEST_KERNEL = 4095  # what csrc/bnet.h says, too: places of taps are 32 bit numbers there
+_NAMES = ('x', 'grad', 'weight', 'bias', 'residual', 'y', 'grad_x', 'grad_weight', 'grad_bias', 'mean', 'var')
+_NEEDED = {
+    'bnet_forward': ('x', 'weight', 'bias', 'y', 'mean', 'var'),
+    'bnet_backward': ('x', 'weight', 'grad', 'grad_weight', 'grad_bias', 'mean', 'var'),
+}
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, or None: not built, built for another machine or from older sources, or switched off."""
-    if os.environ.get('MMDET_NORMS_COMPILED', '1') == '0':
+    wanted = os.environ.get('MMDET_NORMS_COMPILED', '1')
+    if wanted not in ('0', '1'):
+        return _load(Path(wanted))
+    if wanted == '0':
         return None
     folder = Path(__file__).parent
     path = next((p for s in importlib.machinery.EXTENSION_SUFFIXES if (p := folder / f'_cpu{s}').exists()), None)
@@ -48,24 +59,84 @@ def _load(path: Path) -> ctypes.CDLL | None:
     return None
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
+def is_plain(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Can the library read these? Dense fp32 or fp64 on a CPU, all alike; None passes."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return all(
+    given = [tensor for tensor in (x, weight, *others) if tensor is not None]
+    return weight.shape[-1] <= _LARGEST_KERNEL and all(
         tensor.device.type == 'cpu'
         and tensor.dtype in _SUFFIX
-        and tensor.dtype == given[0].dtype
-        and (tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last))
+        and tensor.dtype == x.dtype
+        and (tensor.is_contiguous() or (tensor.dim() == 4 and pointers.is_channels_last(tensor)))
+        and not tensor.is_neg()
         and type(tensor) in (Tensor, torch.nn.Parameter)
         for tensor in given
     )
 
 
-def call(name: str, job: ctypes.Structure, x: Tensor) -> None:
-    """Run ``name`` on as many threads as torch uses, or fewer if ``x`` is small; the interpreter is free meanwhile."""
+class _Job(ctypes.Structure):
+    """``job`` of ``csrc/bnet.h``: addresses, how many values lie at each, and what to do with them."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _NAMES),
+        ('values', ctypes.c_int64 * len(_NAMES)),
+        ('eps', ctypes.c_double),
+        *((name, ctypes.c_int64) for name in 'nchw'),
+        *((name, ctypes.c_int32) for name in ('k', 'last', 'of_batch', 'needs_x', 'needs_weight', 'relu')),
+    ]
+
+
+def call(
+    name: str, tensors: dict[str, Tensor | None], eps: float, of_batch: bool, *, needs_x: bool = False,
+    needs_weight: bool = False, relu: bool = False,
+) -> None:  # fmt: skip
+    """Run a function of the library: the only way to it, and past :func:`pointers.check`.
+
+    It takes as many threads as torch uses, or fewer if the map is small; the interpreter is free meanwhile.
+
+    Args:
+        name: ``'bnet_forward'`` or ``'bnet_backward'``, see ``csrc/bnet.h``.
+        tensors: by their names there. All are of one dtype, fp32 or fp64.
+        eps: added to the variance.
+        of_batch: the statistics are those of x, which needs two values per channel.
+        needs_x, needs_weight: which gradients are wanted.
+        relu: whether the forward ends with it.
+
+    Raises:
+        ValueError: a tensor is missing, or is not what the library would take it for.
+        MemoryError: no memory to work in.
+    """
+    x, owner = tensors['x'], f'{name} of the compiled library'
+    needed = (*_NEEDED[name], 'grad_x') if needs_x else _NEEDED[name]
+    missing = [needed for needed in needed if tensors.get(needed) is None]
+    if missing:
+        raise ValueError(f'{owner} got no {", ".join(missing)}')
+    if x.dtype not in _SUFFIX or x.device.type != 'cpu':
+        raise ValueError(f'{owner} got {x.dtype} on {x.device}; it must be float32 or float64 on a CPU')
+    pointers.check(owner, x, tensors, (x.dtype,))
+    size = tensors['weight'].shape[-1]
+    if size > _LARGEST_KERNEL:
+        raise ValueError(f'{owner} got {size} x {size} taps; it takes {_LARGEST_KERNEL} x {_LARGEST_KERNEL} at most')
+    if of_batch and x.numel() <= x.shape[1]:
+        raise ValueError(f'{owner} got a map of shape {tuple(x.shape)}; a variance takes two values per channel')
+    given = [tensors.get(name) for name in _NAMES]
+    job = _Job(
+        *(None if tensor is None else tensor.data_ptr() for tensor in given),
+        (ctypes.c_int64 * len(_NAMES))(*(0 if tensor is None else tensor.numel() for tensor in given)),
+        eps,
+        *x.shape,
+        size,
+        pointers.is_channels_last(x),
+        of_batch,
+        needs_x,
+        needs_weight,
+        relu,
+    )
     threads = min(torch.get_num_threads(), 1 + x.numel() // _WORTH_A_THREAD)
-    if getattr(library(), f'{name}_{_SUFFIX[x.dtype]}')(ctypes.byref(job), threads, _openmp()):
-        raise MemoryError(f'{name}: no memory for its working planes')
+    failed = getattr(library(), f'{name}_{_SUFFIX[x.dtype]}')(ctypes.byref(job), threads, _openmp())
+    if failed == 1:
+        raise MemoryError(f'{owner}: no memory for its working planes, with a map of shape {tuple(x.shape)}')
+    if failed:
+        raise ValueError(f'{owner} refused a map of shape {tuple(x.shape)} with {size} x {size} taps')
 
 
 @cache
@@ -84,7 +155,3 @@ def _openmp() -> ctypes.c_void_p | None:
         return ctypes.cast(ctypes.CDLL(found[0]).GOMP_parallel, ctypes.c_void_p)
     except (OSError, AttributeError):
         return None
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import triton
+from .pointers import is_channels_last
 
 _HALVES = (torch.float16, torch.bfloat16)
 _CHUNK = 2**21  # values; few enough to stay in a large cache, and to take little memory
@@ -105,10 +106,6 @@ def gradient(grad: Tensor, x: Tensor, gain: Tensor, centre: Tensor, slope: Tenso
     if x.dtype in _HALVES and x.device.type == 'cpu':  # where mixed dtypes take 10 to 50 times as long
         return y.add_(affine(grad, torch.zeros_like(gain), gain, torch.zeros_like(gain)))
     return y.addcmul_(grad, _spread(gain))
-
-
-def is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _has_triton(x: Tensor) -> bool:

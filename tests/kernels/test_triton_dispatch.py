@@ -108,7 +108,7 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_there(dtype, layout, width,
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
     compiled = []
 
-    def launch(kernel, programs, x, *args, num_warps=4, **sizes):
+    def launch(kernel, programs, x, *args, per_instance=False, num_warps=4, **sizes):
         options = dict(num_warps=num_warps, enable_fp_fusion=True)
         result = compile_for_a_gpu(kernel, options, *args, **sizes, ACC=bnet.tl.float32)
         assert result.asm['cubin']

@@ -41,7 +41,7 @@ def compiled(monkeypatch, tmp_path):
         get_current_device = get_current_stream = staticmethod(lambda *_: 'no device')
         get_current_target = staticmethod(lambda: GPUTarget('cuda', HOPPER, 32))
 
-    def launch(kernel, programs, x, *args, **sizes):
+    def launch(kernel, programs, x, *args, per_instance=False, **sizes):
         result = kernel.run(
             *args, **sizes, grid=(programs,), warmup=True, ACC=common.accumulator(x), enable_fp_fusion=True
         )

@@ -12,6 +12,7 @@ typedef REAL NAME(loose) __attribute__((vector_size(64), aligned(sizeof(REAL)), 
 typedef struct {
     const REAL *x, *grad, *weight, *bias, *residual;
     REAL *y, *grad_x, *grad_weight, *grad_bias, *mean, *var;
+    int64_t values[11]; /* that lie at each of these, in this order */
     double eps;
     int64_t n, c, h, w;
     int32_t k, last, of_batch, needs_x, needs_weight, relu;
@@ -126,8 +127,8 @@ CLONES static void NAME(finish)(
 
 static int NAME(channels)(void *argument, int64_t begin, int64_t end, int backward) {
     const NAME(job) *job = argument;
-    const int k = job->k;
-    const int64_t n = job->n, h = job->h, w = job->w, size = h * w, taps = (int64_t)k * k;
+    const int k = job->k, taps = k * k;
+    const int64_t n = job->n, h = job->h, w = job->w, size = h * w;
     const double count = (double)n * size;
     /* The last block of columns reaches beyond the last row. */
     const size_t plane_size = (size_t)(h + k - 1) * (w + k - 1) + NAME(BLOCK) + k;
@@ -155,7 +156,7 @@ static int NAME(channels)(void *argument, int64_t begin, int64_t end, int backwa
             }
             continue;
         }
-        for (int64_t t = 0; t < taps; t++) sums[t] = 0, flipped[t] = weight[taps - 1 - t];
+        for (int t = 0; t < taps; t++) sums[t] = 0, flipped[t] = weight[taps - 1 - t];
         double bias = 0, average = 0, slope = 0;
         for (int64_t i = 0; i < n; i++) {
             const int64_t at = (i * job->c + c) * size;
@@ -171,7 +172,7 @@ static int NAME(channels)(void *argument, int64_t begin, int64_t end, int backwa
             }
         }
         job->grad_bias[c] = bias;
-        for (int64_t t = 0; t < taps; t++) {
+        for (int t = 0; t < taps; t++) {
             job->grad_weight[c * taps + t] = sums[t];
             slope += sums[t] * weight[t];
         }
@@ -389,15 +390,48 @@ static int NAME(backward_work)(void *argument, int64_t begin, int64_t end) {
     return (job->last ? NAME(channels_last) : NAME(channels))(argument, begin, end, 1);
 }
 
+/* Is every array there that will be read or written, with as many values as the sizes say, and all sizes numbers?
+ * compiled.py asks more, and better; a job that did not come through there shall not end in somebody else's memory. */
+static int NAME(is_sound)(const NAME(job) *job, int backward) {
+    const int64_t k = job->k, largest = (int64_t)1 << 48;
+    if (k < 1 || k % 2 == 0 || k > LARGEST_KERNEL || job->h < 0 || job->h > largest || job->w < 0 || job->w > largest)
+        return 0;
+    int64_t map = sizeof(REAL), taps = k * k, plane = NAME(LANES) * sizeof(REAL);
+    if (!multiply(&map, job->n) || !multiply(&map, job->c) || !multiply(&map, job->h) || !multiply(&map, job->w)) return 0;
+    if (!multiply(&taps, job->c)) return 0;
+    map /= sizeof(REAL);
+    /* The border is there where the map is empty, too; somewhat more is read beyond the end. */
+    if (map && (!multiply(&plane, job->h + k) || !multiply(&plane, job->w + k) || plane > INT64_MAX / 2)) return 0;
+    if (!backward && job->of_batch && map <= job->c) return 0;
+    const void *const at[11] = {job->x,      job->grad,        job->weight,    job->bias, job->residual, job->y,
+                                job->grad_x, job->grad_weight, job->grad_bias, job->mean, job->var};
+    const int64_t size[11] = {map, map, taps, job->c, map, map, map, taps, job->c, job->c, job->c};
+    const int in_forward[11] = {1, 0, 1, 1, job->residual != NULL, 1, 0, 0, 0, 1, 1};
+    const int in_backward[11] = {1, 1, 1, 0, 0, 0, job->needs_x, 1, 1, 1, 1};
+    for (int i = 0; i < 11; i++) {
+        if (!(backward ? in_backward : in_forward)[i]) continue;
+        if (job->values[i] != size[i] || (size[i] && !at[i])) return 0;
+    }
+    return 1;
+}
+
 static inline int64_t NAME(pieces)(const NAME(job) *job) {
     return job->last ? (job->c + NAME(LANES) - 1) / NAME(LANES) : job->c;
 }
 
 EXPORT int NAME(bnet_forward)(NAME(job) *job, int threads, team openmp) {
+    if (!NAME(is_sound)(job, 0)) return REFUSED;
+    if (job->n == 0 || job->c == 0 || job->h == 0 || job->w == 0) return DONE;
     return in_threads(NAME(forward_work), job, NAME(pieces)(job), threads, openmp);
 }
 
 EXPORT int NAME(bnet_backward)(NAME(job) *job, int threads, team openmp) {
+    if (!NAME(is_sound)(job, 1)) return REFUSED;
+    if (job->n == 0 || job->c == 0 || job->h == 0 || job->w == 0) {
+        for (int64_t i = 0; i < job->c * job->k * job->k; i++) job->grad_weight[i] = 0;
+        for (int64_t i = 0; i < job->c; i++) job->grad_bias[i] = 0;
+        return DONE;
+    }
     return in_threads(NAME(backward_work), job, NAME(pieces)(job), threads, openmp);
 }
 

@@ -8,14 +8,15 @@
 
 #define EXPORT __attribute__((visibility("default")))
 /* One copy per instruction set, chosen when the library is loaded. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(CLONES) /* by whoever compiles it otherwise */
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
 #endif
 
 /* To be raised, here and in compiled.py, whenever structures or arguments change. */
-EXPORT int mmdet_norms_interface(void) { return 2; }
+EXPORT int mmdet_norms_interface(void) { return 3; }
 
 typedef int (*work)(void *job, int64_t begin, int64_t end);
 
@@ -62,6 +63,14 @@ static int in_threads(work function, void *job, int64_t pieces, int threads, tea
     take(&all);
     while (started) pthread_join(handles[--started], NULL);
     return all.failed;
+}
+
+enum { DONE = 0, NO_MEMORY = 1, REFUSED = 2 }; /* what a function returns */
+enum { LARGEST_KERNEL = 4095 }; /* in compiled.py, too: LARGEST_KERNEL^2 taps of 16 channels have 32 bit numbers */
+
+/* product *= factor, unless that is no number; whether it is one. */
+static int multiply(int64_t *product, int64_t factor) {
+    return factor >= 0 && !__builtin_mul_overflow(*product, factor, product);
 }
 
 #define REAL float

@@ -17,6 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..pointers import check, is_channels_last
+from . import _DTYPES, _LARGEST_INSTANCE
+
 _TAIL = 1024  # warps that a large GPU could run in place of those it waits for in the end, 8 a multiprocessor
 _BYTES = 4096  # of a tile where each value is used once: 32 a thread
 _PADDING = 1.15  # times as many values as there are may be in the tiles of a map
@@ -31,10 +34,6 @@ def accumulator(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-def is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
 def dense(x: Tensor) -> Tensor:
     return x if is_channels_last(x) else x.contiguous()
 
@@ -44,8 +43,24 @@ def like(grad: Tensor, x: Tensor) -> Tensor:
     return grad.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
 
 
-def launch(kernel: Callable, programs: int, x: Tensor, *args, **sizes) -> None:
-    """Run ``kernel`` on the device of ``x``, which need not be the current one."""
+def launch(kernel: Callable, programs: int, x: Tensor, *args, per_instance: bool = False, **sizes) -> None:
+    """Run ``kernel`` on the device of the map ``x``, which need not be the current one: the only way to a kernel.
+
+    Args:
+        per_instance: its vectors are ``(N, C)``; else ``(C,)``.
+
+    Raises:
+        ValueError: a tensor is not what the kernel takes it for, or places in it are no 32 bit numbers.
+    """
+    named = {**dict(zip(kernel.arg_names, args)), **sizes}
+    owner = f'the Triton kernel {kernel.__name__}'
+    tensors = {'x': x} | {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    check(owner, x, tensors, _DTYPES, per_instance)
+    largest = max(programs, math.prod(x.shape[:2]), *(value for value in named.values() if isinstance(value, int)))
+    if not 0 < x.numel() < _LARGEST_INSTANCE * x.shape[0] or largest >= 2**31:
+        raise ValueError(
+            f'{owner} got a map of shape {tuple(x.shape)}; places within an instance must be 32 bit numbers'
+        )
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         kernel[(programs,)](*args, **sizes, ACC=accumulator(x), enable_fp_fusion=True)
 

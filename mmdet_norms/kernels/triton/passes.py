@@ -243,7 +243,7 @@ def _joined_moments(x: Tensor, per_instance: bool, centred: bool) -> tuple[Tenso
     launch(
         _join_moments_kernel, mean.numel() // x.shape[1] * triton.cdiv(x.shape[1], join['BLOCK_C']), x, *parts, mean,
         var, x.shape[1], x.shape[2] * x.shape[3], parts=cut['parts'], length=cut['turns'] * tile['BLOCK_S'], rows=rows,
-        total=x.numel() // mean.numel(), CENTRED=centred, **join,
+        total=x.numel() // mean.numel(), CENTRED=centred, **join, per_instance=per_instance,
     )  # fmt: skip
     return mean, var
 
@@ -253,7 +253,7 @@ def _pointwise(kernel, x: Tensor, *args: Tensor, vector: Tensor) -> None:
     parts = triton.cdiv(x.shape[2] * x.shape[3], tile['BLOCK_S'])
     launch(
         kernel, _programs(x, parts, tile), x, *args, **_sizes(x), parts=parts, PER_INSTANCE=vector.dim() == 2,
-        **tile,
+        **tile, per_instance=vector.dim() == 2,
     )  # fmt: skip
 
 
@@ -284,14 +284,14 @@ def gradient_sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tens
     sums = torch.empty(2, x.shape[0] * cut['parts'], x.shape[1], dtype=wide(x.dtype), device=x.device)
     launch(
         _gradient_sums_kernel, _programs(x, cut['parts'], tile), x, grad, x, centre, *sums, **_sizes(x), **cut,
-        PER_INSTANCE=per_instance, **tile,
+        PER_INSTANCE=per_instance, **tile, per_instance=per_instance,
     )  # fmt: skip
     rows = cut['parts'] if per_instance else sums.shape[1]
     total, centred = sums.new_empty(centre.shape), sums.new_empty(centre.shape)
     join = _join_tile(x, rows)
     launch(
         _join_sums_kernel, total.numel() // x.shape[1] * triton.cdiv(x.shape[1], join['BLOCK_C']), x, *sums, total,
-        centred, x.shape[1], rows, **join,
+        centred, x.shape[1], rows, **join, per_instance=per_instance,
     )  # fmt: skip
     return total, centred
 
