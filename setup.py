@@ -36,7 +36,9 @@ setup(
         'mmengine>=0.10.3,<1',
         'mmdet>=3.2,<4',  # mmdet 3.3.0 itself asks for mmcv>=2.0.0rc4,<2.2.0
         'numpy',
+        'matplotlib',
         'opencv-python',
+        'pillow',
         'pycocotools',
         'rich',
         'setuptools<82',  # `_base_ = 'mmdet::...'` needs pkg_resources, which setuptools 82 removed
@@ -51,6 +53,7 @@ setup(
             'pytest',
             'pytest-timeout',
             'pytest-xdist',
+            'PyYAML',  # tools/make_zoo.py, tools/mutants.py
             'ruff',
             'triton; platform_system == "Linux"',
             *onnx,

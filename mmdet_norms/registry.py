@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import layers
+from .layers._args import ConfigError
 
 NORM_LAYERS = MODELS
 """The registry in which mmcv's ``build_norm_layer`` resolves names.
@@ -27,7 +28,25 @@ NOT_TORCH_NORMS = tuple(layer for layer in _OUR_NORMS if not issubclass(layer, _
 _REPLACED = ('GN', 'SyncBN')
 
 
-class UnknownNormError(KeyError):
+class _IsNorm(type):
+    """What ``isinstance`` and ``issubclass`` answer about the stand-in for ``_InstanceNorm``."""
+
+    def __instancecheck__(cls, layer) -> bool:
+        return isinstance(layer, (_InstanceNorm, *NOT_TORCH_NORMS))
+
+    def __subclasscheck__(cls, layer) -> bool:
+        return issubclass(layer, _InstanceNorm)
+
+
+class _InstanceNormOrOurs(metaclass=_IsNorm):
+    """Stands in for ``_InstanceNorm`` in mmcv's and mmengine's norm modules.
+
+    Their ``is_norm`` asks ``isinstance`` of it, and finds our norms. ``infer_abbr`` asks ``issubclass``, and is to find
+    torch's only: it would call any other class without ``_abbr_`` ``in``, a keyword, which no traced code can name.
+    """
+
+
+class UnknownNormError(ConfigError, KeyError):
     """``norm_cfg.type`` names no norm layer. A ``KeyError``, as mmcv raises, but with a message one can act on."""
 
     def __str__(self) -> str:
@@ -91,5 +110,4 @@ def register_norm_layers() -> None:
     if not isinstance(mmcv_norm.MODELS, _NormLookup):
         mmcv_norm.MODELS = _NormLookup(mmcv_norm.MODELS)
     for module in (mmcv_norm, mmengine_norm):
-        # `is_norm` of both asks isinstance() of a tuple of classes, and this is a name in it.
-        module._InstanceNorm = (_InstanceNorm, *NOT_TORCH_NORMS)
+        module._InstanceNorm = _InstanceNormOrOurs

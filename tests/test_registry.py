@@ -1,19 +1,24 @@
 """Names: every norm resolves wherever mmcv looks for it, and a wrong name is told what to write."""
 
 import ast
+import keyword
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from mmcv.cnn import ConvModule, build_norm_layer
+from mmcv.cnn import is_norm as mmcv_is_norm
 from mmengine.config import Config
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import DefaultScope
+from mmengine.utils.dl_utils.misc import is_norm as mmengine_is_norm
 from torch import nn
 
 import mmdet_norms
-from mmdet_norms import NORM_LAYERS, layers
+from mmdet_norms import NORM_LAYERS, layers, registry
+from mmdet_norms.layers._args import ConfigError
 
 PACKAGE = Path(mmdet_norms.__file__).parent
 
@@ -59,7 +64,53 @@ def test_a_misspelt_name_is_answered_with_the_key_a_suggestion_and_all_names(wro
         build_norm_layer(dict(type=wrong), 64)
     message = str(error.value)
     assert f'norm_cfg.type={wrong!r}' in message and hint in message and 'BN, ' in message and 'BNET' in message
+    assert isinstance(error.value, ConfigError)
     assert '\n' not in message and not message.startswith('"')
+
+
+class OwnNorm(nn.Module):
+    """One that names no abbreviation."""
+
+    def __init__(self, num_features, eps=1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_features, 1, 1))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_a_norm_without_abbreviation_is_a_norm_and_not_called_by_a_keyword(monkeypatch):
+    monkeypatch.setattr(registry, 'NOT_TORCH_NORMS', (*registry.NOT_TORCH_NORMS, OwnNorm))
+    name, layer = build_norm_layer(dict(type=OwnNorm), 4)
+    assert name == 'norm_layer' and mmcv_is_norm(layer) and mmengine_is_norm(layer)
+    module = ConvModule(4, 4, 1, norm_cfg=dict(type=OwnNorm)).eval()
+    exported = torch.export.export(module, (torch.zeros(1, 4, 2, 2),))
+    assert exported.module()(torch.zeros(1, 4, 2, 2)).shape == (1, 4, 2, 2)
+
+
+@pytest.mark.parametrize('name', layers.NORMS)
+def test_every_layer_is_a_norm_and_can_be_named_in_code(name):
+    attribute, layer = build_norm_layer(dict(type=name), 64)
+    assert attribute.isidentifier() and not keyword.iskeyword(attribute)
+    assert mmcv_is_norm(layer) and mmengine_is_norm(layer)
+    assert not mmcv_is_norm(layer, exclude=type(layer)) and not mmcv_is_norm(nn.Conv2d(1, 1, 1))
+
+
+def test_stock_instance_norm_keeps_the_name_of_its_checkpoints():
+    assert build_norm_layer(dict(type='IN'), 4)[0] == 'in' and mmcv_is_norm(nn.InstanceNorm2d(4))
+
+
+@pytest.mark.parametrize('keys', [dict(num_channels=64), dict(num_features=64)])
+def test_group_norm_takes_its_channels_by_either_name(keys):
+    # mmcv 2.0.0 and mmpretrain say num_channels to whatever is called GN
+    layer = ROOT_MODELS.build(dict(type='GN', num_groups=4, **keys))
+    assert (layer.num_channels, layer.num_groups) == (64, 4)
+
+
+@pytest.mark.parametrize('keys', [dict(num_channels=64, num_features=64), {}])
+def test_group_norm_wants_its_channels_once(keys):
+    with pytest.raises(ConfigError, match='two names of the number of channels; give one of them'):
+        layers.GN(**keys)
 
 
 def test_stock_norms_still_build(scope):

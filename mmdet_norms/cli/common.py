@@ -24,13 +24,14 @@ from mmdet_norms.engine import end_processes, start_cpu_processes
 from mmdet_norms.engine.one_value import explain_one_value
 from mmdet_norms.entries import class_of, is_a, spell_out
 from mmdet_norms.errors import UserError
+from mmdet_norms.layers._args import ConfigError
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
 from .options import add_option_arguments, merge_options
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
-    """Make ``main(argv)`` end with status 2 and one message on a :class:`UserError`.
+    """Make ``main(argv)`` end with status 2 and one message on a :class:`UserError` or a :class:`ConfigError`.
 
     Anything else keeps its traceback: it is a bug, and the traceback says where.
     """
@@ -41,7 +42,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
         warnings.filterwarnings('ignore', message='pkg_resources is deprecated', category=UserWarning)
         try:
             main(argv)
-        except UserError as error:
+        except (UserError, ConfigError) as error:
             print(f'error: {error}', file=sys.stderr)
             sys.exit(2)
         except ValueError as error:
@@ -107,12 +108,7 @@ def build_runner(cfg: Config) -> Runner:
         start_cpu_processes(cfg)
     except RuntimeError as error:
         raise UserError(str(error)) from error
-    try:
-        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    except (KeyError, TypeError, ValueError) as error:
-        if 'norm_cfg' in str(error) or 'norm_at' in str(error):  # a norm that the config got wrong, and says how
-            raise UserError(str(error)) from error
-        raise
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     mmcv_ops.announce()
     return runner
 

@@ -94,12 +94,7 @@ def _check_out(args: argparse.Namespace) -> None:
 
 def _fused_model(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, dict]:
     checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu')
-    try:
-        model = MODELS.build(cfg.model)
-    except (KeyError, TypeError, ValueError) as error:
-        if 'norm_cfg' in str(error) or 'norm_at' in str(error):  # a norm that the config got wrong, and says how
-            raise UserError(str(error)) from error
-        raise
+    model = MODELS.build(cfg.model)
     already = is_fused(checkpoint)
     if already:
         model = fuse(model, inplace=True)

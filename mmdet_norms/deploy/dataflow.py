@@ -12,8 +12,9 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..layers import NORMS
+from ..layers import AN, GN, NORMS, SN, LN2d
 from ..layers._fold import CannotFoldError, InferenceOnly, fold_batch_norm
 
 _PLAIN_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -35,6 +36,18 @@ def fold(norm: nn.Module, conv: nn.Module) -> nn.Module | None:
 def may_fold(norm: nn.Module) -> bool:
     """Whether norms of this type can be folded into a convolution."""
     return hasattr(norm, 'fold_into') or _is_batch_norm(norm)
+
+
+def _why_not(norm: nn.Module) -> str:
+    """The reason why norms of this type are not folded, by whose forward it runs."""
+    owner = next(cls for cls in type(norm).__mro__ if 'forward' in vars(cls))
+    if owner is AN:
+        return 'its scale and shift come from the input'
+    if owner is _InstanceNorm and norm.running_mean is not None:
+        return 'it has running statistics, but training does not use them, and instance norms are left as they are'
+    if owner in (_InstanceNorm, nn.GroupNorm, nn.LayerNorm, GN, LN2d, SN):
+        return 'its statistics come from the input'
+    return f'a {type(norm).__name__} has no fold_into(conv), which would say how it folds'
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
@@ -108,7 +121,7 @@ class Dataflow:
             CannotFoldError: with the reason, if there is none.
         """
         if not may_fold(norm):
-            raise CannotFoldError('its statistics come from the input')
+            raise CannotFoldError(_why_not(norm))
         sources = self._sources[id(norm)]
         if not sources:
             raise CannotFoldError(self._why_unseen(norm))

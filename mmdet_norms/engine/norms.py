@@ -38,7 +38,8 @@ class NormHook(Hook):
             warnings.warn(
                 f'optim_wrapper.accumulative_counts={accumulated}: every accumulated batch is an iteration of CBN, and '
                 'batches with the same weights need no compensation; CBN averages the statistics of the last '
-                f'{layers[0].buffer_num + 1} of them. Set accumulative_counts=1, or use a larger batch norm instead',
+                f'{layers[0].buffer_num + 1} of them. Set accumulative_counts=1, and for more '
+                'images per estimate a larger buffer_num or batch',
                 stacklevel=2,
             )
         for message in defeated(model):

@@ -7,6 +7,14 @@ import torch
 from torch import Tensor, nn
 
 
+class ConfigError(ValueError, TypeError):
+    """An argument that a config got wrong; the message says which, and what to write.
+
+    The tools show it as one message. A class of its own, so that errors of other code keep their traceback; of both
+    kinds, because Python raises either for a wrong argument.
+    """
+
+
 def reject_unknown(cls: type, unknown: dict) -> None:
     """Raise if ``norm_cfg`` holds keys that ``cls`` does not know.
 
@@ -14,7 +22,7 @@ def reject_unknown(cls: type, unknown: dict) -> None:
     config key nor the choices.
 
     Raises:
-        TypeError: names the key, its value, the closest valid key and all valid keys.
+        ConfigError: names the key, its value, the closest valid key and all valid keys.
     """
     if not unknown:
         return
@@ -24,16 +32,16 @@ def reject_unknown(cls: type, unknown: dict) -> None:
     key, value = next(iter(unknown.items()))
     close = difflib.get_close_matches(key, valid, n=1)
     hint = f' (did you mean {close[0]!r}?)' if close else ''
-    raise TypeError(
+    raise ConfigError(
         f'norm_cfg of type {cls.__name__!r} has an unknown key {key}={value!r}{hint}; valid keys: {", ".join(valid)}'
     )
 
 
 def check_number(cls: type, key: str, value, low: float, high: float = float('inf')) -> None:
-    """Raise ``ValueError`` unless ``value`` is a real number with ``low < value <= high``."""
+    """Raise :class:`ConfigError` unless ``value`` is a real number with ``low < value <= high``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
         upper = '' if high == float('inf') else f' and at most {high:g}'
-        raise ValueError(f'norm_cfg of type {cls.__name__!r}: {key}={value!r} must be a number above {low:g}{upper}')
+        raise ConfigError(f'norm_cfg of type {cls.__name__!r}: {key}={value!r} must be a number above {low:g}{upper}')
 
 
 def check_map(layer: nn.Module, channels: int, x: Tensor) -> None:

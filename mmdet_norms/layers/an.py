@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.instance_affine import instance_affine, serves
-from ._args import check_map, check_number, reject_unknown
+from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._fold import InferenceOnly, batch_norm_affine, exact
 from ._recompute import in_backward, run_batch_norm, running_statistics
 from ._watched import is_watched
@@ -220,17 +220,17 @@ class AN(WithBatchNorm):
     ):
         reject_unknown(type(self), unknown)
         if norm not in _NORMS:
-            raise ValueError(
+            raise ConfigError(
                 f"norm_cfg of type 'AN': norm={norm!r} is unknown; choose 'BN' (backbones) or 'GN' (heads)"
             )
         if not _is_positive_integer(k):
-            raise ValueError(
+            raise ConfigError(
                 f"norm_cfg of type 'AN': k={k!r}, the number of affine transforms, must be a positive integer; "
                 'the paper uses 10 and 20'
             )
         if norm == 'GN' and not (_is_positive_integer(num_groups) and num_features % num_groups == 0):
             divisors = [str(i) for i in range(1, num_features + 1) if num_features % i == 0]
-            raise ValueError(
+            raise ConfigError(
                 f"norm_cfg of type 'AN': num_groups={num_groups!r} must divide the {num_features} channels; "
                 f'choose one of: {", ".join(divisors)}'
             )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ._args import check_map, check_number, reject_unknown
+from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
 from ._recompute import in_backward
 from ._replay import Calls
@@ -141,4 +141,4 @@ class BRN(WithBatchNorm):
 def _check_at_least(key: str, value, low: float, types, name: str = '') -> None:
     if isinstance(value, bool) or not isinstance(value, types) or not low <= value < float('inf'):
         kind = 'an integer' if types is int else 'a number'
-        raise ValueError(f"norm_cfg of type 'BRN': {key}={value!r} must be {kind} of at least {low:g}{name}")
+        raise ConfigError(f"norm_cfg of type 'BRN': {key}={value!r} must be {kind} of at least {low:g}{name}")

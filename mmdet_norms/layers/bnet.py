@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.bnet import inference, normalize_and_convolve, serves
-from ._args import check_map, check_number, check_residual, reject_unknown
+from ._args import ConfigError, check_map, check_number, check_residual, reject_unknown
 from ._fold import InferenceOnly, fold_batch_norm
 from ._recompute import in_backward, run_batch_norm
 from ._watched import is_watched
@@ -134,7 +134,7 @@ class BNET(WithBatchNorm):
     ):
         reject_unknown(type(self), unknown)
         if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or not kernel_size % 2:
-            raise ValueError(
+            raise ConfigError(
                 f"norm_cfg of type 'BNET': kernel_size={kernel_size!r} must be an odd positive integer, "
                 'because an even kernel shrinks the map; write 3, 5 or 7'
             )

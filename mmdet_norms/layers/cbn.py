@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ..kernels import passes, winograd
 from ..kernels.second import spread
-from ._args import check_map, check_number, reject_unknown
+from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._fold import exact, fold_affine
 from ._recompute import all_finite
 from ._replay import Calls
@@ -113,9 +113,9 @@ class CBN(nn.Module):
         check_number(type(self), 'eps', eps, 0)
         check_number(type(self), 'momentum', momentum, 0, 1)
         if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 <= rho < float('inf'):
-            raise ValueError(f"norm_cfg of type 'CBN': rho={rho!r} must be a number of at least 0; the paper uses 1")
+            raise ConfigError(f"norm_cfg of type 'CBN': rho={rho!r} must be a number of at least 0; the paper uses 1")
         if isinstance(buffer_num, bool) or not isinstance(buffer_num, int) or buffer_num < 0:
-            raise ValueError(
+            raise ConfigError(
                 f"norm_cfg of type 'CBN': buffer_num={buffer_num!r} must be an integer of at least 0; the paper uses 3"
             )
         self.num_features = num_features
@@ -656,7 +656,7 @@ def _parse_burnin(burnin) -> int | None:
         return burnin
     if isinstance(burnin, str) and re.fullmatch(r'\d+(\.\d+)?e', burnin):
         return None
-    raise ValueError(
+    raise ConfigError(
         f"norm_cfg of type 'CBN': burnin={burnin!r} must be a number of iterations (an integer of at least 0) or of "
         "epochs (a string such as '8e')"
     )

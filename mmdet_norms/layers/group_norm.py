@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ._args import check_map, check_number, reject_unknown
+from ._args import ConfigError, check_map, check_number, reject_unknown
 
 
 class GN(nn.GroupNorm):
@@ -23,6 +23,7 @@ class GN(nn.GroupNorm):
 
     Args:
         num_features: C.
+        num_channels: the same by torch's name, as mmcv 2.0.0 and mmpretrain give it to what is called GN.
         num_groups: must divide C. Default 32, the paper's.
         eps: added to the variance inside the root. Default 1e-5, as published.
         affine: with weight and bias. Default True.
@@ -35,13 +36,28 @@ class GN(nn.GroupNorm):
     Source: Wu and He, arXiv:1803.08494, section 3.
     """
 
-    def __init__(self, num_features: int, num_groups: int = 32, eps: float = 1e-5, affine: bool = True, **unknown):
+    def __init__(
+        self,
+        num_features: int | None = None,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        num_channels: int | None = None,
+        **unknown,
+    ):
         reject_unknown(type(self), unknown)
+        if (num_features is None) == (num_channels is None):
+            raise ConfigError(
+                f"norm_cfg of type 'GN': num_features={num_features!r} and num_channels={num_channels!r} are two names "
+                'of the number of channels; give one of them'
+            )
+        num_features = num_channels if num_features is None else num_features
         check_number(type(self), 'eps', eps, 0)
         is_count = isinstance(num_groups, int) and not isinstance(num_groups, bool) and num_groups > 0
         if not is_count or num_features % num_groups:
             divisors = ', '.join(str(d) for d in range(1, num_features + 1) if num_features % d == 0)
-            raise ValueError(
+            raise ConfigError(
                 f"norm_cfg of type 'GN': num_groups={num_groups!r} must divide the {num_features} channels of the "
                 f'layer; write one of: {divisors}'
             )

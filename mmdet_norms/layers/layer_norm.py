@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._args import check_map, check_number, reject_unknown
+from ._args import ConfigError, check_map, check_number, reject_unknown
 from .group_norm import group_norm
 
 
@@ -44,7 +44,7 @@ class LN2d(nn.LayerNorm):
         check_number(type(self), 'eps', eps, 0)
         if over not in self.OVER:
             choices = ', '.join(self.OVER)
-            raise ValueError(f"norm_cfg of type 'LN2d': over={over!r} is unknown; choose one of: {choices}")
+            raise ConfigError(f"norm_cfg of type 'LN2d': over={over!r} is unknown; choose one of: {choices}")
         super().__init__(num_features, eps=eps)
         self.over = over
 

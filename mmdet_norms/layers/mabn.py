@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import passes
-from ._args import check_map, check_number, reject_unknown
+from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._fold import exact, fold_affine
 from ._replay import Calls
 
@@ -382,7 +382,7 @@ def _window(B: int | None, real_B: int | None, buffer_size: int | None) -> int:
     if buffer_size is not None:
         _check_count('buffer_size', buffer_size, 1)
         if B is not None or real_B is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"norm_cfg of type 'MABN': buffer_size={buffer_size} stands in place of B={B} and real_B={real_B}; "
                 'write one or the other'
             )
@@ -391,7 +391,7 @@ def _window(B: int | None, real_B: int | None, buffer_size: int | None) -> int:
     _check_count('B', B, 1)
     _check_count('real_B', real_B, 1)
     if real_B % B:
-        raise ValueError(
+        raise ConfigError(
             f"norm_cfg of type 'MABN': real_B={real_B} is no multiple of B={B}; the window is real_B / B iterations"
         )
     return real_B // B
@@ -399,7 +399,7 @@ def _window(B: int | None, real_B: int | None, buffer_size: int | None) -> int:
 
 def _check_count(key: str, value, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"norm_cfg of type 'MABN': {key}={value!r} must be an integer of at least {low}")
+        raise ConfigError(f"norm_cfg of type 'MABN': {key}={value!r} must be an integer of at least {low}")
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers import CBN
 from ..layers import NORMS as OWN_NORMS
+from ..layers._args import ConfigError
 from ..layers._recompute import run_batch_norm
 from ..registry import MODELS
 from .aog_grammar import AND, TERMINAL, Grammar, Node, build_grammar
@@ -32,7 +33,7 @@ def _tuple(key: str, values, of: type, low: float) -> tuple:
     numbers = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
     if not numbers or any(isinstance(v, bool) or not isinstance(v, of) or not v >= low for v in values):
         kind = 'integers' if of is Integral else 'numbers'
-        raise ValueError(f'AOGNet: {key}={values!r} must be a list of {kind}, each at least {low}')
+        raise ConfigError(f'AOGNet: {key}={values!r} must be a list of {kind}, each at least {low}')
     return tuple(values)
 
 
@@ -50,7 +51,7 @@ class Arch:
         bottleneck_ratio: inner over outer channels of a node, at least 4 inner ones. Default 0.25.
 
     Raises:
-        ValueError: an entry is missing, unknown or out of range; a width that its grid does not divide.
+        ConfigError: an entry is missing, unknown or out of range; a width that its grid does not divide.
     """
 
     filter_list: tuple[int, ...]
@@ -69,18 +70,18 @@ class Arch:
             expected = stages + (key == 'filter_list')
             if len(values) != expected:
                 after = f', after {values[0]} for the stem' if key == 'filter_list' else ''
-                raise ValueError(
+                raise ConfigError(
                     f'AOGNet: arch.{key}={list(values)} has {len(values)} entries, but arch.blocks={list(self.blocks)} '
                     f'says {stages} stages; write one per stage{after}'
                 )
             object.__setattr__(self, key, values)
         if max(self.dropout) >= 1:
-            raise ValueError(f'AOGNet: arch.dropout={list(self.dropout)} must be rates below 1; 0 for none')
+            raise ConfigError(f'AOGNet: arch.dropout={list(self.dropout)} must be rates below 1; 0 for none')
         ratio = self.bottleneck_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, Real) or ratio <= 0:
-            raise ValueError(f'AOGNet: arch.bottleneck_ratio={ratio!r} must be a number above 0; AOGNets have 0.25')
+            raise ConfigError(f'AOGNet: arch.bottleneck_ratio={ratio!r} must be a number above 0; AOGNets have 0.25')
         if self.filter_list[0] % 2:
-            raise ValueError(
+            raise ConfigError(
                 f'AOGNet: arch.filter_list[0]={self.filter_list[0]}, the channels of the stem, must be even, because '
                 'its first convolutions have half of them'
             )
@@ -93,7 +94,7 @@ class Arch:
         if width % cells:
             lower = width - width % cells
             choice = ' or '.join(str(w) for w in (lower, lower + cells) if w)
-            raise ValueError(
+            raise ConfigError(
                 f'AOGNet: arch.filter_list[{i}]={width}, {"input" if i == stage else "output"} channels of stage '
                 f'{stage}, does not divide into the arch.dims[{stage}]={cells} slices of its blocks; write {choice}, '
                 f'or other dims'
@@ -112,7 +113,7 @@ class Arch:
         step += cells - excess if 2 * excess > cells else -excess
         widths = [first + i * step for i in range(count)] + [last]
         if min(widths) < 1:
-            raise ValueError(
+            raise ConfigError(
                 f'AOGNet: arch.blocks[{stage}]={count} blocks of arch.dims[{stage}]={cells} slices cannot lead from '
                 f'{first} to {last} channels (arch.filter_list), as rounding gives {widths}; use fewer blocks'
             )
@@ -137,13 +138,13 @@ def _arch(arch) -> Arch:
         valid = [field.name for field in fields(Arch)]
         unknown = next((key for key in arch if key not in valid), None)
         if unknown is not None:
-            raise ValueError(f'AOGNet: arch has an unknown key {unknown!r}; valid keys: {", ".join(valid)}')
+            raise ConfigError(f'AOGNet: arch has an unknown key {unknown!r}; valid keys: {", ".join(valid)}')
         missing = next((key for key in ('filter_list', 'blocks') if key not in arch), None)
         if missing is not None:
-            raise ValueError(f'AOGNet: arch={dict(arch)} lacks {missing!r}; see mmdet_norms.models.aognet.Arch')
+            raise ConfigError(f'AOGNet: arch={dict(arch)} lacks {missing!r}; see mmdet_norms.models.aognet.Arch')
         return Arch(**arch)
     if not isinstance(arch, str) or arch not in ARCHS:
-        raise ValueError(
+        raise ConfigError(
             f'AOGNet: arch={arch!r} is unknown; choose one of: {", ".join(ARCHS)}, or write a dict such as '
             'dict(filter_list=(32, 128, 256, 512, 824), blocks=(2, 2, 2, 1))'
         )
@@ -273,7 +274,7 @@ class AOGBlock(nn.Module):
             self.add_module(self._op_name(node), op)
         last = layers.norm(out_channels)
         if isinstance(last, CBN):
-            raise ValueError(
+            raise ConfigError(
                 "AOGNet: norm_cfg.type='CBN' corrects the statistics by the weights of the convolution before it, and "
                 'the last norm of an AOG block has none before it; choose another norm'
             )
@@ -370,7 +371,7 @@ class AOGNet(BaseModule):
             rule (fan-out, ReLU) for convolutions, 1 and 0 for norms; AN's mixtures N(1, 0.1) and N(0, 0.1).
 
     Raises:
-        ValueError: unknown ``arch`` or ``norm``; widths that do not divide into the grid; ``norm_k``, ``out_indices``
+        ConfigError: unknown ``arch`` or ``norm``; widths that do not divide into the grid; ``norm_k``, ``out_indices``
             or ``frozen_stages`` that do not fit the stages; CBN, which needs a convolution before every norm.
 
     Source: arXiv:1711.05847, section 3; arXiv:1908.01259, section 4.
@@ -398,7 +399,7 @@ class AOGNet(BaseModule):
         self.arch = _arch(arch)
         stages = self.arch.num_stages
         if norm not in NORMS:
-            raise ValueError(
+            raise ConfigError(
                 f"AOGNet: norm={norm!r} is unknown; choose 'BN' (norm_cfg everywhere) or 'AN'; another norm goes into "
                 'norm_cfg'
             )
@@ -406,7 +407,7 @@ class AOGNet(BaseModule):
         self.norm_k = _per_stage_k(norm_k, stages) if norm == 'AN' else None
         self.out_indices = _checked_out_indices(out_indices, stages)
         if isinstance(frozen_stages, bool) or frozen_stages not in range(-1, stages + 1):
-            raise ValueError(
+            raise ConfigError(
                 f'AOGNet: frozen_stages={frozen_stages!r} must be -1 (none), 0 (the stem) or up to {stages} (the stem '
                 'and that many stages)'
             )
@@ -480,12 +481,12 @@ def _stem(layers: Layers, in_channels: int, channels: int) -> nn.Sequential:
 def _per_stage_k(norm_k, stages: int) -> tuple[int, ...]:
     per_stage = (norm_k,) * stages if isinstance(norm_k, Integral) else _tuple('norm_k', norm_k, Integral, 1)
     if len(per_stage) != stages:
-        raise ValueError(f'AOGNet: norm_k={norm_k!r} must be one number, or one for each of the {stages} stages')
+        raise ConfigError(f'AOGNet: norm_k={norm_k!r} must be one number, or one for each of the {stages} stages')
     return per_stage
 
 
 def _checked_out_indices(out_indices, stages: int) -> tuple[int, ...]:
     indices = _tuple('out_indices', out_indices, Integral, 0)
     if max(indices) >= stages:
-        raise ValueError(f'AOGNet: out_indices={list(indices)} must be stages from 0 to {stages - 1}')
+        raise ConfigError(f'AOGNet: out_indices={list(indices)} must be stages from 0 to {stages - 1}')
     return indices

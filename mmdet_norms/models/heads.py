@@ -5,6 +5,7 @@ from mmdet.models.roi_heads.bbox_heads import Shared4Conv1FCBBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from torch import nn
 
+from ..layers._args import ConfigError
 from ..registry import MODELS
 
 
@@ -14,7 +15,7 @@ def _is_list(norm_cfg) -> bool:
 
 def _check_length(head: str, norm_cfg: list, num_convs: int) -> None:
     if len(norm_cfg) != num_convs:
-        raise ValueError(
+        raise ConfigError(
             f'{head}.norm_cfg lists {len(norm_cfg)} norms for {num_convs} convolutions; write one dict, or one per '
             'convolution (None: no norm)'
         )
@@ -25,7 +26,7 @@ class NormShared4Conv1FCBBoxHead(Shared4Conv1FCBBoxHead):
     """mmdet's ``Shared4Conv1FCBBoxHead`` whose ``norm_cfg`` may be a list with one norm_cfg (or None) per convolution.
 
     Raises:
-        ValueError: the list's length is not the number of convolutions.
+        ConfigError: the list's length is not the number of convolutions.
     """
 
     def _add_conv_fc_branch(self, num_branch_convs, num_branch_fcs, in_channels, is_shared=False):
@@ -46,7 +47,7 @@ class NormFCNMaskHead(FCNMaskHead):
     """mmdet's ``FCNMaskHead`` whose ``norm_cfg`` may be a list with one norm_cfg (or None) per convolution.
 
     Raises:
-        ValueError: the list's length is not ``num_convs``.
+        ConfigError: the list's length is not ``num_convs``.
     """
 
     def __init__(self, *args, norm_cfg=None, **kwargs):

@@ -11,6 +11,7 @@ from mmdet.models.layers import InvertedResidual
 from mmdet.models.layers.csp_layer import CSPNeXtBlock, DarknetBottleneck
 from torch import nn
 
+from ..layers._args import ConfigError
 from ..registry import MODELS
 
 _BLOCKS = (ResBlock, DarknetBottleneck, CSPNeXtBlock, InvertedResidual, EdgeResidual, BasicBlock, Bottleneck)
@@ -34,7 +35,7 @@ class NormAtBlocks:
             ``norm_cfg``) per stage.
 
     Raises:
-        ValueError: an unknown position, one that a block lacks, a list of the wrong length, one position named twice
+        ConfigError: an unknown position, one that a block lacks, a list of the wrong length, one position named twice
             (``last`` and the norm it stands for), or a backbone without norms.
     """
 
@@ -73,13 +74,13 @@ def _norms(block: nn.Module) -> list[tuple[nn.Module, str]]:
 def _per_stage(position: str, cfg: dict | list, num_stages: int) -> list[dict | None]:
     per_stage = [cfg] * num_stages if isinstance(cfg, dict) else list(cfg)
     if len(per_stage) != num_stages:
-        raise ValueError(
+        raise ConfigError(
             f'norm_at.{position} lists {len(per_stage)} norm_cfgs for a backbone of {num_stages} stages; '
             'write one dict, or one (or None) per stage'
         )
     wrong = next((c for c in per_stage if not (c is None or (isinstance(c, dict) and 'type' in c))), None)
     if wrong is not None:
-        raise ValueError(f"norm_at.{position}={wrong!r} must be a norm_cfg such as dict(type='BNET', kernel_size=5)")
+        raise ConfigError(f"norm_at.{position}={wrong!r} must be a norm_cfg such as dict(type='BNET', kernel_size=5)")
     return per_stage
 
 
@@ -89,11 +90,11 @@ def _replace(block: nn.Module, position: str, cfg: dict, norm_at: dict) -> None:
     if norms and position == 'last':
         same = f'norm{len(norms)}'
         if same in norm_at:
-            raise ValueError(f'norm_at names one position twice: in {type(block).__name__}, last is {same}; keep one')
+            raise ConfigError(f'norm_at names one position twice: in {type(block).__name__}, last is {same}; keep one')
         places['last'] = norms[-1]
     if position not in places:
         valid = ', '.join([*places, 'last']) if norms else 'none'
-        raise ValueError(f'norm_at.{position}: {type(block).__name__} has no {position}; choose from: {valid}')
+        raise ConfigError(f'norm_at.{position}: {type(block).__name__} has no {position}; choose from: {valid}')
     host, name = places[position]
     old = getattr(host, name)
     channels = getattr(old, 'num_features', None) or old.num_channels  # group norm's name for it

@@ -18,6 +18,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..layers import BNET
+from ..layers._args import ConfigError
 from ..registry import MODELS
 
 POSITIONS = ('stem', 'norm1', 'norm2', 'norm3', 'last', 'downsample')
@@ -46,7 +47,7 @@ class NormAt:
             A value may also be a list with one norm_cfg (or None: leave ``norm_cfg``) per stage; not for ``stem``.
 
     Raises:
-        ValueError: an unknown position, one that the block lacks, a list of the wrong length, or a position named
+        ConfigError: an unknown position, one that the block lacks, a list of the wrong length, or a position named
             twice (``last`` together with the norm it stands for).
     """
 
@@ -75,19 +76,19 @@ def _checked(norm_at: dict, num_stages: int) -> dict:
     checked = {}
     for position, cfg in norm_at.items():
         if position not in POSITIONS:
-            raise ValueError(f'norm_at has no position {position!r}; choose from: {", ".join(POSITIONS)}')
+            raise ConfigError(f'norm_at has no position {position!r}; choose from: {", ".join(POSITIONS)}')
         if position == 'stem' or isinstance(cfg, dict):
             per_stage = [cfg] * num_stages
         else:
             per_stage = list(cfg)
         if len(per_stage) != num_stages:
-            raise ValueError(
+            raise ConfigError(
                 f'norm_at.{position} lists {len(per_stage)} norm_cfgs for a backbone of {num_stages} stages; '
                 'write one dict, or one (or None) per stage'
             )
         wrong = next((c for c in per_stage if not (c is None or (isinstance(c, dict) and 'type' in c))), None)
         if wrong is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"norm_at.{position}={wrong!r} must be a norm_cfg such as dict(type='BNET', kernel_size=5)"
             )
         checked[position] = cfg if position == 'stem' else per_stage
@@ -101,7 +102,7 @@ def _forbid_overlap(backbone: nn.Module) -> None:
     block = next(_blocks(getattr(backbone, backbone.res_layers[0])))
     same = f'norm{_last_index(block)}'
     if same in backbone.norm_at:
-        raise ValueError(f'norm_at names one position twice: in {type(block).__name__}, last is {same}; keep one')
+        raise ConfigError(f'norm_at names one position twice: in {type(block).__name__}, last is {same}; keep one')
 
 
 def _blocks(stage: nn.Module) -> Iterator[nn.Module]:
@@ -121,7 +122,7 @@ def _replace_in_block(block: nn.Module, position: str, cfg: dict) -> None:
     old_name = getattr(block, f'norm{index}_name', None)
     if old_name is None or not hasattr(block, old_name):
         valid = [f'norm{i}' for i in (1, 2, 3) if hasattr(block, getattr(block, f'norm{i}_name', '?'))]
-        raise ValueError(
+        raise ConfigError(
             f'norm_at.{position}: {type(block).__name__} has no {position}; choose from: {", ".join(valid)}, last'
         )
     channels = _channels_before(block, old_name)

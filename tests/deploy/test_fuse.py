@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -552,6 +553,29 @@ def test_the_report_counts_norms_and_parameters(small):
     text = str(report)
     for part in ('1 of 4 norms', 'folded 1 BatchNorm2d (0.bn)', 'reduced 1 BNET (1.bnet) to FoldedBNET', 'kept 1 GN'):
         assert part in text
+
+
+class OwnGroupNorm(nn.GroupNorm):
+    """With fixed statistics, say: nobody can know."""
+
+    def forward(self, x):
+        return x * self.weight[:, None, None]
+
+
+@pytest.mark.parametrize(
+    'norm, reason',
+    [
+        (nn.GroupNorm(2, 4), 'its statistics come from the input'),
+        (type('Renamed', (nn.GroupNorm,), {})(2, 4), 'its statistics come from the input'),
+        (nn.InstanceNorm2d(4), 'its statistics come from the input'),
+        (nn.InstanceNorm2d(4, track_running_stats=True), 'it has running statistics, .* instance norms are left'),
+        (nn.BatchNorm2d(4, track_running_stats=False), 'it has no running statistics'),
+        (OwnGroupNorm(2, 4), r'a OwnGroupNorm has no fold_into\(conv\), which would say how it folds'),
+    ],
+)
+def test_the_report_says_of_each_norm_why_it_was_kept(norm, reason):
+    report = fuse(nn.Sequential(nn.Conv2d(4, 4, 1), norm)).fuse_report
+    assert list(report.kept) == ['1'] and re.match(reason, report.kept['1'])
 
 
 def test_it_does_not_train(small):

@@ -51,7 +51,9 @@ def test_nothing_is_said_where_nothing_is_wrong():
 
 
 def test_gradient_accumulation_over_cbn_is_named():
-    with pytest.warns(UserWarning, match='accumulative_counts=4: every accumulated batch is an iteration of CBN'):
+    with pytest.warns(
+        UserWarning, match='=4: every accumulated batch is an iteration of CBN.*a larger buffer_num or batch'
+    ):
         NormHook().before_train(runner(nn.Sequential(conv(dict(type='CBN'))), accumulative_counts=4))
 
 

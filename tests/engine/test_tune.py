@@ -343,7 +343,7 @@ def module_with(norm_cfg):
     (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)), 'no running statistics'),
     (lambda: module_with(dict(type='CBN')), 'it keeps using batch statistics under norm_eval'),
     (lambda: module_with(dict(type='MABN')), 'it keeps using batch statistics under norm_eval'),
-    (lambda: module_with(dict(type='AN', norm='BN', k=2)), 'its statistics come from the input'),
+    (lambda: module_with(dict(type='AN', norm='BN', k=2)), 'its scale and shift come from the input'),
     (lambda: module_with(dict(type='GN', num_groups=2)), 'its statistics come from the input'),
 ])  # fmt: skip
 def test_what_is_not_exact_is_skipped_with_the_reason(make, reason):

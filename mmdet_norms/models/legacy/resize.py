@@ -4,6 +4,7 @@ import mmcv
 from mmdet.datasets.transforms import Resize
 from mmengine.registry import TRANSFORMS
 
+from ...layers._args import ConfigError
 from .conventions import MMDET_V1, check_convention
 
 
@@ -24,13 +25,13 @@ class LegacyResize(Resize):
         clip_object_border: as in mmdet. Default: True.
 
     Raises:
-        ValueError: unknown convention, or ``scale`` is not a pair.
+        ConfigError: unknown convention, or ``scale`` is not a pair.
     """
 
     def __init__(self, scale: tuple[int, int], convention: str = MMDET_V1, clip_object_border: bool = True):
         self.convention = check_convention(self, convention)
         if not isinstance(scale, (tuple, list)) or len(scale) != 2:
-            raise ValueError(f'LegacyResize.scale={scale!r} must be (long limit, short limit), e.g. (1333, 800)')
+            raise ConfigError(f'LegacyResize.scale={scale!r} must be (long limit, short limit), e.g. (1333, 800)')
         v1 = convention == MMDET_V1
         super().__init__(
             scale=tuple(scale),

@@ -6,6 +6,7 @@ from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from torch import Tensor, nn
 
 from ...entries import name_of
+from ...layers._args import ConfigError
 from ...registry import MODELS
 from .conventions import MASKRCNN_BENCHMARK, MMDET_V1, check_convention
 
@@ -51,7 +52,7 @@ class PlusOneRoIExtractor(SingleRoIExtractor):
         **kwargs: of mmdet's ``SingleRoIExtractor``.
 
     Raises:
-        ValueError: unknown convention, another ``roi_layer.type``, or ``roi_layer.aligned``.
+        ConfigError: unknown convention, another ``roi_layer.type``, or ``roi_layer.aligned``.
     """
 
     def __init__(self, *args, convention: str = MMDET_V1, **kwargs):
@@ -63,9 +64,9 @@ class PlusOneRoIExtractor(SingleRoIExtractor):
         cfg = dict(layer_cfg)
         kind = cfg.pop('type')
         if name_of(kind) != 'RoIAlign':
-            raise ValueError(f"PlusOneRoIExtractor.roi_layer.type={kind!r} has no legacy form; write 'RoIAlign'")
+            raise ConfigError(f"PlusOneRoIExtractor.roi_layer.type={kind!r} has no legacy form; write 'RoIAlign'")
         if 'aligned' in cfg:
-            raise ValueError(
+            raise ConfigError(
                 f'PlusOneRoIExtractor.roi_layer.aligned={cfg["aligned"]} is decided by convention='
                 f'{self.convention!r}; leave it out'
             )

@@ -1,0 +1,58 @@
+"""What the package imports is what setup.py asks for."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmdet_norms
+
+PACKAGE = Path(mmdet_norms.__file__).parent
+ROOT = PACKAGE.parent
+# Where a distribution is not called what one imports. mmcv comes in two, of which one asks for one by an extra.
+DISTRIBUTIONS = {'cv2': 'opencv-python', 'PIL': 'pillow', 'yaml': 'PyYAML', 'mmcv': 'mmcv-lite'}
+
+
+def imported(folder):
+    """Names of the third-party modules that the files of a folder import."""
+    names = set()
+    for path in folder.rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module)
+    tops = {name.partition('.')[0] for name in names} - set(sys.stdlib_module_names) - {'mmdet_norms'}
+    return tops - {path.stem for path in ROOT.rglob('*.py') if path.parent.parent.name == 'tests'}
+
+
+def declared():
+    """Distributions in setup.py, and the extra (or None) that each stands in."""
+    call = next(
+        node
+        for node in ast.walk(ast.parse((ROOT / 'setup.py').read_text()))
+        if getattr(node, 'keywords', None) and any(keyword.arg == 'install_requires' for keyword in node.keywords)
+    )
+    texts = {}
+    for keyword in call.keywords:
+        if keyword.arg in ('install_requires', 'extras_require'):
+            for node in ast.walk(keyword.value):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    texts.setdefault(re.match(r'[\w.-]+', node.value)[0].lower(), keyword.arg)
+    return texts
+
+
+@pytest.mark.parametrize('folder', ['mmdet_norms', 'tools'])
+def test_every_import_is_declared(folder):
+    known = declared()
+    known |= {'onnx': 'extras_require', 'onnxscript': 'extras_require', 'onnxruntime': 'extras_require'}
+    missing = {name for name in imported(ROOT / folder) if DISTRIBUTIONS.get(name, name).lower() not in known}
+    assert not missing
+
+
+def test_what_the_package_cannot_do_without_is_no_extra():
+    known = declared()
+    for name in imported(PACKAGE) - {'mmcv', 'triton', 'onnx', 'onnxscript', 'onnxruntime'}:
+        assert known[DISTRIBUTIONS.get(name, name).lower()] == 'install_requires', name
