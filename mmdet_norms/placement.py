@@ -58,7 +58,8 @@ _WHOLE_BACKBONE = ('MABN', 'BRN', 'SN', 'FrozenBN')
 
 # Keys that mean in these norms what they mean in batch norm. Hosts whose batch norm has its own (YOLOX, EfficientNet)
 # hand them on, without which their pretrained weights would be another function.
-_AS_IN_BN = {norm: ('eps', 'momentum') for norm in ('BN', 'SyncBN', 'BNET', 'AN')} | dict(FrozenBN=['eps'], BRN=['eps'])
+_AS_IN_BN = {norm: ('eps', 'momentum') for norm in ('BN', 'SyncBN', 'BNET', 'AN', 'SN')}
+_AS_IN_BN |= {norm: ('eps',) for norm in ('FrozenBN', 'BRN', 'CBN')}
 
 # Norms that another may replace: those of feature maps, not the layer norm of tokens.
 _REPLACED = ('BN', 'SyncBN', 'GN', 'LN2d', 'IN', 'BNET', 'CBN', 'MABN', 'AN', 'BRN', 'SN', 'FrozenBN')

@@ -220,6 +220,8 @@ def test_eps_and_momentum_of_the_backbones_batch_norm_are_kept_where_they_mean_t
     assert apply_norm(stock, 'bnet5')['backbone']['norm_at']['last'] == dict(type='BNET', kernel_size=5, **numbers)
     assert apply_norm(stock, 'an')['backbone']['norm_at']['norm2'][0] == dict(type='AN', norm='BN', k=10, **numbers)
     assert apply_norm(stock, 'frozen')['backbone']['norm_cfg'] == dict(type='FrozenBN', eps=0.001)
+    assert apply_norm(stock, 'sn')['backbone']['norm_cfg'] == dict(type='SN', **numbers)
+    assert apply_norm(stock, 'cbn')['neck']['norm_cfg']['eps'] == 0.001
     assert apply_norm(stock, 'syncbn')['neck']['norm_cfg'] == dict(type='SyncBN', requires_grad=True, **numbers)
     assert 'eps' not in apply_norm(stock, 'mabn')['backbone']['norm_cfg']
     assert apply_norm(apply_norm(stock, 'mabn'), 'bn')['backbone']['norm_cfg'] == dict(type='BN', **numbers)

@@ -1,5 +1,6 @@
 """What a norm is: one method per file, importing torch only."""
 
+from ._loading import AnotherFunctionError, another_function_allowed
 from .an import AN
 from .batch_renorm import BRN
 from .bnet import BNET
@@ -23,10 +24,12 @@ __all__ = [
     'MABN',
     'NORMS',
     'SN',
+    'AnotherFunctionError',
     'CenConv2d',
     'FrozenBN',
     'LN2d',
     'SyncBN',
+    'another_function_allowed',
     'link_convs',
     'warn_if_uncentred',
 ]

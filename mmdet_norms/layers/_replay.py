@@ -116,7 +116,8 @@ class Calls:
         if self._taken is None or len(self._taken) != len(calls):
             self._taken = torch.zeros(len(calls), dtype=torch.int64, device=key.device)
         stacks = [torch.stack(vectors) for vectors in zip(*calls)]
-        distance = (stacks[0] - key).abs().sum(1)
+        # A batch with an inf or nan is near to nothing; nan would count as the least of all distances.
+        distance = (stacks[0] - key).abs().sum(1).nan_to_num(nan=float('inf'))
         order = torch.arange(len(calls), device=key.device) - len(calls) * self._taken
         best = torch.where(distance <= distance.min(), order, torch.full_like(order, -(2**62))).argmax(0, keepdim=True)
         self._taken.index_add_(0, best, torch.ones_like(best))

@@ -5,6 +5,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
+from ._loading import check_kind
 from ._recompute import take_if_finite
 
 
@@ -41,6 +42,7 @@ class WithBatchNorm(nn.Module):
         take_if_finite(bn, **new)
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        check_kind(self, state, prefix)
         for name, value in _statistics(self).items():
             if prefix + name in state:
                 state[f'{prefix}bn.{name}'] = state.pop(prefix + name)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..kernels.instance_affine import instance_affine, serves
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._fold import InferenceOnly, batch_norm_affine, exact
+from ._loading import check_kind
 from ._recompute import in_backward, run_batch_norm, running_statistics
 from ._watched import is_watched
 from ._with_batch_norm import WithBatchNorm
@@ -182,8 +183,7 @@ class AN(WithBatchNorm):
     checkpoint then has no attention, the result is the identical function: row j of ``weight_`` becomes
     ``2 / k * (weight + weight_[j] - mean(weight_))``, ``bias_`` likewise, and weight and bias of the attention's last
     step (logit norm for BN, convolution for GN) are zeroed, so that every :math:`\lambda` is 1/2. The spread of the
-    rows cancels, but lets them learn different things. The attention's keys are reported as missing: they name what
-    was initialized (``strict=True`` is therefore an error, as usual).
+    rows cancels, but lets them learn different things. Strictly, too: nothing is reported missing.
 
     The batch norms are child modules (``bn`` and the logit norm), not a base class: SyncBN conversion, conv-BN fusion,
     ``norm_eval`` and precise-BN tools find them there. After SyncBN conversion both are synchronized.
@@ -324,6 +324,7 @@ class AN(WithBatchNorm):
         return f'{self.num_features}, norm={self.norm!r}, k={self.k}{groups}'
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        check_kind(self, state, prefix)
         if f'{prefix}weight_' not in state and prefix + 'weight' in state:
             self._load_plain_affine(state, prefix, errors)
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
@@ -344,6 +345,7 @@ class AN(WithBatchNorm):
             with torch.no_grad():
                 for parameter in self.attention_weights.attention[-1].parameters():
                     parameter.zero_()
+            state.update((f'{prefix}attention_weights.{k}', v) for k, v in self.attention_weights.state_dict().items())
 
 
 def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ..kernels.bnet import inference, normalize_and_convolve, serves
 from ._args import ConfigError, check_map, check_number, check_residual, reject_unknown
 from ._fold import InferenceOnly, fold_batch_norm
+from ._loading import check_kind
 from ._recompute import in_backward, run_batch_norm
 from ._watched import is_watched
 from ._with_batch_norm import WithBatchNorm
@@ -181,6 +182,7 @@ class BNET(WithBatchNorm):
         return f'{self.num_features}, kernel_size={self.kernel_size}'
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        check_kind(self, state, prefix)
         if f'{prefix}bnconv.weight' not in state and prefix + 'weight' in state:
             self._load_batch_norm_affine(state, prefix, errors)
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)

@@ -18,6 +18,7 @@ from ..kernels import passes, winograd
 from ..kernels.second import spread
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._fold import exact, fold_affine
+from ._loading import check_kind
 from ._recompute import all_finite
 from ._replay import Calls
 
@@ -345,6 +346,9 @@ class CBN(nn.Module):
             destination.update((prefix + name, value) for name, value in zip(_HISTORY, self._history.tensors()))
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        check_kind(self, state, prefix)
+        if f'{prefix}num_batches_tracked' in state and f'{prefix}running_var' in state and not self.eps_in_sqrt:
+            self._take_batch_norm(state, f'{prefix}running_var')
         ours = any(prefix + name in state for name in ('weight', 'bias', 'running_mean', 'running_var', 'iter_count'))
         state.pop(prefix + 'num_batches_tracked', None)  # a plain batch norm's; it counts something else
         if prefix + 'iter_count' not in state:
@@ -358,6 +362,11 @@ class CBN(nn.Module):
             self._history = _History.load(*history.values(), self.buffer_num, self.running_mean.device)
         elif ours:
             self._history = None
+
+    def _take_batch_norm(self, state: dict, key: str) -> None:
+        """Its denominator is ``sqrt(var + eps)``, this layer's ``sqrt(var) + eps``: the variance makes them equal."""
+        var = state[key]
+        state[key] = ((var.double() + self.eps).sqrt() - self.eps).square().to(var.dtype)
 
 
 def link_convs(model: nn.Module) -> list[str]:

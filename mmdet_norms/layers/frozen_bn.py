@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ._args import check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
+from ._loading import check_kind
 
 
 class FrozenBN(nn.Module):
@@ -72,6 +73,7 @@ class FrozenBN(nn.Module):
         return f'{self.num_features}, eps={self.eps}'
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        check_kind(self, state, prefix)
         has_affine = prefix + 'weight' in state or prefix + 'bias' in state
         if has_affine and prefix + 'running_mean' not in state and prefix + 'running_var' not in state:
             state[prefix + 'running_mean'] = torch.zeros_like(self.running_mean)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ._args import ConfigError, check_map, check_number, reject_unknown
+from ._loading import check_kind
 
 
 class GN(nn.GroupNorm):
@@ -66,6 +67,10 @@ class GN(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         check_map(self, self.num_channels, x)
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        check_kind(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, *args)
 
 
 @torch.fx.wrap  # symbolic tracing, as conv-BN fusion does it, cannot look into dtypes and layouts

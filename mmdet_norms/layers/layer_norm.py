@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._args import ConfigError, check_map, check_number, reject_unknown
+from ._loading import check_kind
 from .group_norm import group_norm
 
 
@@ -54,6 +55,10 @@ class LN2d(nn.LayerNorm):
 
     def extra_repr(self) -> str:
         return f'{self.normalized_shape[0]}, over={self.over!r}, eps={self.eps}'
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        check_kind(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, *args)
 
 
 @torch.fx.wrap  # symbolic tracing, as conv-BN fusion does it, cannot look into dtypes and layouts

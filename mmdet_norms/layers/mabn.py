@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..kernels import passes
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._fold import exact, fold_affine
+from ._loading import check_kind
 from ._replay import Calls
 
 _FIX = "write conv_cfg=dict(type='CenConv') beside norm_cfg=dict(type='MABN')"
@@ -323,6 +324,7 @@ class MABN(nn.Module):
         )
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        check_kind(self, state, prefix)
         self._forget_calls()
         mean = state.get(prefix + 'running_mean')
         if mean is not None and mean.shape == self.weight.shape and prefix + 'iters' not in state:
@@ -344,8 +346,8 @@ class MABN(nn.Module):
         for name in _WINDOWS:
             state[prefix + name] = torch.zeros_like(getattr(self, name))
         warnings.warn(
-            'MABN loaded a batch norm: its mean went into the bias (the same function in eval mode); iters, '
-            'buffer_x2 and buffer_gz start from 0',
+            'MABN loaded a batch norm: its mean went into the bias (the same function in eval mode of what the same '
+            'convolution puts out); iters, buffer_x2 and buffer_gz start from 0',
             stacklevel=2,
         )
 

@@ -1,11 +1,16 @@
 """Switchable normalization: a learned mix of instance, layer and batch statistics."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from ._args import check_map, check_number, reject_unknown
+from ._loading import check_kind, kind_of
 from ._recompute import in_backward
 from ._with_batch_norm import WithBatchNorm
+
+_ALL_ON_BN = (0.0, 0.0, 110.0)  # of softmax, in fp32: 0, 0, 1
 
 
 class SN(WithBatchNorm):
@@ -25,9 +30,9 @@ class SN(WithBatchNorm):
     Statistics in fp32 for fp16/bf16 inputs; y has the dtype and layout of x.
 
     State dict: the published keys ``weight, bias, mean_weight, var_weight, running_mean, running_var``, in the shapes
-    above or in the published ``(1, C, 1, 1)``, plus ``num_batches_tracked``. Of a batch norm checkpoint it takes
-    everything; ``mean_weight`` and ``var_weight`` are reported missing and keep their values, so the function differs
-    (it would be the same only with all weight on BN, where the softmax has no gradient to learn from).
+    above or in the published ``(1, C, 1, 1)``, plus ``num_batches_tracked``. A batch norm checkpoint loads as the
+    identical function: with all weight on BN, where the softmax has next to no gradient to learn from, which a warning
+    says. :meth:`mix_evenly` after loading is another function, but learns.
 
     The BN statistics live in a child module ``bn`` (without affine): ``norm_eval`` and precise-BN tools find it there.
     With ``norm_eval``, the running statistics are the BN part also in training.
@@ -73,7 +78,23 @@ class SN(WithBatchNorm):
     def extra_repr(self) -> str:
         return f'{self.num_features}, eps={self.eps}, momentum={self.bn.momentum}'
 
+    def mix_evenly(self) -> None:
+        """Weight instance, layer and batch statistics alike, as a new layer does."""
+        with torch.no_grad():
+            self.mean_weight.fill_(1)
+            self.var_weight.fill_(1)
+
     def _load_from_state_dict(self, state, prefix, *args):
+        check_kind(self, state, prefix)
+        if kind_of(state, prefix) == 'BN':
+            for name in ('mean_weight', 'var_weight'):
+                state[prefix + name] = self.mean_weight.new_tensor(_ALL_ON_BN)
+            warnings.warn(
+                'SN loaded a batch norm as the identical function: all of its weight is on the statistics of the '
+                'batch, from where it hardly learns to use others. To start from an even mix, another function, call '
+                'mix_evenly() on every SN',
+                stacklevel=2,
+            )
         for name in ('weight', 'bias', 'running_mean', 'running_var'):
             value = state.get(prefix + name)
             if value is not None and value.dim() > 1 and value.numel() == self.num_features:

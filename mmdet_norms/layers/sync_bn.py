@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._args import check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
+from ._loading import check_kind
 from ._recompute import all_finite, copied_statistics, in_backward, statistics_kept, take_if_finite
 
 _LOG = logging.getLogger(__name__)
@@ -99,6 +100,10 @@ class SyncBN(_BatchNorm):
     def fold_into(self, conv: nn.Module) -> None:
         """See :mod:`._fold`: nothing of the layer remains."""
         fold_batch_norm(conv, self)
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        check_kind(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, *args)
 
     def _world_size(self) -> int:
         if not (dist.is_available() and dist.is_initialized()):

@@ -15,16 +15,13 @@ from mmdet.models.backbones import (
     TridentResNet,
 )
 from mmengine.model import BaseModule
-from torch import Tensor, nn
+from torch import nn
 
 from ..layers import BNET
 from ..layers._args import ConfigError
 from ..registry import MODELS
 
 POSITIONS = ('stem', 'norm1', 'norm2', 'norm3', 'last', 'downsample')
-
-# What a batch norm of an ImageNet or detector checkpoint holds.
-_BATCH_NORM_KEYS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 
 
 class NormAt:
@@ -64,7 +61,6 @@ class NormAt:
                         _replace_in_block(block, position, stage_cfg)
         _forbid_overlap(self)
         self._freeze_stages()  # again: the host froze before the norms were replaced
-        self._register_load_state_dict_pre_hook(_rename_batch_norm_keys, with_module=True)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -163,24 +159,6 @@ def _swap_child(host: nn.Module, old_name: str, new_name: str, layer: nn.Module)
     host._modules.clear()
     for name, child in children:
         host.add_module(name, child)
-
-
-def _rename_batch_norm_keys(backbone: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
-    """``bn3.*`` of a plain backbone's checkpoint -> the norm that sits there here, e.g. ``bnet3.*``."""
-    hosts = [('', backbone)] + [
-        (f'{stage}.{i}.', block)
-        for stage in backbone.res_layers
-        for i, block in enumerate(_blocks(getattr(backbone, stage)))
-    ]
-    for path, host in hosts:
-        for index in (1, 2, 3):
-            name = getattr(host, f'norm{index}_name', f'bn{index}')
-            if name == f'bn{index}' or f'bn{index}' in host._modules:
-                continue
-            for key in _BATCH_NORM_KEYS:
-                old, new = f'{prefix}{path}bn{index}.{key}', f'{prefix}{path}{name}.{key}'
-                if old in state and new not in state:
-                    state[new] = state.pop(old)
 
 
 @MODELS.register_module()

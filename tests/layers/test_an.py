@@ -268,17 +268,11 @@ class TestStateDict:
     def test_a_plain_norm_checkpoint_gives_the_identical_function(self, norm, k):
         plain, layer = plain_norm(norm, dtype=torch.float64), random_an(norm, k=k)
         holder = nn.Sequential(layer)
-        report = holder.load_state_dict(nn.Sequential(plain).state_dict(), strict=False)
+        holder.load_state_dict(nn.Sequential(plain).state_dict())
         x = torch.randn(3, 4, 6, 5, dtype=torch.float64) * 3 + 1
         for training in (False, True):
             y, expected = layer.train(training)(x), plain.train(training)(x)
             torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-        assert not report.unexpected_keys
-        # The report names what was initialized instead of loaded.
-        named = {key for key in attention_keys(norm) if not key.endswith('num_batches_tracked')}
-        assert set(report.missing_keys) - {'0.attention_weights.attention.1.num_batches_tracked'} == {
-            f'0.{key}' for key in named
-        }
 
     @BOTH
     def test_components_of_a_loaded_plain_norm_can_grow_apart(self, norm):
@@ -305,7 +299,8 @@ class TestStateDict:
     @BOTH
     def test_a_plain_norm_of_the_wrong_width_is_one_clear_error(self, norm):
         with pytest.raises(RuntimeError, match=r'size mismatch for 0.weight.*\(4,\).*0.weight_.*has \(6,\)'):
-            nn.Sequential(AN(4, norm, 3, 2)).load_state_dict({'0.weight': torch.ones(6)}, strict=False)
+            state = {f'0.{key}': value for key, value in plain_norm(norm).state_dict().items()}
+            nn.Sequential(AN(4, norm, 3, 2)).load_state_dict(state | {'0.weight': torch.ones(6)}, strict=False)
 
     def test_missing_keys_are_reported_by_their_published_names(self):
         report = nn.Sequential(AN(4)).load_state_dict({}, strict=False)

@@ -502,19 +502,20 @@ class TestStateDict:
             model[1].load_state_dict(state, strict=True)
             assert list(state) == keys  # the caller's dict stays as it is
             assert model[1].iter_count == 0 and model[1]._history is None
-            assert torch.equal(model[1].running_var, state['running_var'])
+            if state is published:
+                assert torch.equal(model[1].running_var, state['running_var'])
             train(model, batches(3))
             assert model[1].iter_count == 3 and model[1]._history.length == 2
 
-    def test_a_batch_norm_checkpoint_gives_nearly_the_same_function(self):
-        """The difference is eps outside the root: eps_in_sqrt=True makes it the same."""
+    def test_a_batch_norm_checkpoint_gives_the_same_function(self):
+        """eps outside the root included, which counts where the variance is small."""
         plain = nn.BatchNorm2d(6)
-        plain.running_mean.normal_(), plain.running_var.uniform_(0.5, 2), nn.init.normal_(plain.weight)
+        plain.running_mean.normal_(), plain.running_var.uniform_(0, 1e-4), nn.init.normal_(plain.weight)
         x = torch.randn(2, 6, 5, 5)
-        for kwargs, tolerance in ((dict(eps_in_sqrt=True), 1e-6), (dict(), 5e-5)):
+        for kwargs in (dict(eps_in_sqrt=True), dict()):
             layer = CBN(6, **kwargs)
             layer.load_state_dict(plain.state_dict())
-            assert relative(layer.eval()(x), plain.eval()(x)) < tolerance
+            assert relative(layer.eval()(x), plain.eval()(x)) < 1e-6
 
     def test_other_parts_of_a_partial_checkpoint_reset_nothing(self):
         model = conv_cbn()

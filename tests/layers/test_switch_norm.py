@@ -85,13 +85,17 @@ def test_published_shapes_load_as_they_are():
         assert torch.equal(target[0].state_dict()[key], value), key
 
 
-def test_of_a_batch_norm_checkpoint_only_the_mixing_weights_are_missing():
+def test_a_batch_norm_checkpoint_is_the_identical_function_until_it_mixes():
     plain = nn.BatchNorm2d(4)
     nn.init.normal_(plain.weight), plain.running_mean.normal_()
-    layer = SN(4)
-    report = layer.load_state_dict(plain.state_dict(), strict=False)
-    assert report.missing_keys == ['mean_weight', 'var_weight'] and not report.unexpected_keys
-    assert torch.equal(layer.weight, plain.weight) and torch.equal(layer.bn.running_mean, plain.running_mean)
+    layer, x = SN(4), torch.randn(2, 4, 5, 5) * 3 + 1
+    with pytest.warns(UserWarning, match='hardly learns'):
+        layer.load_state_dict(plain.state_dict())
+    for training in (False, True):
+        torch.testing.assert_close(layer.train(training)(x), plain.train(training)(x))
+    layer.mix_evenly()
+    assert not torch.allclose(layer(x), plain(x), atol=0.01)
+    assert torch.equal(layer.mean_weight, SN(4).mean_weight) and torch.equal(layer.var_weight, SN(4).var_weight)
 
 
 def test_a_weight_of_another_width_is_a_size_mismatch():

@@ -1,0 +1,188 @@
+"""State dicts that another norm wrote: a norm loads them as the identical function in eval mode, or refuses them.
+
+Which norm wrote a state shows in its keys. Where they lie depends on that norm, too, because mmcv names a norm by an
+abbreviation of its class: ``bn1``, ``sn1``, ``gn1``. So whatever module gets one of our norms as a child looks, when it
+loads, for what lies in that child's place under another abbreviation. Saved are always the child's own keys.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+# Kinds of states, and keys that only they have; of several, the first counts.
+_MARKS = {
+    'BNET': ('bnconv',),
+    'AN': ('weight_', 'attention_weights'),
+    'SN': ('mean_weight', 'var_weight'),
+    'MABN': ('iters', 'buffer_x2', 'buffer_gz'),
+    'CBN': ('iter_count', 'history_patch', 'history_grad', 'history_moments', 'history_index'),
+    'BN': ('running_mean', 'num_batches_tracked'),  # also SyncBN, BRN, FrozenBN: all the same function in eval mode
+    'MABN of ImageNet': ('running_var',),  # without a mean
+    'affine': ('weight', 'bias'),  # group, layer and instance norm; batch norm with its statistics folded in
+}
+_CALLED = {
+    'BN': 'batch norm',
+    'AN on GN': 'AN with group norm',
+    'affine': 'a norm without running statistics, such as group norm',
+}
+# What each norm can be; besides its own.
+_TAKES = {
+    'BNET': ('BN',),
+    'AN': ('BN',),
+    'AN on GN': ('affine',),
+    'BRN': ('BN',),
+    'CBN': ('BN',),
+    'FrozenBN': ('BN', 'affine'),
+    'GN': ('affine',),
+    'LN2d': ('affine',),
+    'MABN': ('BN', 'MABN of ImageNet', 'affine'),
+    'SN': ('BN',),
+    'SyncBN': ('BN',),
+}
+_WHY = {
+    ('GN', 'BN'): 'group norm has no running statistics: it uses those of each image',
+    ('LN2d', 'BN'): 'layer norm has no running statistics: it uses those of each image',
+    ('AN on GN', 'BN'): 'group norm has no running statistics: it uses those of each image',
+}
+_NAMES = re.compile(r'(bnet|bn|sn|gn|ln|in)(?=\d|_|$)(.*)')  # mmcv's abbreviations, and what hosts put behind them
+_CENTRED = 1e-5  # of a filter's norm; rounding leaves 1e-7
+_allowed = False
+
+
+class AnotherFunctionError(RuntimeError):
+    """A norm was to load weights with which it would compute something else than the norm that they are from."""
+
+
+@contextmanager
+def another_function_allowed() -> Iterator[None]:
+    """Inside, norms load what fits of other norms' weights and warn, in place of raising :class:`AnotherFunctionError`.
+
+    For those who want the convolutions of a network and train its norms anew.
+    """
+    global _allowed
+    before, _allowed = _allowed, True
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
+def kind_of(state: dict[str, Tensor], prefix: str = '') -> str | None:
+    """Which norm wrote the values under ``prefix``: a key of :data:`_MARKS`, or 'AN on GN'. None: there are none."""
+    names = {key[len(prefix) :].partition('.')[0] for key in state if key.startswith(prefix)}
+    kind = next((kind for kind, marks in _MARKS.items() if names.intersection(marks)), None)
+    return 'AN on GN' if kind == 'AN' and not names & {'running_mean', 'running_var'} else kind
+
+
+def other_function(norm: nn.Module, kind: str) -> str | None:
+    """Why ``norm`` cannot be the norm of a state of that :func:`kind_of`; None if it can, as the identical function.
+
+    For MABN and batch norm that is asked of the whole of norm and convolution: see :func:`adopt`.
+    """
+    own = _kind(norm)
+    if kind in (own, *_TAKES[own]):
+        return None
+    return _WHY.get((own, kind), f'{_CALLED.get(own, own)} is another function')
+
+
+def check_kind(norm: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+    """What every norm asks first when it loads.
+
+    Raises:
+        AnotherFunctionError: the state is another norm's, and this one cannot be that function.
+    """
+    kind = kind_of(state, prefix)
+    why = kind and other_function(norm, kind)
+    if why:
+        _refuse(norm, prefix, f'{_CALLED.get(kind, kind)}: {why}')
+
+
+def adopt(host: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """Before ``host`` loads: give its norms what lies in their place under the name of another norm.
+
+    And refuse a batch norm for an MABN behind a convolution that centres its weight, unless the weight is centred.
+
+    Raises:
+        AnotherFunctionError: the norm that is here cannot be that function.
+    """
+    conv = None
+    for name, child in host._modules.items():
+        if _is_norm_of_ours(type(child)):
+            _rename(host, name, child, state, prefix)
+            if hasattr(child, 'buffer_x2') and conv and kind_of(state, f'{prefix}{name}.') == 'BN':
+                _check_centred(child, f'{prefix}{name}.', state.get(f'{prefix}{conv}.weight'))
+        weight = getattr(child, 'weight', None)
+        if isinstance(weight, Tensor) and weight.dim() > 2:
+            conv = name if hasattr(child, 'centred_weight') else None
+
+
+def _rename(host: nn.Module, name: str, norm: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+    found = _NAMES.fullmatch(name)
+    if not found or any(key.startswith(f'{prefix}{name}.') for key in state):
+        return
+    for abbreviation in ('bn', 'bnet', 'sn', 'gn', 'ln', 'in'):
+        other = f'{prefix}{abbreviation}{found[2]}.'
+        kind = None if other[len(prefix) : -1] in host._modules else kind_of(state, other)
+        if kind is None:
+            continue
+        why = other_function(norm, kind)
+        if kind == 'affine':  # one cannot see of which: the name says that it is not this one's
+            why = why or f'{type(norm).__name__} is another function'
+        if why:
+            _refuse(norm, f'{prefix}{name}.', f'{_CALLED.get(kind, kind)} ({other[:-1]}): {why}')
+            return
+        for key in [key for key in state if key.startswith(other)]:
+            state[f'{prefix}{name}.{key[len(other) :]}'] = state.pop(key)
+        return
+
+
+def _check_centred(norm: nn.Module, prefix: str, weight: Tensor | None) -> None:
+    if weight is None or weight.is_meta or weight.dim() < 3:
+        return
+    wide = weight.detach().double().flatten(1)
+    off = (wide.mean(1).norm() * wide.shape[1] ** 0.5 / wide.norm().clamp(min=1e-300)).item()
+    if off > _CENTRED:
+        _refuse(
+            norm,
+            prefix,
+            'batch norm, which is the same function only behind the same convolution: CenConv, in front, takes the '
+            f'mean of each filter away, {100 * off:.2g} % of these weights',
+        )
+
+
+def _refuse(norm: nn.Module, prefix: str, what: str) -> None:
+    text = (
+        f'{type(norm).__name__} at {prefix[:-1]!r} would compute something else than the norm of its checkpoint, {what}'
+    )
+    if _allowed:
+        warnings.warn(text, stacklevel=3)
+        return
+    raise AnotherFunctionError(
+        f'{text}. Load it into a model with that norm, or train without these weights: for pretrained ones of a '
+        'backbone write model.backbone.init_cfg=None'
+    )
+
+
+def _kind(norm: nn.Module) -> str:
+    own = next(cls.__name__ for cls in type(norm).__mro__ if cls.__name__ in _TAKES)
+    return 'AN on GN' if own == 'AN' and norm.norm == 'GN' else own
+
+
+@cache
+def _is_norm_of_ours(cls: type) -> bool:
+    return any(base.__name__ in _TAKES and base.__module__.startswith(__package__) for base in cls.__mro__)
+
+
+def _watch(host: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Called by torch for every child that a module gets."""
+    hooks = host._load_state_dict_pre_hooks.values()
+    if _is_norm_of_ours(type(child)) and not any(getattr(hook, 'hook', None) is adopt for hook in hooks):
+        host._register_load_state_dict_pre_hook(adopt, with_module=True)
+
+
+register_module_module_registration_hook(_watch)
