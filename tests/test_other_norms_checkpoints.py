@@ -96,7 +96,7 @@ def test_batch_norm_is_mabn_behind_the_same_convolution(conv):
     theirs, x = trained('BN'), torch.randn(2, 3, 9, 9)
     ours = ConvModule(3, 8, 3, norm_cfg=CFGS['MABN'], conv_cfg=conv, act_cfg=None)
     if conv:
-        with pytest.raises(AnotherFunctionError, match="MABN at 'bn'.*mean of each filter away, [0-9.]+ %"):
+        with pytest.raises(AnotherFunctionError, match=r"MABN at 'bn'.*mean of each filter away, [0-9.]+ %"):
             ours.load_state_dict(theirs.state_dict(), strict=False)
         theirs.conv.weight.data -= theirs.conv.weight.data.mean((1, 2, 3), keepdim=True)
     ours.load_state_dict(theirs.state_dict())

@@ -100,7 +100,7 @@ def test_cbn_looks_back_on_good_iterations_only(rho):
     torch.testing.assert_close(bad(batch(3)), short(batch(3)))
 
 
-@pytest.mark.parametrize('name', [name for name in NORMS if name not in ('BRN', 'CBN')])
+@pytest.mark.parametrize('name', NORMS)
 def test_under_activation_checkpointing_too(name):
     """And the steps after it are those of a run without checkpointing."""
     plain = net(NORMS[name]())
