@@ -49,7 +49,7 @@ data: $(STAMP)
 	@$(BIN)/python tools/make_shapes.py --out data/shapes
 
 demo: data
-	@$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_DIR)
+	@$(BIN)/python tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO_DIR) --overwrite
 	@$(BIN)/python tools/test.py $(DEMO_CONFIG) "$$(cat $(DEMO_DIR)/last_checkpoint)" --eval bbox segm \
 		--work-dir $(DEMO_DIR) --out $(DEMO_DIR)/results.pkl
 	@$(BIN)/python tools/picture_sheet.py $(DEMO_CONFIG) $(DEMO_DIR)/results.pkl --out $(DEMO_DIR)/pictures.png --overwrite

@@ -8,7 +8,7 @@ Importing the package registers everything and does nothing else; in a config::
 from .compat import mmcv_ops
 from .compat.checkpoints import allow_own_checkpoints
 from .compat.loading import load_when_asked
-from .compat.safe_files import write_whole_files
+from .compat.safe_files import resume_by, write_whole_files
 from .version import __version__
 
 # First, because mmdet's models import mmcv's compiled ops, which mmcv-lite lacks.
@@ -24,5 +24,6 @@ from .placement import PLACEMENTS, apply_norm  # noqa: E402
 from .registry import NORM_LAYERS, register_norm_layers  # noqa: E402
 
 register_norm_layers()
+resume_by(engine.safe_checkpoints.newest_checkpoint)
 
 __all__ = ['NORM_LAYERS', 'PLACEMENTS', '__version__', 'apply_norm', 'fuse', 'replace_norm_cfg']

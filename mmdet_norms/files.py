@@ -122,7 +122,6 @@ def require_writable(path: str | os.PathLike, option: str) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         folder = Path(os.path.realpath(path)).parent
         folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder)
         probe = _part_of(folder / 'probe')
         try:
             probe.write_bytes(bytes(4096))  # the smallest thing that takes room

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import importlib.util
+import logging
 import os
 import pickle
 import sys
@@ -21,9 +22,11 @@ from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.compat.checkpoints import explain_refusal
 from mmdet_norms.datasets.locate import DataRootError, datasets, use_data_root
 from mmdet_norms.engine import end_processes, start_cpu_processes
+from mmdet_norms.engine.dist import RANKS
 from mmdet_norms.engine.one_value import explain_one_value
 from mmdet_norms.entries import class_of, is_a, spell_out
 from mmdet_norms.errors import UserError
+from mmdet_norms.files import explain
 from mmdet_norms.layers._args import ConfigError
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
@@ -44,6 +47,12 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
             main(argv)
         except (UserError, ConfigError) as error:
             print(f'error: {error}', file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            said = explain(error)
+            if said is None:
+                raise
+            print(f'error: {said}', file=sys.stderr)
             sys.exit(2)
         except ValueError as error:
             said = explain_one_value(error)
@@ -110,7 +119,19 @@ def build_runner(cfg: Config) -> Runner:
         raise UserError(str(error)) from error
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     mmcv_ops.announce()
+    for handler in runner.logger.handlers:
+        if isinstance(handler, logging.FileHandler):  # a log that cannot be written ends the run, as a checkpoint does
+            handler.handleError = _raise
     return runner
+
+
+def is_first_process(args: argparse.Namespace) -> bool:
+    """Whether this is the process that writes files, before they are connected."""
+    return int(os.environ.get(RANKS.get(args.launcher, ''), 0)) == 0
+
+
+def _raise(record: logging.LogRecord) -> None:
+    raise
 
 
 def run_with_checkpoint(run: Callable[[], object], checkpoint: str | None) -> None:

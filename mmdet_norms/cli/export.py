@@ -13,6 +13,7 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmdet_norms.deploy import PARTS, export_onnx, fuse, is_fused, save_fused
+from mmdet_norms.files import remove_unfinished, require_writable
 from mmdet_norms.placement import PLACEMENTS
 
 from .common import UserError, command, load_config, require_checkpoint, run_with_checkpoint
@@ -61,6 +62,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Build, load, fuse, save."""
     _check_out(args)
+    require_writable(args.out, 'OUT')
+    remove_unfinished(Path(args.out).parent)
     cfg = load_config(args)
     require_checkpoint(args.checkpoint, 'CKPT')
     init_default_scope(cfg.get('default_scope') or 'mmdet')

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from mmdet.engine.hooks import DetVisualizationHook
@@ -12,13 +13,17 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmdet_norms.engine.coco_detections import DumpCocoDetections, category_ids, is_detections
+from mmdet_norms.engine.shared_memory import require_shared_memory
+from mmdet_norms.engine.work_dir import TESTING, claimed, require_unclaimed
 from mmdet_norms.entries import class_of, is_a, name_of, parameter_of
+from mmdet_norms.files import remove_unfinished, require_writable
 
 from .common import (
     UserError,
     add_common_arguments,
     build_runner,
     command,
+    is_first_process,
     load_config,
     require_annotations,
     require_checkpoint,
@@ -35,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     args = parse_args(argv)
     cfg = test_config(args)
-    runner = build_runner(cfg)
-    if args.out is not None:
-        _save_detections(runner, args.out)
-    run_with_checkpoint(runner.test, args.checkpoint)
+    with _claimed(cfg, args) if is_first_process(args) else nullcontext():
+        runner = build_runner(cfg)
+        if args.out is not None:
+            _save_detections(runner, args.out)
+        run_with_checkpoint(runner.test, args.checkpoint)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -83,7 +89,22 @@ def test_config(args: argparse.Namespace) -> Config:
         _draw_into(cfg, args.show_dir)
     _add_fuse_hook(cfg, args.fuse)
     require_annotations(cfg, 'test_dataloader')
+    require_shared_memory(cfg, ('test_dataloader',))
     return cfg
+
+
+@contextmanager
+def _claimed(cfg: Config, args: argparse.Namespace) -> Iterator[None]:
+    """The work dir, whose results.json a training or another test would write, too; and room for what is asked."""
+    if args.out is not None:
+        require_writable(args.out, '--out')
+    if args.show_dir is not None:
+        require_writable(Path(args.show_dir) / 'picture', '--show-dir')
+    require_unclaimed(cfg.work_dir)
+    with claimed(cfg.work_dir, TESTING):
+        for place in {Path(path).parent for path in (f'{cfg.work_dir}/results.json', args.out) if path}:
+            remove_unfinished(place)
+        yield
 
 
 test_config.__test__ = False  # the name is for people, not for pytest

@@ -2,17 +2,31 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from mmdet.registry import OPTIM_WRAPPERS, WEIGHT_INITIALIZERS
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.runner import Runner
 
 from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.deploy import is_fused
 from mmdet_norms.engine import CPUAmpOptimWrapper
+from mmdet_norms.engine.safe_checkpoints import LAST, CheckpointFolder
+from mmdet_norms.engine.shared_memory import require_shared_memory
+from mmdet_norms.engine.work_dir import (
+    claimed,
+    is_finished,
+    mark_finished,
+    remove_earlier_run,
+    require_fresh,
+    require_replaceable,
+    tidy,
+)
 from mmdet_norms.entries import class_of, is_a, name_of
+from mmdet_norms.files import require_room
 
 from .common import (
     UserError,
@@ -20,6 +34,7 @@ from .common import (
     add_hook,
     build_runner,
     command,
+    is_first_process,
     load_config,
     require_annotations,
     require_checkpoint,
@@ -32,8 +47,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     args = parse_args(argv)
     cfg = train_config(args)
-    runner = build_runner(cfg)
-    run_with_checkpoint(runner.train, cfg.get('load_from'))
+    if args.finished:
+        print(f'nothing to do: {args.finished}')
+        return
+    first = is_first_process(args)
+    with claimed(cfg.work_dir) if first else nullcontext():
+        if first:
+            guard_work_dir(cfg, args)
+        runner = build_runner(cfg)
+        for note in args.notes:
+            runner.logger.info(note)
+        if first:
+            clear_work_dir(runner, cfg, args)
+        run_with_checkpoint(runner.train, cfg.get('load_from'))
+        if first:
+            mark_finished(cfg.work_dir, runner.epoch, runner.iter, _end(cfg))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,6 +82,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='go on from CKPT or, without a value, from the latest checkpoint in the work dir',
     )
     parser.add_argument(
+        '--overwrite',
+        action='store_true',
+        help='start anew in a work dir that holds an earlier run: its checkpoints and results.json are deleted when '
+        'training begins',
+    )
+    parser.add_argument(
         '--tune-mode',
         action='store_true',
         help='compute norms with fixed statistics (norm_eval, frozen_stages, FrozenBN) as part of their convolutions',
@@ -66,6 +100,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def train_config(args: argparse.Namespace) -> Config:
     """The config that the arguments of a training run lead to."""
+    if args.overwrite and args.resume is not None:
+        raise UserError('--overwrite starts anew and --resume goes on: give one of them')
     cfg = load_config(args)
     for dataloader in ('train_dataloader', 'val_dataloader'):
         require_annotations(cfg, dataloader)
@@ -73,9 +109,9 @@ def train_config(args: argparse.Namespace) -> Config:
         _use_mixed_precision(cfg)
     if args.auto_scale_lr:
         _scale_learning_rate(cfg)
-    if args.resume is not None:
-        _resume(cfg, args.resume)
+    _resume(cfg, args)
     _require_weights(cfg, args.config)
+    require_shared_memory(cfg, ('train_dataloader', 'val_dataloader'))
     add_hook(cfg, 'RandomStateHook')
     add_hook(cfg, 'PendingValidationHook')
     if args.tune_mode:
@@ -124,21 +160,67 @@ def _scale_learning_rate(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def _resume(cfg: Config, source: str) -> None:
+def _resume(cfg: Config, args: argparse.Namespace) -> None:
+    """--resume, or ``resume = True`` of the config: find what to go on from. While there is nothing, start as usual."""
+    args.notes, args.finished = [], None
+    source = args.resume
+    if source is None and cfg.get('resume') and cfg.get('load_from') is None:
+        source = 'auto'
+    if source is None:
+        return
     cfg.resume = True
-    cfg.load_from = None
     if source != 'auto':
         require_checkpoint(source, '--resume')
         cfg.load_from = source
+        return
+    newest = CheckpointFolder.of(cfg).newest()
+    args.notes = [f'--resume: {note}' for note in newest.notes]
+    if newest.path is None:
+        cfg.resume = False
+        start = f'load_from={cfg.load_from}' if cfg.get('load_from') else 'the beginning'
+        args.notes.append(f'--resume: no checkpoint in {cfg.work_dir} yet, starting from {start}')
+        return
+    cfg.load_from = str(newest.path)
+    if is_finished(cfg.work_dir, newest.iter, _end(cfg)):
+        args.finished = (
+            f'the run in {cfg.work_dir} was finished (epoch {newest.epoch}, iteration {newest.iter}); to train longer, '
+            'raise ' + ' or '.join(f'train_cfg.{key}={value}' for key, value in _end(cfg).items())
+        )
+
+
+def _end(cfg: Config) -> dict:
+    """What says when training is over."""
+    loop = cfg.get('train_cfg') or {}
+    return {key: loop[key] for key in ('max_epochs', 'max_iters') if loop.get(key) is not None}
+
+
+def guard_work_dir(cfg: Config, args: argparse.Namespace) -> None:
+    """Raise if the work dir holds an earlier run that nobody spoke of."""
+    folder = CheckpointFolder.of(cfg)
+    if args.overwrite:
+        start = {'load_from': cfg.load_from} if cfg.get('load_from') else {}
+        require_replaceable(folder, {**start, **dict(_pretrained(cfg.model, 'model'))})
+    elif not cfg.get('resume') and args.resume is None:
+        require_fresh(folder)
+
+
+def clear_work_dir(runner: Runner, cfg: Config, args: argparse.Namespace) -> None:
+    """When all is ready to train: no earlier run, nothing half-written, and room for a checkpoint."""
+    folder = CheckpointFolder.of(cfg)
+    for path in tidy(folder):
+        runner.logger.info(f'{path} was left half-written by a run that was killed, and is deleted')
+    if args.overwrite:
+        removed = remove_earlier_run(folder)
+        if removed:
+            runner.logger.info(f'--overwrite: deleted {", ".join(path.name for path in removed)}')
+    weights = sum(value.numel() * value.element_size() for value in runner.model.state_dict().values())
+    require_room(folder.folder / LAST, weights, 'training')
 
 
 def _require_weights(cfg: Config, config: str) -> None:
     """Raise if a local file that the run starts from is not there, or holds a fused model."""
     option = '--resume' if cfg.get('resume') else 'load_from'
     start = cfg.get('load_from')
-    last = Path(cfg.work_dir) / 'last_checkpoint'
-    if start is None and cfg.get('resume') and last.is_file():
-        start = last.read_text().strip()
     pretrained = [(key, path) for key, path in _pretrained(cfg.model, 'model') if '://' not in path]
     for key, path in pretrained:
         if not Path(path).expanduser().is_file():

@@ -17,6 +17,7 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
+from mmengine.runner import runner as runner_module
 
 from ..files import replacing, write_bytes, write_text
 
@@ -37,6 +38,11 @@ def write_whole_files() -> None:
     CheckpointHook.before_train = _before_train
     CheckpointHook._save_checkpoint_with_step = _save_checkpoint_with_step
     CheckpointHook._save_best_checkpoint = _save_best_checkpoint
+
+
+def resume_by(find: Callable[[str], str | None]) -> None:
+    """Let mmengine's runner ask ``find`` for the checkpoint of a work dir, as the stock tools' ``--resume`` does."""
+    runner_module.find_latest_checkpoint = find
 
 
 def _put(backend: LocalBackend, obj: bytes, filepath: str | Path) -> None:

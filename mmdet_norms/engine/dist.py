@@ -27,6 +27,8 @@ _LAUNCHER_ENV = {
     'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
     'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
 }
+RANKS = {launcher: names[0] for launcher, names in _LAUNCHER_ENV.items()}
+"""The environment variable with the number of the process, by launcher."""
 
 
 def start_cpu_processes(cfg: Config) -> None:

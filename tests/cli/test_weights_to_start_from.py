@@ -62,9 +62,10 @@ def test_training_from_a_fused_model_is_refused_wherever_it_is_named(config, fus
 
 def test_going_on_from_a_work_dir_whose_last_checkpoint_was_fused_is_refused(config, fused, tmp_path):
     (tmp_path / 'last_checkpoint').write_text(str(fused))
-    assert f'--resume: {fused} is the checkpoint of a fused' in refused(config, '--work-dir', tmp_path, '--resume')
+    message = refused(config, '--work-dir', tmp_path, '--resume')
+    assert f'{fused} is not used: it is the checkpoint of a fused' in message
     (tmp_path / 'last_checkpoint').unlink()
-    assert configured(config, '--work-dir', tmp_path, '--resume').resume
+    assert not configured(config, '--work-dir', tmp_path, '--resume').resume  # nothing to go on from yet
 
 
 def test_the_refusal_is_one_message_and_nothing_was_started(config, fused, tmp_path, capsys):
