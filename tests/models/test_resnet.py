@@ -92,8 +92,9 @@ def test_a_bnet_checkpoint_round_trips():
         assert torch.equal(value, source.state_dict()[key]), key
 
 
-def test_frozen_stages_freeze_the_placed_norms_too():
-    backbone = build(frozen_stages=1).train()
+@pytest.mark.parametrize('as_built', [True, False])  # the optimizer is made before train() is called
+def test_frozen_stages_freeze_the_placed_norms_too(as_built):
+    backbone = build(frozen_stages=1) if as_built else build(frozen_stages=1).train()
     for block in backbone.layer1:
         assert not block.norm3.bn.training
         assert not any(p.requires_grad for p in block.norm3.parameters())
