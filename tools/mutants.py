@@ -9,6 +9,7 @@ unchanged copy, where they must pass. By hand, not in CI: it takes about half an
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def attempt(mutant: dict) -> tuple[str, str]:
                 return 'broken', f'does not compile: {built.stderr[-200:]}'
         pytest = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '--no-header']
         try:
-            done = _run([*pytest, *str(mutant['tests']).split()], copy, env)
+            done = _run([*pytest, *shlex.split(mutant['tests'])], copy, env)
         except subprocess.TimeoutExpired:
             return 'caught', f'the tests did not end in {_LIMIT_S} s'
         if done.returncode == 0:

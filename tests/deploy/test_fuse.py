@@ -126,6 +126,14 @@ def test_mabn_is_folded_into_the_centred_weight():
     assert type(fused.conv) is nn.Conv2d
 
 
+def test_a_centred_convolution_that_a_hook_watches_stays():
+    model = settled(ConvModule(3, 4, 3, norm_cfg=dict(type='GN', num_groups=2), conv_cfg=dict(type='CenConv')))
+    seen = []
+    model.conv.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    fused = unchanged(model, noise(2, 3, 6, 6))
+    assert isinstance(fused.conv, CenConv2d)
+
+
 def test_a_centred_convolution_without_a_norm_to_fold_becomes_a_plain_one():
     for norm_cfg in (dict(type='GN', num_groups=2), None, dict(type='AN', k=2)):
         model = settled(ConvModule(3, 4, 3, norm_cfg=norm_cfg, conv_cfg=dict(type='CenConv'), act_cfg=None))

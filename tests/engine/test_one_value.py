@@ -34,6 +34,16 @@ def test_other_errors_keep_their_traceback(message):
     assert explain_one_value(caught.value) is None
 
 
+def test_an_error_in_a_users_own_layer_keeps_its_traceback():
+    class Own(nn.Module):
+        def forward(self, x):
+            raise ValueError('Expected more than 1 value per channel when training')
+
+    with pytest.raises(ValueError) as caught:
+        Own()(None)
+    assert explain_one_value(caught.value) is None
+
+
 def test_torch_still_refuses_in_a_function_of_that_name():
     with pytest.raises(ValueError) as caught:
         nn.BatchNorm2d(2)(torch.zeros(1, 2, 1, 1))
