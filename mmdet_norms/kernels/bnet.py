@@ -142,7 +142,7 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         x, weight, mean, var = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if second.is_wanted(grad):
             return _second(ctx, grad, x, weight, mean, (var + ctx.eps).rsqrt())
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # Whoever keeps saved tensors elsewhere meanwhile may give them back in another layout.
@@ -171,7 +171,7 @@ class _InTorch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         x, weight, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if second.is_wanted(grad):
             return _second(ctx, grad, x, weight, mean, rstd)
         grad = grad.contiguous(memory_format=_layout(x))
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import passes
+from .second import is_wanted
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -63,7 +64,7 @@ class _Moments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         size = x.shape[2] * x.shape[3]
         slope, shift = grad_var * (2 / size), grad_mean / size
-        if torch.is_grad_enabled():  # somebody wants to differentiate this
+        if is_wanted(grad):
             gain, mean, slope, shift = (v[..., None, None] for v in (gain, mean, slope, shift))
             return (gain * grad + slope * (x - mean) + shift).to(x.dtype)
         return passes.gradient(grad, x, gain, mean, slope, shift)
@@ -78,7 +79,7 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, centre, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if is_wanted(grad):
             wide = grad.to(scale.dtype)
             total, centred = wide.sum((2, 3)), (wide * (x - centre[..., None, None])).sum((2, 3))
         else:

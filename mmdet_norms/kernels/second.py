@@ -1,7 +1,7 @@
 """Backward passes by torch's own operators, for gradients that are to be differentiated again (``create_graph``).
 
-Slower than the kernels, and they keep what autograd keeps of them. Only the second derivative pays for that: a backward
-pass asks ``torch.is_grad_enabled()``, which is off unless its caller wants to differentiate the result.
+Slower than the kernels, and autograd keeps what it needs of them. Only those who ask for it pay for that: see
+:func:`is_wanted`.
 """
 
 import torch
@@ -9,6 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _OVER = (0, 2, 3)
+
+
+def is_wanted(grad: Tensor) -> bool:
+    """For a backward pass to ask: does its caller want to differentiate the result, or compute many at once by vmap?
+
+    (``create_graph=True`` turns grad on, which is off in other backward passes. ``is_grads_batched=True`` and
+    ``vectorize=True`` hand in tensors that kernels cannot read.)
+    """
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def bnet_gradients(

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._replay import recall, remember
+from ._replay import is_looked_at, recall, remember
 
 
 def in_backward() -> bool:
     """Is this forward run from within a backward pass? Then activation checkpointing is repeating it.
 
-    Compiled code is asked while it is traced, and traces every forward once: False.
+    (Or for somebody who looks at the saved tensors of a graph.) Compiled code is asked while it is traced, and traces
+    every forward once: False.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and (torch._C._current_graph_task_id() != -1 or is_looked_at())
 
 
 @contextmanager

@@ -41,6 +41,13 @@ def _regions() -> Iterator[tuple[object, Hashable]]:
         frame = frame.f_back
 
 
+def is_looked_at() -> bool:
+    """Whether a forward is being repeated because somebody looks at its saved tensors, outside of a backward pass."""
+    top_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)  # not in old versions
+    hooks = top_hooks(False) if top_hooks else None
+    return hooks is not None and hooks[1].__qualname__.startswith('_recomputation_hook.')
+
+
 @dataclass
 class _Record:
     """The calls of one layer in one region; of the current repetition, which it is and how many were repeated."""

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..kernels import passes, winograd
-from ..kernels.second import spread
+from ..kernels.second import is_wanted, spread
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._fold import exact, fold_affine
 from ._loading import check_kind
-from ._recompute import all_finite
+from ._recompute import all_finite, in_backward
 from ._replay import Calls
 
 _HISTORY = ('history_patch', 'history_grad', 'history_moments', 'history_index')
@@ -43,7 +43,8 @@ class CBN(nn.Module):
         \mu = \tfrac1k \sum \hat m_t, \quad \sigma^2 = \tfrac1k \sum (\hat s_t + \hat m_t^2) - \mu^2, \quad
         y = \gamma \frac{x - \mu}{\sigma + \epsilon} + \beta
 
-    Gradients flow through the current batch's statistics only. This equals the published second-moment form, but keeps
+    Gradients flow through the current batch's statistics only; what is remembered is constant, as in second derivatives
+    (``create_graph=True``), which are exact with that. This equals the published second-moment form, but keeps
     its digits where the mean is large against the standard deviation: there the published layer drops every entry in
     fp32 and returns NaN, here the current batch always counts. A channel of zero variance has finite gradients.
 
@@ -59,7 +60,8 @@ class CBN(nn.Module):
     of weight-standardized convolutions). Where autograd cannot tell -- inside activation checkpointing and
     ``torch.compile`` -- call :func:`link_convs` once on the model. Channels with a conv bias are compensated for weight
     moves only, as published. Activation checkpointing gives the outputs and statistics of a run without; a recomputed
-    forward neither counts nor enters the history.
+    forward neither counts nor enters the history. (The reentrant kind cannot tell a forward under ``no_grad`` inside,
+    which then enters it, too.)
 
     **An iteration is a training forward of this module**: a module shared by several feature levels counts each call,
     gradient accumulation counts each micro-batch (its weights did not move, so the window just covers fewer updates).
@@ -158,7 +160,7 @@ class CBN(nn.Module):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             mean, var = passes.moments(x.detach())
-            if torch._C._current_graph_task_id() != -1:
+            if in_backward():
                 # A forward inside a backward is activation checkpointing computing a forward again.
                 self._conv_call = None
                 call = self._calls.recall(mean)
@@ -520,7 +522,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         saved = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants to differentiate this
+        if is_wanted(grad):
             return *_gradients(grad, *saved, ctx.outer), None, None, None, None, None
         x, weight, mean, denominator, mean_share, var_share = saved
         grad_bias, centred = passes.gradient_sums(grad, x, mean)
@@ -552,8 +554,8 @@ def _gradients(
     over = (0, 2, 3)
     grad, here, x_dtype = grad.to(mean.dtype), x.detach().to(mean.dtype), x.dtype
     x = x.to(mean.dtype)
-    varies = var_share > 0
     root = denominator - outer
+    varies = (var_share > 0) & (root > 0)
     share = torch.where(varies, var_share * root / denominator, 0)  # without the slope of the root
     about, moved = here - spread(mean), (x - here).sum(over) * mean_share
     squares = ((x - spread(mean)).square() - about.square()).sum(over)

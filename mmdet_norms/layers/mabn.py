@@ -17,6 +17,7 @@ from ..kernels import passes
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._fold import exact, fold_affine
 from ._loading import check_kind
+from ._recompute import in_backward
 from ._replay import Calls
 
 _FIX = "write conv_cfg=dict(type='CenConv') beside norm_cfg=dict(type='MABN')"
@@ -139,7 +140,8 @@ class MABN(nn.Module):
         \frac{\partial L}{\partial x} = \frac{\gamma r g - z p}{\sqrt{v + \epsilon}}
 
     and :math:`\partial L / \partial \gamma = \sum g r z`, :math:`\partial L / \partial \beta = \sum g`. While a single
-    batch is used and r = 1 this is the exact gradient; afterwards, by design, the derivative of nothing. Eval:
+    batch is used and r = 1 this is the exact gradient; afterwards, by design, the derivative of nothing: so
+    ``create_graph=True`` raises a ``RuntimeError`` in training. Eval:
     :math:`y = \gamma x / \sqrt{\rho + \epsilon} + \beta`, a batch norm with mean 0 (:meth:`to_batch_norm`).
 
     No mean is subtracted: the convolution in front has to supply outputs without one, see :class:`CenConv2d`. A
@@ -157,9 +159,8 @@ class MABN(nn.Module):
       averages the rows as they then stand: with several calls before one backward the later calls' rows are new and
       the earlier calls' rows are still those of m iterations ago.
     * Not the recomputation by activation checkpointing (a training forward inside a backward pass): it takes the
-      statistics of the call that saw the same batch moment, so outputs, gradients and state are those without
-      checkpointing, reentrant or not. At most 32 calls of the module may come in between. Two calls with
-      one and the same input inside one checkpointed function may exchange their statistics.
+      statistics of the call that it repeats, so outputs, gradients and state are those without checkpointing,
+      reentrant or not. (Compiled checkpoints find it by its batch moment, among the last 32 calls of the module.)
 
     Every process of distributed training keeps its own statistics, as published (``broadcast_buffers=False``, which is
     mmengine's default); the checkpoint holds those of rank 0.
@@ -263,7 +264,7 @@ class MABN(nn.Module):
 
     def _call(self, batch: Tensor, *state: Tensor) -> _Call:
         """What to normalize with, given the moment of the batch: a new iteration, or an old one recomputed."""
-        if torch._C._current_graph_task_id() != -1 and (call := self._calls.recall(batch)):
+        if in_backward() and (call := self._calls.recall(batch)):
             return _Call(*call)
         call = self._advance(batch, *state)
         self._calls.add(call)

@@ -1,7 +1,6 @@
 """Synchronized batch norm that also runs where nothing can be synchronized."""
 
 import logging
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -85,13 +84,12 @@ class SyncBN(_BatchNorm):
             running = (self.running_mean, self.running_var)
             return F.batch_norm(x, *running, self.weight, self.bias, running[0] is None, 0.0, self.eps)
         self._check_input_dim(x)
-        with statistics_kept(self) if in_backward() else nullcontext():
-            if self._world_size() <= 1:
-                _say_once('SyncBN: training is not distributed, so it acts as BN on the batch of this process')
-                return self._local(x)
-            if x.device.type in _served_by_torch():
-                return self._synced_by_torch(x)
-            return self._synced(x)
+        if self._world_size() <= 1:
+            _say_once('SyncBN: training is not distributed, so it acts as BN on the batch of this process')
+            return self._local(x)
+        if x.device.type in _served_by_torch():
+            return self._synced_by_torch(x)
+        return self._synced(x)
 
     # What torch's forward calls on itself.
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
@@ -119,7 +117,7 @@ class SyncBN(_BatchNorm):
         new = copied_statistics(self) if tracks else dict(running_mean=None, running_var=None)
         running = (new['running_mean'], new['running_var'])
         y = F.batch_norm(x, *running, self.weight, self.bias, True, factor, self.eps)
-        if tracks:  # not before: a batch that is refused leaves no trace
+        if tracks and not in_backward():  # not before: a batch that is refused leaves no trace
             new['num_batches_tracked'] += 1
             take_if_finite(self, **new)
         return y
@@ -127,6 +125,9 @@ class SyncBN(_BatchNorm):
     def _synced_by_torch(self, x: Tensor) -> Tensor:
         # Peers exchange fp32 numbers; for an empty half input torch would send half ones, which hangs or corrupts.
         wide = x if x.numel() else x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if in_backward():
+            with statistics_kept(self):
+                return nn.SyncBatchNorm.forward(self, wide).to(x.dtype)
         before = copied_statistics(self)
         y = nn.SyncBatchNorm.forward(self, wide).to(x.dtype)
         if before:
@@ -144,7 +145,7 @@ class SyncBN(_BatchNorm):
         y, mean, var, count = _SyncedBatchNorm.apply(
             x, self.weight, self.bias, self.eps, self.process_group, self._world_size()
         )
-        if self.track_running_stats:
+        if self.track_running_stats and not in_backward():
             with torch.no_grad():
                 tracked = self.num_batches_tracked + (count > 0)
                 batches = tracked.clamp(min=1).to(mean.dtype)

@@ -4,6 +4,7 @@ Inputs are equal on purpose: what a repeated forward takes from the first one ca
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -270,6 +271,36 @@ def test_checkpoint_sequential(norm):
     expected = train(norm, in_segments, plain)
     for way in True, False:
         assert_same(train(norm, in_segments, way), expected)
+
+
+@pytest.mark.skipif(not hasattr(torch.utils.checkpoint, 'CheckpointPolicy'), reason='torch < 2.4')
+@pytest.mark.parametrize('norm', NORMS)
+def test_selective_checkpointing(norm):
+    """Results of some operations are kept: in a repetition there must be no other ones, nor more of a kind."""
+    policies = torch.utils.checkpoint.CheckpointPolicy
+
+    def policy(context, operation, *args, **kwargs):
+        keeps = operation is torch.ops.aten.convolution.default
+        return policies.MUST_SAVE if keeps else policies.PREFER_RECOMPUTE
+
+    def selective(function):
+        contexts = partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, policy)
+        return lambda z: checkpoint(function, z, use_reentrant=False, context_fn=contexts)
+
+    for arrangement in twice_equal, two_regions:
+        assert_same(train(norm, arrangement, selective), train(norm, arrangement, plain))
+
+
+@pytest.mark.parametrize('norm', NORMS)
+def test_a_look_at_saved_tensors_counts_nothing(norm):
+    """As tools that draw graphs take one: it repeats the forward outside of a backward pass."""
+
+    def looked_at(net, cp, x):
+        y = cp(lambda z: (net.a(z) + 2 * net.a(z)).tanh())(x)
+        assert torch.equal(y.grad_fn._saved_result, y)
+        return y
+
+    assert_same(train(norm, looked_at, by(False)), train(norm, looked_at, plain))
 
 
 @pytest.mark.parametrize('reentrant', [True, False])

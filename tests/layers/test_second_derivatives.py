@@ -316,6 +316,34 @@ def test_cenconv():
     assert gradgradcheck(lambda x, *_: net(x), (double(2, 2, 4, 4), *net.parameters()), double(2, 2, 2, 2))
 
 
+@pytest.mark.parametrize('norm', NORMS)
+def test_many_gradients_at_once(norm):
+    """``is_grads_batched=True``, which ``hessian(..., vectorize=True)`` uses as well."""
+    net, x = net_of(NORMS[norm]), double(2, 3, 8, 8)
+    inputs = [x, *(p for p in net.parameters() if p.requires_grad)]
+    y = net(x)
+    weights = torch.randn(3, *y.shape).double()
+    one_by_one = [grad(y, inputs, of_y, retain_graph=True) for of_y in weights]
+    for actual, expected in zip(grad(y, inputs, weights, is_grads_batched=True), zip(*one_by_one)):
+        expected = torch.stack(expected)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * float(expected.norm()))
+
+
+@pytest.mark.parametrize('norm', ['BNET3', 'CBN_burnin'])
+def test_a_hessian_vectorized(norm):
+    block = net_of(NORMS[norm])[0]
+    x, w = double(1, 3, 4, 3), double(4, 1, 3, 3) if norm == 'BNET3' else double(4)
+
+    def function(x, w):
+        fresh = copy.deepcopy(block)
+        getattr(fresh.norm, 'bnconv', fresh.norm)._parameters.update(weight=w)
+        return fresh(x).pow(3).sum()
+
+    slow, fast = (torch.autograd.functional.hessian(function, (x, w), vectorize=v) for v in (False, True))
+    for actual, expected in zip((*fast[0], *fast[1]), (*slow[0], *slow[1])):
+        torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize('norm', ['BNET3', 'CBN_window'])
 def test_a_step_of_a_curvature_optimizer(norm):
     """As AdaHessian does it: ``backward(create_graph=True)``, then the diagonal by Hutchinson's estimate."""
