@@ -20,7 +20,8 @@ from mmengine.runner import Runner
 
 from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.compat.checkpoints import explain_refusal
-from mmdet_norms.datasets.locate import DataRootError, datasets, use_data_root
+from mmdet_norms.datasets.locate import DataRootError, use_data_root
+from mmdet_norms.datasets.sources import datasets
 from mmdet_norms.engine import end_processes, start_cpu_processes
 from mmdet_norms.engine.dist import RANKS
 from mmdet_norms.engine.one_value import explain_one_value
@@ -90,6 +91,15 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
+def add_check_argument(parser: argparse.ArgumentParser) -> None:
+    """Add what train and test take about the checks of their data."""
+    parser.add_argument(
+        '--allow-data-faults',
+        action='store_true',
+        help='go on although the data have faults that make results wrong; they are shown as warnings (docs/data.md)',
+    )
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """The config as the arguments ask for it: file, then --norm and --data-root, then --cfg-options."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -99,9 +109,7 @@ def load_config(args: argparse.Namespace) -> Config:
             cfg.model = apply_norm(cfg.model, args.norm)
         except ValueError as error:
             raise UserError(f'--norm {args.norm}: {error}') from error
-    if args.data_root is not None:
-        move_data_root(cfg, args.data_root)
-    merge_options(cfg, args)
+    move_and_merge(cfg, args)
     cfg.launcher = args.launcher
     cfg.work_dir = _work_dir(args, cfg)
     _import_this_package(cfg)
@@ -155,6 +163,14 @@ def read_config(name: str) -> Config:
     if not Path(name).is_file():
         raise UserError(f'there is no config file {name}')
     return Config.fromfile(name)
+
+
+def move_and_merge(cfg: Config, args: argparse.Namespace) -> None:
+    """--data-root, which heeds the options that say what to read there, and --cfg-options, which have the last word."""
+    merge_options(cfg, args)
+    if args.data_root is not None:
+        move_data_root(cfg, args.data_root)
+        merge_options(cfg, args)
 
 
 def move_data_root(cfg: Config, root: str) -> None:

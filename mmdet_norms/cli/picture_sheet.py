@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from mmdet.registry import DATASETS
@@ -26,8 +27,9 @@ from mmdet_norms.engine.picture import (
     to_mask,
 )
 
-from .common import UserError, command, move_data_root, read_config, require_annotations
-from .options import add_option_arguments, merge_options
+from .check import check_data
+from .common import UserError, command, move_and_merge, read_config, require_annotations
+from .options import add_option_arguments
 
 
 @command
@@ -36,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     _check_out(args)
     cfg = read_config(args.config)
-    if args.data_root is not None:
-        move_data_root(cfg, args.data_root)
-    merge_options(cfg, args)
+    move_and_merge(cfg, args)
     require_annotations(cfg, 'test_dataloader')
-    dataset = _build_dataset(cfg)
+    with TemporaryDirectory() as folder:  # for a completed copy of the annotations, which building reads as a whole
+        check_data(cfg, ('test',), folder=folder)
+        dataset = _build_dataset(cfg)
     results = _read_results(args.results, dataset)
     classes = dataset.metainfo['classes']
     palette = dataset.metainfo.get('palette') or ()

@@ -18,8 +18,10 @@ from mmdet_norms.engine.work_dir import TESTING, claimed, require_unclaimed
 from mmdet_norms.entries import class_of, is_a, name_of, parameter_of
 from mmdet_norms.files import remove_unfinished, require_writable
 
+from .check import check_data
 from .common import (
     UserError,
+    add_check_argument,
     add_common_arguments,
     build_runner,
     command,
@@ -64,6 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--fuse', action='store_true', help='fold the norms into the convolutions first: the model as it is deployed'
     )
     add_common_arguments(parser)
+    add_check_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -89,6 +92,7 @@ def test_config(args: argparse.Namespace) -> Config:
         _draw_into(cfg, args.show_dir)
     _add_fuse_hook(cfg, args.fuse)
     require_annotations(cfg, 'test_dataloader')
+    check_data(cfg, ('test',), args.allow_data_faults)
     require_shared_memory(cfg, ('test_dataloader',))
     return cfg
 

@@ -28,8 +28,10 @@ from mmdet_norms.engine.work_dir import (
 from mmdet_norms.entries import class_of, is_a, name_of
 from mmdet_norms.files import require_room
 
+from .check import check_data
 from .common import (
     UserError,
+    add_check_argument,
     add_common_arguments,
     add_hook,
     build_runner,
@@ -95,6 +97,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--seed', type=int, help='seed of the run')
     parser.add_argument('--deterministic', action='store_true', help='deterministic algorithms, slower')
     add_common_arguments(parser)
+    add_check_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -105,6 +108,7 @@ def train_config(args: argparse.Namespace) -> Config:
     cfg = load_config(args)
     for dataloader in ('train_dataloader', 'val_dataloader'):
         require_annotations(cfg, dataloader)
+    check_data(cfg, ('train', 'val'), args.allow_data_faults)
     if args.amp:
         _use_mixed_precision(cfg)
     if args.auto_scale_lr:

@@ -1,13 +1,15 @@
 """Point a config at another COCO-format folder: paths, file layout and classes follow."""
 
-import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 
-from ..entries import class_of, is_a, name_of
+from mmdet_norms.entries import class_of, is_a, name_of
+
+from .annotations import DataError, class_order, other_order, read_annotations
+from .sources import SPLITS, Source, datasets, evaluated_files, sources
 
 # Where COCO and common exports of it keep a split's files, relative to the root.
 _ANNOTATIONS = (
@@ -19,7 +21,7 @@ _ANNOTATIONS = (
 _IMAGES = ('{split}2017/', '{split}/', 'images/{split}2017/', 'images/{split}/', 'images/', '')
 
 
-class DataRootError(ValueError):
+class DataRootError(DataError):
     """A folder that holds no data set the config could read; the message says what was looked for."""
 
 
@@ -27,55 +29,54 @@ def use_data_root(cfg: Config, root: str) -> list[str]:
     """Make datasets and evaluators of ``cfg`` read the COCO-format folder ``root``; changes ``cfg`` in place.
 
     Strings that start with the config's old ``data_root`` move (a config has copied it to where it is needed, so
-    setting ``data_root`` itself would change nothing). Where the folder names its files in another common way,
-    ``ann_file`` and ``data_prefix`` follow, and where its annotations list other classes, so do ``metainfo`` and the
-    ``num_classes`` of the heads.
+    setting ``data_root`` itself would change nothing), and so do absolute paths of other folders. Where the folder
+    names its files in another common way, ``ann_file`` and ``data_prefix`` follow. Where its annotations list other
+    classes or another order, so do ``metainfo`` and the ``num_classes`` of the heads: the order of the training file.
 
     Returns:
         What was adapted besides the paths, one line each, for the log.
 
     Raises:
         DataRootError: the config has no ``data_root`` or a data set that does not read COCO's format, or the folder
-            has no annotations of a split.
+            has no annotations of a split, or its splits list their classes in different orders.
     """
     old = cfg.get('data_root')
-    if not old:
+    if not old and not sources(cfg):
         raise DataRootError(
             'the config has no data_root to replace; set train_dataloader.dataset.data_root and the '
             'like by --cfg-options'
         )
     _require_coco(cfg)
-    root = Path(root)
-    for split in ('train', 'val', 'test'):
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        what = 'is a file; give the folder that holds annotations and images' if root.exists() else 'does not exist'
+        raise DataRootError(f'the folder {root} {what}')
+    for split in SPLITS:
         for key in (f'{split}_dataloader', f'{split}_evaluator'):
-            if cfg.get(key) is not None:
+            if old and cfg.get(key) is not None:
                 cfg[key] = _moved(cfg[key], old.rstrip('/'), str(root))
     cfg.data_root = f'{root}/'
 
-    notes, classes = [], None
-    for split in ('train', 'val', 'test'):
-        for dataset in datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset')):
-            notes += _fit_layout(dataset, root, 'train' if split == 'train' else 'val')
-            classes = classes or _class_names(root / dataset['ann_file'])
-            notes += _fit_classes(cfg, dataset, classes)
-        _fit_evaluators(cfg, split, root)
+    notes, order, first = [], None, None
+    for source in sources(cfg):
+        notes += _fit_layout(source, root)
+        listed = class_order(read_annotations(source.ann_file), by_id=source.sorts_by_id)
+        if order is None:
+            order, first = listed, source.ann_file
+        notes += _fit_classes(cfg, source, order)
+        difference = other_order(source.classes, [name for name in listed if name in source.classes])
+        if difference:
+            raise DataRootError(
+                f'{source.ann_file} {difference} as {first} has them; labels follow the order of the file, so list the '
+                'categories in one order in every file (their ids do not matter)'
+            )
+    for split in SPLITS:
+        notes += _fit_evaluators(cfg, split)
     return list(dict.fromkeys(notes))
 
 
-def datasets(node: object) -> Iterator[dict]:
-    """The dataset configs within wrappers such as RepeatDataset and ConcatDataset."""
-    if isinstance(node, (list, tuple)):
-        for entry in node:
-            yield from datasets(entry)
-    elif isinstance(node, dict):
-        if 'ann_file' in node:
-            yield node
-        yield from datasets(node.get('dataset'))
-        yield from datasets(node.get('datasets'))
-
-
 def _require_coco(cfg: Config) -> None:
-    for split in ('train', 'val', 'test'):
+    for split in SPLITS:
         entry = (cfg.get(f'{split}_dataloader') or {}).get('dataset')
         found = list(datasets(entry))
         others = [dataset for dataset in found if not is_a(dataset, 'CocoDataset', DATASETS)]
@@ -104,42 +105,66 @@ def _moved(node: object, old: str, new: str) -> object:
     return node
 
 
-def _fit_layout(dataset: dict, root: Path, split: str) -> list[str]:
+def _fit_layout(source: Source, root: Path) -> list[str]:
+    """Find a split's annotations and images below ``root``, wherever the config has them."""
+    dataset, split = source.entry, 'train' if source.split == 'train' else 'val'
+    ann_file, folder = dataset.get('ann_file') or '', (dataset.get('data_prefix') or {}).get('img')
+    below = _below(dataset.get('data_root') or root, root)  # a config may read several folders below its data_root
+    base = root if below is None else root / below
+    dataset['data_root'] = f'{base}/'
+
     notes = []
-    if not (root / dataset['ann_file']).is_file():
-        names = [pattern.format(split=split) for pattern in _ANNOTATIONS]
-        found = next((name for name in names if (root / name).is_file()), None)
-        if found is None:
-            looked_for = ', '.join(dict.fromkeys([dataset['ann_file'], *names]))
+    names = [*_shortened(ann_file, base), *(pattern.format(split=split) for pattern in _ANNOTATIONS)]
+    found = next((name for name in names if (base / name).is_file()), None)
+    if found is None:
+        raise DataRootError(
+            f'{base} has no annotations for {split}, looked for {", ".join(dict.fromkeys(names))}; give a folder in '
+            'COCO format, or name the file: --cfg-options ' + f'{source.key}.ann_file=FILE'
+        )
+    if found != names[0] or (_below(ann_file, base) is None and os.path.isabs(ann_file)):
+        notes.append(f'{split}: annotations {found} (the config says {ann_file})')
+    dataset['ann_file'] = found
+    first = next(iter(read_annotations(base / found)['images']), {}).get('file_name')
+    if folder is not None and isinstance(first, str):
+        names = [*_shortened(folder, base), *(pattern.format(split=split) for pattern in _IMAGES)]
+        images = next((name for name in names if (base / name / first).is_file()), None)
+        if images is None:
             raise DataRootError(
-                f'{root} has no annotations for {split}, looked for {looked_for}; give a folder in '
-                'COCO format, or set ann_file by --cfg-options'
+                f'{base}: image {first} of {found} is in none of {", ".join(name or "./" for name in names)}; name its '
+                f'folder: --cfg-options {source.key}.data_prefix.img=FOLDER'
             )
-        notes.append(f'{split}: annotations {found} (the config says {dataset["ann_file"]})')
-        dataset['ann_file'] = found
-    prefix = dataset.get('data_prefix') or {}
-    first = next(iter(_read(root / dataset['ann_file'])['images']), None)
-    if first is not None and 'img' in prefix and not (root / prefix['img'] / first['file_name']).is_file():
-        names = [pattern.format(split=split) for pattern in _IMAGES]
-        found = next((name for name in names if (root / name / first['file_name']).is_file()), None)
-        if found is None:
-            raise DataRootError(
-                f'{root}: image {first["file_name"]} of {dataset["ann_file"]} is in none of '
-                f'{prefix["img"]}, {", ".join(name or "./" for name in names)}'
-            )
-        notes.append(f'{split}: images {found or "./"} (the config says {prefix["img"]})')
-        dataset['data_prefix'] = dict(prefix, img=found)
+        if images != folder and _below(folder, base) != images.rstrip('/'):
+            notes.append(f'{split}: images {images or "./"} (the config says {folder})')
+        dataset['data_prefix'] = dict(dataset['data_prefix'], img=images)
     return notes
 
 
-def _class_names(annotations: Path) -> tuple[str, ...]:
-    return tuple(category['name'] for category in sorted(_read(annotations)['categories'], key=lambda c: c['id']))
+def _shortened(path: str, base: Path) -> list[str]:
+    """A path relative to ``base``; of an absolute one elsewhere, its last parts."""
+    if not os.path.isabs(path) and _below(path, base) is None:
+        return [path]
+    inside = _below(path, base)
+    if inside is not None:
+        return [inside]
+    parts = Path(path).parts[1:]
+    return ['/'.join(parts[-n:]) for n in (2, 1) if len(parts) >= n]
 
 
-def _fit_classes(cfg: Config, dataset: dict, classes: tuple[str, ...]) -> list[str]:
-    metainfo = dataset.get('metainfo') or {}
-    known = metainfo.get('classes') or class_of(dataset, DATASETS).METAINFO.get('classes', ())
-    if set(known) <= set(classes):
+def _below(path: str | os.PathLike, base: Path) -> str | None:
+    """``path`` relative to ``base``, if it is written as one below it."""
+    try:
+        return Path(path).relative_to(base).as_posix()
+    except ValueError:
+        return None
+
+
+def _fit_classes(cfg: Config, source: Source, order: tuple[str, ...]) -> list[str]:
+    """The config's classes if the training file has all of them, else the file's; in the file's order."""
+    dataset, known = source.entry, source.classes
+    known = (known,) if isinstance(known, str) else tuple(known or ())
+    own = known and set(known) <= set(order)
+    classes = tuple(name for name in order if name in known) if own else order
+    if classes == known and not isinstance(source.classes, str):
         return []
     if is_a(dataset, 'CocoPanopticDataset', DATASETS):
         raise DataRootError(
@@ -147,7 +172,9 @@ def _fit_classes(cfg: Config, dataset: dict, classes: tuple[str, ...]) -> list[s
             'stuff is not known; set metainfo of the data sets and the numbers of classes in the config'
         )
     dataset['metainfo'] = dict(classes=classes)
-    _set_num_classes(cfg.model, len(known), len(classes))
+    if own:
+        return [f'classes: in the order of the annotations, {", ".join(classes[:6])}{", ..." * (len(classes) > 6)}']
+    _set_num_classes(cfg.get('model'), len(known), len(classes))
     return [f'classes: {len(classes)} of the annotations (the config has {len(known)})']
 
 
@@ -163,16 +190,14 @@ def _set_num_classes(node: object, old: int, new: int) -> None:
             _set_num_classes(value, old, new)
 
 
-def _fit_evaluators(cfg: Config, split: str, root: Path) -> None:
-    """The evaluator reads the annotations of its own split's dataset."""
-    dataset = next(datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset')), None)
-    evaluators = cfg.get(f'{split}_evaluator')
-    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
-        stale = evaluator and evaluator.get('ann_file') and not Path(evaluator['ann_file']).is_file()
-        if dataset is not None and stale:
-            evaluator['ann_file'] = str(root / dataset['ann_file'])
-
-
-def _read(path: Path) -> dict:
-    with path.open(encoding='utf-8') as file:
-        return json.load(file)
+def _fit_evaluators(cfg: Config, split: str) -> list[str]:
+    """The COCO metrics of a split read the annotations that its data set reads."""
+    found = sources(cfg, (split,))
+    if len(found) != 1:
+        return []
+    notes, path = [], found[0].ann_file
+    for _, metric, old in evaluated_files(cfg, split):
+        if Path(old) != Path(path):
+            notes += [f'{split}: the evaluator reads {path} (the config says {old})'] if Path(old).is_file() else []
+            metric['ann_file'] = path
+    return notes

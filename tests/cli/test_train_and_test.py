@@ -136,7 +136,7 @@ def test_a_packaged_config_can_be_named_directly(tmp_path):
     tiny.write_dataset(tmp_path)
     options = ['train_dataloader.dataset.data_root=' + f'{tmp_path}/']
     options += ['train_dataloader.dataset.ann_file=annotations.json', 'val_dataloader=None']
-    cfg = options_of(train, name, '--norm', 'bnet3', '--cfg-options', *options)
+    cfg = options_of(train, name, '--norm', 'bnet3', '--allow-data-faults', '--cfg-options', *options)
     assert cfg.model.backbone.norm_at.last.kernel_size == 3
     assert cfg.work_dir == './work_dirs/retinanet_r50_fpn_1x_coco_bnet3'
 
@@ -201,7 +201,7 @@ def test_another_data_root_reaches_datasets_and_evaluators(config, tmp_path, cap
             'kernel_size=4 must be an odd positive integer',
         ),
         (['CONFIG', '--resume', 'missing.pth'], 'missing.pth'),
-        (['CONFIG', '--data-root', '/missing'], '/missing has no annotations for train'),
+        (['CONFIG', '--data-root', '/missing'], 'the folder /missing does not exist'),
         (['CONFIG', '--launcher', 'pytorch', '--work-dir', 'WORK'], 'tools/dist_train.sh'),
     ],
 )

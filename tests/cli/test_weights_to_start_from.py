@@ -32,8 +32,8 @@ def fused(tmp_path):
 
 
 def configured(*arguments):
-    """What a training run is made from; nothing is built for it."""
-    return train.train_config(train.parse_args([str(argument) for argument in arguments]))
+    """What a training run is made from; nothing is built for it, and its data are another matter."""
+    return train.train_config(train.parse_args([*map(str, arguments), '--allow-data-faults']))
 
 
 def refused(*arguments):

@@ -15,7 +15,7 @@ SHARED = ROOT.parent / 'shared' / 'data'
 
 
 def write_folder(root, annotations, images, classes):
-    """A data set of one image; ``{split}`` in the names is replaced."""
+    """A data set of one image, the ids of whose classes fall; ``{split}`` in the names is replaced."""
     for split in ('train', 'val'):
         ann, folder = root / annotations.format(split=split), root / images.format(split=split)
         ann.parent.mkdir(parents=True, exist_ok=True), folder.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def write_folder(root, annotations, images, classes):
         content = dict(
             images=[dict(id=1, file_name=f'{split}.jpg', width=64, height=64)],
             annotations=[],
-            categories=[dict(id=i * 10, name=name) for i, name in reversed(list(enumerate(classes)))],
+            categories=[dict(id=100 - i, name=name) for i, name in enumerate(classes)],
         )
         ann.write_text(json.dumps(content))
     return root
@@ -112,3 +112,79 @@ def test_real_photos_beside_the_checkout_are_read(name, classes):
         for split in ('train', 'val'):
             dataset = DATASETS.build(cfg[f'{split}_dataloader'].dataset)
             assert len(dataset) > 30 and dataset[0]['inputs'].shape[0] == 3
+
+
+def relist(root, split, edit):
+    path = root / f'annotations/{split}.json'
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    'edit, said',
+    [
+        (lambda c: c['categories'].reverse(), r'another order: \(cow, dog, cat\), not \(cat, dog, cow\) as .*train'),
+        (lambda c: c['categories'].pop(), r'lacks cow: \(cat, dog\), not \(cat, dog, cow\)'),
+    ],
+)
+def test_splits_that_list_their_classes_differently_are_refused_with_both_orders(tmp_path, edit, said):
+    write_folder(tmp_path, 'annotations/{split}.json', '{split}', ('cat', 'dog', 'cow'))
+    relist(tmp_path, 'val', edit)
+    with pytest.raises(DataRootError, match=rf'val\.json .*{said}'):
+        use_data_root(Config.fromfile(DEMO), str(tmp_path))
+
+
+@pytest.mark.parametrize('ids', [[1, 2, 3], [3, 2, 1], [30, 7, 12]])
+def test_classes_are_in_the_order_of_the_list_whatever_their_ids(tmp_path, ids):
+    write_folder(tmp_path, 'annotations/{split}.json', '{split}', ('cat', 'dog', 'cow'))
+    for split in ('train', 'val'):
+        relist(tmp_path, split, lambda c: [k.update(id=i) for k, i in zip(c['categories'], ids)])
+    cfg = Config.fromfile(DEMO)
+    use_data_root(cfg, str(tmp_path))
+    assert cfg.test_dataloader.dataset.metainfo['classes'] == ('cat', 'dog', 'cow')
+
+
+def test_the_configs_own_classes_take_the_order_of_the_files(tmp_path):
+    cfg = Config.fromfile(DEMO)
+    listed = cfg.metainfo.classes[::-1]
+    write_folder(tmp_path, 'annotations/{split}.json', '{split}', (*listed, 'another'))
+    (note,) = use_data_root(cfg, str(tmp_path))
+    assert note.startswith('classes: in the order of the annotations')
+    assert cfg.val_dataloader.dataset.metainfo['classes'] == listed
+
+
+@pytest.mark.parametrize('what', ['ann_file', 'data_prefix', 'data_root', 'evaluator'])
+def test_absolute_paths_of_other_data_do_not_stay_behind(tmp_path, what):
+    old, new = (write_folder(tmp_path / n, 'annotations/{split}.json', '{split}', ('cat',)) for n in ('old', 'new'))
+    cfg = Config.fromfile(DEMO)
+    dataset = cfg.val_dataloader.dataset
+    if what == 'ann_file':
+        dataset.ann_file = f'{old}/annotations/val.json'
+    elif what == 'data_prefix':
+        dataset.data_prefix = dict(img=f'{old}/val/')
+    elif what == 'data_root':
+        dataset.data_root = f'{old}/'
+    else:
+        cfg.val_evaluator.ann_file = f'{old}/annotations/val.json'
+    use_data_root(cfg, str(new))
+    ann, images = read_back(cfg, 'val')
+    assert ann.samefile(new / 'annotations/val.json') and images.samefile(new / 'val')
+    assert Path(cfg.val_evaluator.ann_file).samefile(ann)
+
+
+@pytest.mark.parametrize(
+    'name, said', [('nosuch', 'does not exist'), ('a/annotations/val.json', 'is a file; give the folder')]
+)
+def test_a_folder_that_is_none_is_said_to_be_none(tmp_path, name, said):
+    write_folder(tmp_path / 'a', 'annotations/{split}.json', '{split}', ('cat',))
+    with pytest.raises(DataRootError, match=rf'the folder \S+ {said}'):
+        use_data_root(Config.fromfile(DEMO), str(tmp_path / name))
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    write_folder(tmp_path / 'a', 'annotations/{split}.json', '{split}', ('cat',))
+    monkeypatch.setenv('HOME', str(tmp_path))
+    cfg = Config.fromfile(DEMO)
+    use_data_root(cfg, '~/a')
+    assert read_back(cfg, 'val')[0].is_file()

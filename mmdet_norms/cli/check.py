@@ -1,0 +1,122 @@
+"""``tools/check.py``: find what is wrong with the data of a config before anything is built."""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+
+from mmdet_norms.datasets.annotations import forget, read_annotations
+from mmdet_norms.datasets.checks import Finding, Report, check_config
+from mmdet_norms.datasets.sources import SPLITS, evaluated_files, sources
+from mmdet_norms.files import replacing
+from mmdet_norms.placement import PLACEMENTS
+
+from .common import UserError, command, load_config
+from .options import add_option_arguments
+
+_RANKS = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check as the command line says; the status is 2 if there are errors."""
+    args = parse_args(argv)
+    cfg = load_config(args)
+    report = check_config(cfg, full=args.full)
+    for finding in report.findings:
+        print(f'{finding.level:<8} {finding}')
+    for path, notes in report.completed.items():
+        for note in notes:
+            print(f'filled   {path}: {note} (in a copy, when a run starts)')
+    errors, warnings = len(report.of('error')), len(report.of('warning'))
+    files = dict.fromkeys(source.ann_file for source in sources(cfg) if source.skipped is None)
+    print(f'{args.config}: {errors} errors, {warnings} warnings in {", ".join(files) or "no file in COCO format"}')
+    if errors:
+        sys.exit(2)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog='tools/check.py', description='Find what is wrong with the data of a config, its classes and its keys.'
+    )
+    parser.add_argument('config', help='config file, or PACKAGE::path, e.g. mmdet::retinanet/...')
+    parser.add_argument('--full', action='store_true', help='decode every image, not only the headers of some')
+    parser.add_argument('--norm', metavar='NAME', help=f'as tools/train.py: {", ".join(PLACEMENTS)}')
+    parser.add_argument('--data-root', metavar='DIR', help="a folder in COCO format to read instead of the config's")
+    add_option_arguments(parser)
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    return parser.parse_args(argv)
+
+
+def check_data(
+    cfg: Config, splits: tuple[str, ...], allow_faults: bool | None = None, folder: str | None = None
+) -> None:
+    """Raise, before a run, if the data of ``splits`` are not what they say; complete what exporters leave out.
+
+    Every process checks; the first one speaks. A file that had to be completed is read from a copy.
+
+    Args:
+        cfg: read, and changed where it has to read a copy.
+        splits: those that the run reads.
+        allow_faults: say them as warnings; None where there is no such option.
+        folder: where copies go; ``annotations`` in the work dir by default.
+    """
+    report = check_config(cfg, splits)
+    errors = report.of('error')
+    if errors and not allow_faults:
+        raise UserError(_refusal(errors, can_be_allowed=allow_faults is not None))
+    speaks = all(os.environ.get(name, '0') == '0' for name in _RANKS)
+    for finding in [*errors, *report.of('warning')] if speaks else []:
+        print(f'warning: {finding}', file=sys.stderr)
+    _read_completed(cfg, report, speaks, folder)
+    forget()
+
+
+def _refusal(errors: list[Finding], can_be_allowed: bool) -> str:
+    option = '; --allow-data-faults goes on nevertheless' if can_be_allowed else ''
+    if len(errors) == 1:
+        return f'{errors[0]}{option}'
+    listed = '\n'.join(f'  {finding}' for finding in errors)
+    return f'the data cannot be used as they are (tools/check.py lists all that it finds{option}):\n{listed}'
+
+
+def _read_completed(cfg: Config, report: Report, speaks: bool, folder: str | None) -> None:
+    """Write what was filled in, and let data sets and evaluators read it."""
+    for path, notes in report.completed.items():
+        copy = _write_copy(path, folder or os.path.join(cfg.work_dir, 'annotations'))
+        if speaks:
+            print(f'{path}: filled in {"; ".join(notes)}; the run reads {copy}')
+        for split in SPLITS:
+            for _, metric, file in evaluated_files(cfg, split):
+                if os.path.realpath(file) == os.path.realpath(path):
+                    metric['ann_file'] = copy
+        for source in sources(cfg):
+            if source.ann_file and os.path.realpath(source.ann_file) == os.path.realpath(path):
+                source.entry['ann_file'] = copy
+
+
+def _write_copy(path: str, folder: str) -> str:
+    """Named after its content, so that runs at the same time and processes of one run agree."""
+    content = {key: value for key, value in read_annotations(path).items() if key != '_bom'}
+    text = json.dumps(content)
+    name = f'{Path(path).stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json'
+    copy = os.path.abspath(os.path.join(folder, name))
+    if not os.path.isfile(copy):
+        try:
+            with replacing(copy) as part:
+                part.write_text(text)
+        except OSError as error:
+            raise UserError(
+                f'{path} has to be completed, but the copy {copy} cannot be written ({error.strerror})'
+            ) from error
+    return copy
+
+
+if __name__ == '__main__':
+    main()

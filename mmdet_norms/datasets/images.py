@@ -1,0 +1,103 @@
+"""What image files say about themselves, mostly without decoding them."""
+
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+_ORIENTATION = 0x0112
+_TURNED = (5, 6, 7, 8)  # a quarter turn, so that width and height change places
+
+
+@dataclass(frozen=True)
+class Header:
+    """The size that an image file is stored in, and its EXIF orientation (1: as it is)."""
+
+    width: int
+    height: int
+    orientation: int = 1
+
+    def size(self, turned: bool) -> tuple[int, int]:
+        """Width and height as read: with the orientation heeded (``turned``) or not."""
+        if turned and self.orientation in _TURNED:
+            return self.height, self.width
+        return self.width, self.height
+
+
+def read_header(path: str) -> Header | str:
+    """The header of an image file, or in words what is wrong with it."""
+    try:
+        if os.path.getsize(path) == 0:
+            return 'is an empty file'
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            with Image.open(path) as image:
+                # PNG keeps it in a chunk that may come last; getexif() would decode the image to get there
+                known = image.format != 'PNG' or 'exif' in image.info
+                orientation = image.getexif().get(_ORIENTATION, 1) if known else 1
+                return Header(*image.size, orientation if orientation in range(1, 9) else 1)
+    except FileNotFoundError:
+        return 'is not there'
+    except IsADirectoryError:
+        return 'is a folder'
+    except PermissionError:
+        return 'may not be read'
+    except Exception:  # Pillow raises many kinds for broken files
+        return _decoded(path)
+
+
+def decode(path: str) -> Header | str:
+    """The header of an image file all of which can be decoded, or in words what is wrong with it."""
+    header = read_header(path)
+    if isinstance(header, str):
+        return header
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            with Image.open(path) as image:
+                image.load()  # OpenCV fills what is missing of a cut-off file with grey and says nothing
+    except Exception as error:
+        return f'cannot be decoded ({error})'
+    return header
+
+
+def _decoded(path: str) -> Header | str:
+    """For what only OpenCV reads."""
+    import cv2
+
+    try:
+        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    except (OSError, ValueError, cv2.error):
+        image = None
+    return 'is not an image that can be read' if image is None else Header(image.shape[1], image.shape[0])
+
+
+def missing_files(folder: str, names: Iterable[str]) -> list[int]:
+    """Which of ``names`` are no files below ``folder``, by position. Lists folders instead of asking for every file."""
+    listed: dict[str, set[str] | None] = {}
+    missing = []
+    for i, name in enumerate(names):
+        parent, file = os.path.split(os.path.join(folder, name))
+        if parent not in listed:
+            listed[parent] = _files(parent)
+        if listed[parent] is None or file not in listed[parent]:
+            missing.append(i)
+    return missing
+
+
+def _files(folder: str) -> set[str] | None:
+    try:
+        with os.scandir(folder or '.') as entries:
+            return {entry.name for entry in entries if not entry.is_dir()}
+    except (OSError, ValueError):  # ValueError: a name with a zero byte
+        return None
+
+
+def sample(total: int, limit: int) -> list[int]:
+    """``limit`` of ``total`` positions, evenly spread, the first and the last among them."""
+    if total <= limit:
+        return list(range(total))
+    return np.unique(np.linspace(0, total - 1, limit).round().astype(int)).tolist()
