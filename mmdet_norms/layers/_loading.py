@@ -97,6 +97,8 @@ def check_kind(norm: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
         AnotherFunctionError: the state is another norm's, and this one cannot be that function.
     """
     kind = kind_of(state, prefix)
+    if kind == 'affine' and getattr(norm, 'running_mean', norm) is None:
+        return  # a batch norm without running statistics, which is all that its state shows
     why = kind and other_function(norm, kind)
     if why:
         _refuse(norm, prefix, f'{_CALLED.get(kind, kind)}: {why}')
