@@ -18,6 +18,7 @@ load_when_asked()
 write_whole_files()
 
 from . import checkpoints, engine, models  # noqa: E402, F401  (registers hooks and backbones)
+from .compat import recalls  # noqa: E402
 from .deploy import fuse  # noqa: E402
 from .norm_cfg import replace_norm_cfg  # noqa: E402
 from .placement import PLACEMENTS, apply_norm  # noqa: E402
@@ -25,5 +26,6 @@ from .registry import NORM_LAYERS, register_norm_layers  # noqa: E402
 
 register_norm_layers()
 resume_by(engine.safe_checkpoints.newest_checkpoint)
+recalls.install()
 
 __all__ = ['NORM_LAYERS', 'PLACEMENTS', '__version__', 'apply_norm', 'fuse', 'replace_norm_cfg']

@@ -31,9 +31,8 @@ from .common import (
     require_checkpoint,
     run_with_checkpoint,
 )
+from .config_checks import KINDS, metric_problems, predicts_masks, require_none
 
-KINDS = ('bbox', 'segm', 'proposal', 'proposal_fast')
-_MASK_TYPES = ('MaskFormer', 'Mask2Former', 'RTMDetIns')  # masks without anything called a mask head
 _DETECTIONS = ('.json', '.pkl', '.pickle')
 
 
@@ -82,6 +81,7 @@ def test_config(args: argparse.Namespace) -> Config:
     cfg.resume = False
     if args.eval is not None:
         _evaluate(cfg, args)
+    require_none(list(metric_problems(cfg, 'test')))
     if args.per_class:
         for metric in _coco_metrics(cfg, '--per-class'):
             if class_of(metric, METRICS) is CocoMetric:
@@ -170,32 +170,6 @@ def _coco_metrics(cfg: Config, option: str) -> list[dict]:
             "out to use it as it is, or set test_evaluator.type='CocoMetric'"
         )
     return found
-
-
-def predicts_masks(model_cfg: dict) -> bool:
-    """Whether a model config describes an instance segmentor: has a mask head, or a head that is one."""
-    return any(
-        value is not None
-        if 'mask' in key and 'head' in key
-        else key == 'type' and any(word in name for name in _names(value) for word in _MASK_TYPES)
-        for key, value in _items(model_cfg)
-    )
-
-
-def _names(kind: object) -> list[str]:
-    """Of the class that a type names, and of those that it is a subclass of."""
-    return [name_of(kind), *(cls.__name__ for cls in getattr(class_of(kind), '__mro__', ()))]
-
-
-def _items(node: object) -> Iterator[tuple]:
-    """All (key, value) pairs of a nested config."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield key, value
-            yield from _items(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from _items(value)
 
 
 def _draw_into(cfg: Config, directory: str) -> None:

@@ -42,6 +42,7 @@ from .common import (
     require_checkpoint,
     run_with_checkpoint,
 )
+from .config_checks import metric_problems, require_none
 
 
 @command
@@ -108,6 +109,7 @@ def train_config(args: argparse.Namespace) -> Config:
     cfg = load_config(args)
     for dataloader in ('train_dataloader', 'val_dataloader'):
         require_annotations(cfg, dataloader)
+    require_none(list(metric_problems(cfg, 'val')))
     check_data(cfg, ('train', 'val'), args.allow_data_faults)
     if args.amp:
         _use_mixed_precision(cfg)

@@ -4,13 +4,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from mmdet.models.backbones import ResNet
 from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.utils import get_installed_path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
-from mmdet_norms.cli import train
+from mmdet_norms.cli import test, train
+from mmdet_norms.cli.common import load_config
+from mmdet_norms.cli.config_checks import config_problems, norm_problems
 
 
 def fails(capsys, main, *arguments):
@@ -57,3 +62,111 @@ def test_an_error_of_the_users_own_code_keeps_its_traceback(config, tmp_path, ow
 def test_a_wrong_norm_is_one_message(config, tmp_path, capsys, part, norm_cfg, said):
     config.write_text(f'{config.read_text()}\nmodel[{part!r}]["norm_cfg"] = {norm_cfg!r}\n')
     assert said in fails(capsys, train.main, config, '--work-dir', tmp_path / 'run')
+
+
+def overlay(folder, base, **parts):
+    path = folder / 'overlay.py'
+    path.write_text(
+        f'_base_ = {base!r}\ncustom_imports = dict(imports=["mmdet_norms"])\n'
+        + ''.join(f'{key} = {value!r}\n' for key, value in parts.items())
+    )
+    return path
+
+
+YOLOX = 'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py'  # its batch norms have a momentum and an eps of their own
+DEMO = str(Path(__file__).resolve().parents[2] / 'configs' / 'demo' / 'mask-rcnn_r50_fpn_bnet5_shapes.py')
+
+
+@pytest.mark.parametrize(
+    'base, model, said',
+    [
+        (
+            YOLOX,
+            dict(neck=dict(norm_cfg=dict(type='GN', num_groups=16))),
+            "model.neck.norm_cfg of type 'GN' has an unknown key momentum=0.03",
+        ),
+        (
+            DEMO,
+            dict(backbone=dict(norm_at=dict(last=dict(type='GN', num_groups=8)))),
+            "model.backbone.norm_at.last of type 'GN' has an unknown key kernel_size=5",
+        ),
+        (DEMO, dict(backbone=dict(norm_cfg=dict(num_groups=8))), "model.backbone.norm_cfg of type 'BN' has an unknown"),
+        (DEMO, dict(neck=dict(norm_cfg=dict(type='torch.nn.GroupNorm', groups=2))), "'GN' has an unknown key groups"),
+        (DEMO, dict(neck=dict(norm_cfg=dict(type='SyncBN', momentun=0.1))), "(did you mean 'momentum'?)"),
+    ],
+)
+def test_a_key_of_another_norm_is_named_by_its_path_before_anything_is_built(base, model, said, tmp_path, capsys):
+    message = fails(capsys, train.main, overlay(tmp_path, base, model=model), '--work-dir', tmp_path / 'run')
+    assert said in message and '=dict(_delete_=True, type=' in message and not (tmp_path / 'run').exists()
+
+
+def test_what_the_message_says_is_right(tmp_path, capsys):
+    model = dict(neck=dict(norm_cfg=dict(type='GN', num_groups=16)))
+    message = fails(capsys, train.main, overlay(tmp_path, YOLOX, model=model))
+    advice = message.rpartition('write ')[2]
+    assert advice == "norm_cfg=dict(_delete_=True, type='GN', eps=0.001, num_groups=16)"
+    model['neck']['norm_cfg']['_delete_'] = True
+    cfg = load_config(train.parse_args([str(overlay(tmp_path, YOLOX, model=model))]))
+    assert cfg.model.neck.norm_cfg == dict(type='GN', num_groups=16)
+
+
+def test_a_norm_with_arguments_of_its_own_takes_them(tmp_path):
+    class Own(torch.nn.BatchNorm2d):
+        def __init__(self, num_features, mine=1, **kwargs):
+            super().__init__(num_features, **kwargs)
+
+    class Anything(torch.nn.Module):
+        def __init__(self, num_features, **kwargs):
+            super().__init__()
+
+    parts = [dict(norm_cfg=dict(type=Own, mine=2, momentum=0.1)), dict(norm_cfg=dict(type=Anything, whatever=3))]
+    assert not list(norm_problems(parts, 'model'))
+    assert len(list(norm_problems([dict(norm_cfg=[None, dict(type=Own, yours=2)])], 'model'))) == 1
+
+
+RETINANET = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+
+
+@pytest.mark.parametrize(
+    'metric, said',
+    [
+        (
+            'segm',
+            "val_evaluator.metric='segm': the model predicts boxes only, it has no mask head; write ",
+        ),
+        (['bbox', 'segm'], 'write val_evaluator.metric=bbox'),
+        ('bboxes', "'bboxes' is no metric, choose from bbox, segm, proposal, proposal_fast"),
+    ],
+)
+def test_a_metric_that_the_model_cannot_have_is_found_before_training(metric, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, 'require_annotations', lambda *_: None)
+    config = overlay(tmp_path, RETINANET, val_evaluator=dict(metric=metric), test_evaluator=dict(metric=metric))
+    assert said in fails(capsys, train.main, config, '--work-dir', tmp_path / 'run')
+    message = fails(capsys, test.main, config, __file__, '--work-dir', tmp_path / 'run')
+    assert said.replace('val_', 'test_') in message and not (tmp_path / 'run').exists()
+
+
+def test_what_models_of_others_predict_is_left_to_them():
+    @MODELS.register_module()
+    class OwnDetector(torch.nn.Module):
+        pass
+
+    try:
+        cfg = Config(dict(model=dict(type='OwnDetector'), val_evaluator=dict(type='CocoMetric', metric='segm')))
+        assert not config_problems(cfg)
+    finally:
+        del MODELS._module_dict['OwnDetector']
+
+
+@pytest.mark.slow
+def test_no_stock_config_has_a_problem():
+    configs = Path(get_installed_path('mmdet'), '.mim', 'configs')
+    checked = 0
+    for path in sorted(configs.glob('*/*.py')):
+        try:
+            cfg = Config.fromfile(path)
+        except (ImportError, FileNotFoundError, KeyError):  # of packages that are not installed
+            continue
+        assert not config_problems(cfg), path
+        checked += 1
+    assert checked > 600

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from mmdet.datasets import CocoDataset
-from mmdet.engine.hooks import DetVisualizationHook
 from mmdet.evaluation import CocoMetric
 from mmdet.registry import DATASETS, HOOKS, METRICS, OPTIM_WRAPPERS
 from mmengine.config import Config
@@ -21,7 +20,7 @@ from python_style import with_classes, write_python_style
 from mmdet_norms.cli import test, train
 from mmdet_norms.cli.common import UserError, read_config
 from mmdet_norms.datasets.locate import DataRootError, use_data_root
-from mmdet_norms.entries import class_of, name_of, path_of
+from mmdet_norms.entries import class_of, is_a, name_of, path_of
 
 
 def scoped(node):
@@ -125,7 +124,7 @@ def test_hooks_that_the_config_has_are_not_added_again(spelled, tmp_path):
 def test_the_options_of_testing_act_on_the_metric_and_the_drawing_hook(spelled, tmp_path):
     cfg = test_config_of(spelled, spelled, '--eval', 'segm', '--per-class', '--show-dir', tmp_path / 'shown')
     assert cfg.test_evaluator.metric == ['segm'] and name_of(cfg.test_evaluator, METRICS) == 'PerClassCocoMetric'
-    assert class_of(cfg.default_hooks.visualization, HOOKS) is DetVisualizationHook
+    assert is_a(cfg.default_hooks.visualization, 'DetVisualizationHook', HOOKS)
     assert cfg.default_hooks.visualization.test_out_dir == str(tmp_path / 'shown')
     runs_again(cfg, tmp_path)
 
