@@ -48,7 +48,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
         try:
             main(argv)
         except (UserError, ConfigError) as error:
-            print(f'error: {error}', file=sys.stderr)
+            if os.environ.get('RANK', '0') == '0' or not getattr(error, 'everywhere', False):
+                print(f'error: {error}', file=sys.stderr)
             sys.exit(2)
         except OSError as error:
             said = explain(error)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from mmdet.registry import OPTIM_WRAPPERS, WEIGHT_INITIALIZERS
+from mmdet.registry import HOOKS, OPTIM_WRAPPERS, WEIGHT_INITIALIZERS
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
@@ -95,6 +95,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='compute norms with fixed statistics (norm_eval, frozen_stages, FrozenBN) as part of their convolutions',
     )
+    parser.add_argument(
+        '--on-nonfinite',
+        choices=['stop', 'skip'],
+        help='at a loss, gradient or running statistic that is NaN or infinite: stop (default), or skip the step',
+    )
     parser.add_argument('--seed', type=int, help='seed of the run')
     parser.add_argument('--deterministic', action='store_true', help='deterministic algorithms, slower')
     add_common_arguments(parser)
@@ -118,6 +123,7 @@ def train_config(args: argparse.Namespace) -> Config:
     _resume(cfg, args)
     _require_weights(cfg, args.config)
     require_shared_memory(cfg, ('train_dataloader', 'val_dataloader'))
+    _watch_for_nonfinite(cfg, args.on_nonfinite)
     add_hook(cfg, 'RandomStateHook')
     add_hook(cfg, 'PendingValidationHook')
     if args.tune_mode:
@@ -155,6 +161,14 @@ def _use_mixed_precision(cfg: Config) -> None:
     else:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def _watch_for_nonfinite(cfg: Config, asked: str | None) -> None:
+    add_hook(cfg, 'NonFiniteHook')
+    if asked is not None:
+        hooks = [dict(hook) for hook in cfg.custom_hooks]
+        next(hook for hook in hooks if is_a(hook, 'NonFiniteHook', HOOKS))['on_nonfinite'] = asked
+        cfg.custom_hooks = hooks
 
 
 def _scale_learning_rate(cfg: Config) -> None:

@@ -4,6 +4,7 @@ from .coco_detections import DumpCocoDetections
 from .dist import CPUAmpOptimWrapper, end_processes, start_cpu_processes
 from .fuse import FuseHook
 from .memory_format import ChannelsLastHook
+from .nonfinite import NonFiniteError, NonFiniteHook
 from .norms import NormHook
 from .optim import NormOptimWrapperConstructor
 from .pictures import PicturesHook
@@ -19,6 +20,8 @@ __all__ = [
     'ChannelsLastHook',
     'DumpCocoDetections',
     'FuseHook',
+    'NonFiniteError',
+    'NonFiniteHook',
     'NormHook',
     'NormOptimWrapperConstructor',
     'PendingValidationHook',

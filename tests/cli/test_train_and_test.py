@@ -156,7 +156,14 @@ def test_existing_imports_and_hooks_are_kept(config):
     cfg = options_of(train, config)
     assert cfg.custom_imports.imports == ['json', 'mmdet_norms']
     hooks = [hook.type for hook in cfg.custom_hooks]
-    assert hooks == ['ResultsHook', 'NumClassCheckHook', 'NormHook', 'RandomStateHook', 'PendingValidationHook']
+    assert hooks == [
+        'ResultsHook',
+        'NumClassCheckHook',
+        'NormHook',
+        'NonFiniteHook',
+        'RandomStateHook',
+        'PendingValidationHook',
+    ]
 
 
 def test_processes_share_their_running_statistics_before_they_are_judged(config):
@@ -169,7 +176,13 @@ def test_processes_share_their_running_statistics_before_they_are_judged(config)
         'SyncBuffersHook',
     ]
     hooks = options_of(train, config).custom_hooks
-    assert [hook.type for hook in hooks] == ['NormHook', 'ResultsHook', 'RandomStateHook', 'PendingValidationHook']
+    assert [hook.type for hook in hooks] == [
+        'NormHook',
+        'ResultsHook',
+        'NonFiniteHook',
+        'RandomStateHook',
+        'PendingValidationHook',
+    ]
 
 
 def test_another_data_root_reaches_datasets_and_evaluators(config, tmp_path, capsys):
