@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 from mmengine.logging import MMLogger
+from mmengine.visualization import Visualizer
 
 import mmdet_norms  # noqa: F401  (before any test imports mmdet's models, which need mmcv's ops)
 
@@ -55,6 +56,7 @@ def pytest_runtest_setup():
     _seed(1)
     # Runs are told apart by config and second: one within a second of another would write into the other's log.
     MMLogger._instance_dict.clear()
+    Visualizer._instance_dict.clear()  # hooks take the newest, which need not be that of their run
 
 
 @pytest.fixture(autouse=True)

@@ -171,6 +171,7 @@ def test_processes_share_their_running_statistics_before_they_are_judged(config)
     assert [hook.type for hook in hooks] == [
         'NormHook',
         'ResultsHook',
+        'NonFiniteHook',
         'RandomStateHook',
         'PendingValidationHook',
         'SyncBuffersHook',
