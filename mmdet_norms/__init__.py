@@ -20,6 +20,7 @@ write_whole_files()
 from . import checkpoints, engine, models  # noqa: E402, F401  (registers hooks and backbones)
 from .compat import recalls  # noqa: E402
 from .deploy import fuse  # noqa: E402
+from .engine import recompute_statistics  # noqa: E402
 from .norm_cfg import replace_norm_cfg  # noqa: E402
 from .placement import PLACEMENTS, apply_norm  # noqa: E402
 from .registry import NORM_LAYERS, register_norm_layers  # noqa: E402
@@ -28,4 +29,4 @@ register_norm_layers()
 resume_by(engine.safe_checkpoints.newest_checkpoint)
 recalls.install()
 
-__all__ = ['NORM_LAYERS', 'PLACEMENTS', '__version__', 'apply_norm', 'fuse', 'replace_norm_cfg']
+__all__ = ['NORM_LAYERS', 'PLACEMENTS', '__version__', 'apply_norm', 'fuse', 'recompute_statistics', 'replace_norm_cfg']

@@ -12,6 +12,7 @@ from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
 from .rng import RandomStateHook
 from .safe_checkpoints import PendingValidationHook
+from .statistics import recompute_statistics
 from .together import SyncBuffersHook
 from .tune import TuneModeHook, TuneReport, tune_mode, undo_tune_mode
 
@@ -34,6 +35,7 @@ __all__ = [
     'TuneModeHook',
     'TuneReport',
     'end_processes',
+    'recompute_statistics',
     'start_cpu_processes',
     'tune_mode',
     'undo_tune_mode',

@@ -84,6 +84,7 @@ class BRN(WithBatchNorm):
         _check_at_least('r_iters', r_iters, warmup_iters, int, ' (warmup_iters)')
         _check_at_least('d_iters', d_iters, warmup_iters, int, ' (warmup_iters)')
         super().__init__(num_features, nn.BatchNorm2d(num_features, eps=eps, momentum=momentum))
+        self.momentum = momentum
         self.r_max, self.d_max = r_max, d_max
         self.warmup_iters, self.r_iters, self.d_iters = warmup_iters, r_iters, d_iters
         self._calls = Calls()
@@ -125,6 +126,8 @@ class BRN(WithBatchNorm):
 
     def _correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         bn = self.bn
+        if bn.momentum is None and self.momentum is not None:  # the running statistics are being recomputed: not yet
+            return torch.ones_like(mean), torch.zeros_like(mean)
         r_max, d_max = self.limits(mean.dtype)
         sigma = torch.sqrt(bn.running_var.to(mean.dtype) + bn.eps)
         r = torch.sqrt(var + bn.eps) / sigma

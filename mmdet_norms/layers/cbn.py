@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from ..kernels import passes, winograd
 from ..kernels.second import is_wanted, spread
 from ._args import ConfigError, check_map, check_number, reject_unknown
+from ._averaging import AveragesOnRequest
 from ._fold import exact, fold_affine
 from ._loading import check_kind
 from ._recompute import all_finite, in_backward
@@ -25,7 +26,7 @@ from ._replay import Calls
 _HISTORY = ('history_patch', 'history_grad', 'history_moments', 'history_index')
 
 
-class CBN(nn.Module):
+class CBN(AveragesOnRequest):
     r"""Cross-iteration batch norm: each iteration normalizes with the statistics of itself and of a few before it.
 
     For ``x = conv(z; W)`` and each remembered iteration t, with batch mean :math:`m_t` and biased variance :math:`v_t`
@@ -67,6 +68,9 @@ class CBN(nn.Module):
     gradient accumulation counts each micro-batch (its weights did not move, so the window just covers fewer updates).
     Under DDP every rank has its own statistics and history. ``norm_eval`` of mmdet's backbones looks for torch's batch
     norms and leaves this layer in training; ``frozen_stages`` and ``eval()`` use the running statistics.
+
+    ``torch.optim.swa_utils.update_bn`` and :func:`mmdet_norms.recompute_statistics` average the running statistics over
+    batches; counter and history stay as they are meanwhile.
 
     State dict: the published ``weight, bias, running_mean, running_var``; ``iter_count``; and once the history exists
     ``history_patch`` (K, groups, F), ``history_grad`` (K, C, F), ``history_moments`` (K, 4, C), ``history_index`` (2,),
@@ -111,10 +115,10 @@ class CBN(nn.Module):
         momentum: float = 0.1,
         **unknown,
     ):
-        super().__init__()
         reject_unknown(type(self), unknown)
         check_number(type(self), 'eps', eps, 0)
         check_number(type(self), 'momentum', momentum, 0, 1)
+        super().__init__(num_features, eps, momentum)
         if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 <= rho < float('inf'):
             raise ConfigError(f"norm_cfg of type 'CBN': rho={rho!r} must be a number of at least 0; the paper uses 1")
         if isinstance(buffer_num, bool) or not isinstance(buffer_num, int) or buffer_num < 0:
@@ -178,8 +182,8 @@ class CBN(nn.Module):
     def _statistics(self, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
         """Count this iteration, look back, remember it. Returns the batch mean, then the arguments of _Normalize."""
         positions = x.numel() // self.num_features
-        window = self._next_window()
-        conv = self._find_conv(x, window)
+        window = 0 if self.averages else self._next_window()
+        conv = None if self.averages else self._find_conv(x, window)
         if window and conv is not None:
             used_mean, used_var, entries = mean, var, torch.ones_like(mean)
             weight = conv.weight.to(mean.dtype).flatten(1)
@@ -208,6 +212,10 @@ class CBN(nn.Module):
         """A batch with an inf or nan changes nothing: its step will be skipped."""
         old = [self.running_mean] if positions == 1 else [self.running_mean, self.running_var]
         unbiased = var * (positions / max(positions - 1, 1))
+        if self.averages:
+            if positions > 1:
+                self._average([(self.running_mean, mean), (self.running_var, unbiased)])
+            return
         new = [buffer.lerp(now.to(buffer), self.momentum) for buffer, now in zip(old, (mean, unbiased))]
         good = all_finite(*new)
         for buffer, moved in zip(old, new):

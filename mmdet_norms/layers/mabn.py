@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..kernels import passes
 from ._args import ConfigError, check_map, check_number, reject_unknown
+from ._averaging import AveragesOnRequest
 from ._fold import exact, fold_affine
 from ._loading import check_kind
 from ._recompute import in_backward
@@ -120,7 +121,7 @@ def _per_channel(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
 
 
-class MABN(nn.Module):
+class MABN(AveragesOnRequest):
     r"""Moving average batch normalization: no mean, second moments averaged over a window of iterations.
 
     With :math:`\chi_t = \mathrm E[x^2]` per channel over ``(N, H, W)``, m the window, t the iteration (from 1),
@@ -167,6 +168,9 @@ class MABN(nn.Module):
 
     With a loss scaler ``buffer_gz`` is in scaled units: after a change of the scale the window mixes two for m
     iterations unless ``buffer_gz`` is multiplied by new / old. Inf and nan never enter windows or ``running_var``.
+
+    ``torch.optim.swa_utils.update_bn`` and :func:`mmdet_norms.recompute_statistics` make ``running_var`` the average of
+    :math:`\chi` over batches, each normalized by its own; ``iters`` and windows stay as they are meanwhile.
 
     ``load_state_dict`` takes, besides its own and the published files:
 
@@ -216,11 +220,11 @@ class MABN(nn.Module):
         buffer_size: int | None = None,
         **unknown,
     ):
-        super().__init__()
         reject_unknown(type(self), unknown)
         check_number(type(self), 'eps', eps, 0)
         check_number(type(self), 'momentum', momentum, 0, 1)
         _check_count('warmup_iters', warmup_iters, 0)
+        super().__init__(num_features, eps, 1 - momentum)
         self.num_features = num_features
         self.buffer_size = _window(B, real_B, buffer_size)
         self.warmup_iters = warmup_iters
@@ -257,6 +261,9 @@ class MABN(nn.Module):
     @torch.no_grad()
     def _statistics(self, x: Tensor) -> _Call:
         batch = passes.second_moment(x)
+        if self.averages:
+            self._average([(self.running_var, _per_channel(batch))])
+            return _Call(batch, batch, torch.ones_like(batch), self.iters.clone())
         state = self.iters, self.buffer_x2, self.running_var
         if torch.compiler.is_compiling():
             return _Call(batch, *_compiled_call(batch, *state, self._handle))
