@@ -16,7 +16,7 @@ from mmdet_norms.kernels import triton
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
 from .common import UserError, command, read_config
-from .config_checks import norm_problems, require_none
+from .config_checks import config_problems, require_none
 from .options import add_option_arguments, merge_options
 
 LEVELS = ('layer', 'conv', 'detector')
@@ -232,7 +232,7 @@ def _configs(args: argparse.Namespace) -> dict[str, Config]:
                 except ValueError as error:
                     raise UserError(f'--norm {norm}: {error}') from error
             merge_options(cfg, args)
-            require_none(list(norm_problems(cfg.get('model'), 'model')))
+            require_none(config_problems(cfg, ()))
             name = stem if norm is None else norm if len(args.config) == 1 else f'{stem} {norm}'
             if name in configs:
                 raise UserError(f'--config: two files are called {stem}.py; measure them one at a time')

@@ -17,6 +17,7 @@ from mmdet_norms.files import replacing
 from mmdet_norms.placement import PLACEMENTS
 
 from .common import UserError, command, load_config
+from .config_checks import config_problems
 from .options import add_option_arguments
 
 _RANKS = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
@@ -27,13 +28,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check as the command line says; the status is 2 if there are errors."""
     args = parse_args(argv)
     cfg = load_config(args)
+    problems = config_problems(cfg)
+    for problem in problems:
+        print(f'{"error":<8} {problem}')
     report = check_config(cfg, full=args.full)
     for finding in report.findings:
         print(f'{finding.level:<8} {finding}')
     for path, notes in report.completed.items():
         for note in notes:
             print(f'filled   {path}: {note} (in a copy, when a run starts)')
-    errors, warnings = len(report.of('error')), len(report.of('warning'))
+    errors, warnings = len(problems) + len(report.of('error')), len(report.of('warning'))
     files = dict.fromkeys(source.ann_file for source in sources(cfg) if source.skipped is None)
     print(f'{args.config}: {errors} errors, {warnings} warnings in {", ".join(files) or "no file in COCO format"}')
     if errors:

@@ -31,7 +31,6 @@ from mmdet_norms.files import explain
 from mmdet_norms.layers._args import ConfigError
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
-from .config_checks import norm_problems, require_none
 from .options import add_option_arguments, merge_options
 
 
@@ -112,7 +111,6 @@ def load_config(args: argparse.Namespace) -> Config:
         except ValueError as error:
             raise UserError(f'--norm {args.norm}: {error}') from error
     move_and_merge(cfg, args)
-    require_none(list(norm_problems(cfg.get('model'), 'model')))
     cfg.launcher = args.launcher
     cfg.work_dir = _work_dir(args, cfg)
     _import_this_package(cfg)

@@ -90,7 +90,7 @@ def _keys_of(cls: Any) -> list[str] | None:
 
 def metric_problems(cfg: Config, split: str) -> Iterator[str]:
     """Each COCO metric of ``{split}_evaluator`` that would fail after the epoch that it is to judge."""
-    evaluator = cfg.get(f'{split}_evaluator') or []
+    evaluator, model = cfg.get(f'{split}_evaluator') or [], cfg.get('model') or {}
     several = isinstance(evaluator, (list, tuple))
     for i, entry in enumerate(evaluator if several else [evaluator]):
         if not is_a(entry, 'CocoMetric', METRICS):
@@ -98,12 +98,12 @@ def metric_problems(cfg: Config, split: str) -> Iterator[str]:
         where = f'{split}_evaluator.{i}.metric' if several else f'{split}_evaluator.metric'
         given = entry.get('metric', 'bbox')
         kinds = [given] if isinstance(given, str) else list(given or [])
-        good = [kind for kind in kinds if kind in KINDS and (kind != 'segm' or predicts_masks(cfg.model))] or ['bbox']
+        good = [kind for kind in kinds if kind in KINDS and (kind != 'segm' or predicts_masks(model))] or ['bbox']
         write = f'write {where}={good[0] if len(good) == 1 else good}'
         for kind in kinds:
             if kind not in KINDS:
                 yield f'{where}={given!r}: {kind!r} is no metric, choose from {", ".join(KINDS)}; {write}'
-            elif kind == 'segm' and _is_stock(cfg.model) and not predicts_masks(cfg.model):
+            elif kind == 'segm' and _is_stock(model) and not predicts_masks(model):
                 yield f'{where}={given!r}: the model predicts boxes only, it has no mask head; {write}'
 
 

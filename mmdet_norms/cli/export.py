@@ -17,6 +17,7 @@ from mmdet_norms.files import remove_unfinished, require_writable
 from mmdet_norms.placement import PLACEMENTS
 
 from .common import UserError, command, load_config, require_checkpoint, run_with_checkpoint
+from .config_checks import config_problems, require_none
 from .options import add_option_arguments
 
 _ONNX_ONLY = ('size', 'batch', 'dynamic', 'part')
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     require_writable(args.out, 'OUT')
     remove_unfinished(Path(args.out).parent)
     cfg = load_config(args)
+    require_none(config_problems(cfg, ()))
     require_checkpoint(args.checkpoint, 'CKPT')
     init_default_scope(cfg.get('default_scope') or 'mmdet')
     run_with_checkpoint(functools.partial(_export, cfg, args), args.checkpoint)

@@ -31,7 +31,7 @@ from .common import (
     require_checkpoint,
     run_with_checkpoint,
 )
-from .config_checks import KINDS, metric_problems, predicts_masks, require_none
+from .config_checks import KINDS, config_problems, predicts_masks, require_none
 
 _DETECTIONS = ('.json', '.pkl', '.pickle')
 
@@ -81,7 +81,7 @@ def test_config(args: argparse.Namespace) -> Config:
     cfg.resume = False
     if args.eval is not None:
         _evaluate(cfg, args)
-    require_none(list(metric_problems(cfg, 'test')))
+    require_none(config_problems(cfg, ('test',)))
     if args.per_class:
         for metric in _coco_metrics(cfg, '--per-class'):
             if class_of(metric, METRICS) is CocoMetric:

@@ -42,7 +42,7 @@ from .common import (
     require_checkpoint,
     run_with_checkpoint,
 )
-from .config_checks import metric_problems, require_none
+from .config_checks import config_problems, require_none
 
 
 @command
@@ -112,9 +112,9 @@ def train_config(args: argparse.Namespace) -> Config:
     if args.overwrite and args.resume is not None:
         raise UserError('--overwrite starts anew and --resume goes on: give one of them')
     cfg = load_config(args)
+    require_none(config_problems(cfg, ('val',)))
     for dataloader in ('train_dataloader', 'val_dataloader'):
         require_annotations(cfg, dataloader)
-    require_none(list(metric_problems(cfg, 'val')))
     check_data(cfg, ('train', 'val'), args.allow_data_faults)
     if args.amp:
         _use_mixed_precision(cfg)

@@ -13,7 +13,7 @@ from mmengine.utils import get_installed_path
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
-from mmdet_norms.cli import test, train
+from mmdet_norms.cli import check, test, train
 from mmdet_norms.cli.common import load_config
 from mmdet_norms.cli.config_checks import config_problems, norm_problems
 
@@ -144,6 +144,23 @@ def test_a_metric_that_the_model_cannot_have_is_found_before_training(metric, sa
     assert said in fails(capsys, train.main, config, '--work-dir', tmp_path / 'run')
     message = fails(capsys, test.main, config, __file__, '--work-dir', tmp_path / 'run')
     assert said.replace('val_', 'test_') in message and not (tmp_path / 'run').exists()
+
+
+def test_the_checking_tool_lists_them_all(config, capsys):
+    config.write_text(
+        f'{config.read_text()}\nmodel["neck"]["norm_cfg"] = dict(type="GN", momentum=0.1)\n'
+        'model["roi_head"]["mask_head"] = None\nmodel["backbone"]["norm_cfg"] = dict(type="BN", num_groups=2)\n'
+    )
+    with pytest.raises(SystemExit):
+        check.main([str(config)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('error ')]
+    for said in (
+        'backbone.norm_cfg',
+        'neck.norm_cfg',
+        "val_evaluator.metric=['bbox', 'segm']",
+        'test_evaluator.metric',
+    ):
+        assert any(said in line for line in lines), said
 
 
 def test_what_models_of_others_predict_is_left_to_them():
