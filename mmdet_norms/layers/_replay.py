@@ -1,12 +1,14 @@
 """What a forward used, for activation checkpointing to use again when it repeats the forward."""
 
+import itertools
 import sys
+import weakref
 from collections import deque
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 _TORCHS_FILE = CheckpointFunction.forward.__code__.co_filename
@@ -89,6 +91,23 @@ def recall(layer: object) -> tuple[Tensor, ...] | None:
             _keep(inner, layer, call)
         return call
     return None
+
+
+# Compiled code calls a layer that remembers through an operator, which takes tensors only.
+_HANDLES = itertools.count()
+_LAYERS: 'weakref.WeakValueDictionary[int, nn.Module]' = weakref.WeakValueDictionary()
+
+
+def handle_of(layer: nn.Module) -> Tensor:
+    """A new number by which :func:`layer_of` finds the layer. Copies of the layer need one of their own."""
+    # A tensor, because the compiler would make one graph per number; on the CPU, so reading it waits for nothing.
+    handle = torch.tensor(next(_HANDLES), device='cpu')
+    _LAYERS[int(handle)] = layer
+    return handle
+
+
+def layer_of(handle: Tensor) -> nn.Module:
+    return _LAYERS[int(handle)]
 
 
 class Calls:

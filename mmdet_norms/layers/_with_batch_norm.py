@@ -28,12 +28,14 @@ class WithBatchNorm(nn.Module):
         self._register_state_dict_hook(_publish_keys)
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor | None) -> None:
-        """Move the running statistics towards this batch's; ``var=None`` leaves the variance.
+    def _update(self, mean: Tensor, var: Tensor | None, bn=None) -> None:
+        """Move the running statistics (of ``bn``, by default the child) towards this batch's.
+
+        ``var=None`` leaves the variance.
 
         A batch with an inf or nan changes nothing and is not counted: its step will be skipped.
         """
-        bn = self.bn
+        bn = bn or self.bn
         tracked = bn.num_batches_tracked + 1
         factor = 1 / tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
         new = dict(num_batches_tracked=tracked, running_mean=bn.running_mean + (mean - bn.running_mean) * factor)

@@ -1,12 +1,14 @@
 """Batch renormalization: training normalizes, up to a bounded correction, as inference will."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
 from ._recompute import in_backward
-from ._replay import Calls
+from ._replay import Calls, handle_of, layer_of
 from ._with_batch_norm import WithBatchNorm
 
 
@@ -88,6 +90,7 @@ class BRN(WithBatchNorm):
         self.r_max, self.d_max = r_max, d_max
         self.warmup_iters, self.r_iters, self.d_iters = warmup_iters, r_iters, d_iters
         self._calls = Calls()
+        self._handle = handle_of(self)
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(self, self.num_features, x)
@@ -101,44 +104,81 @@ class BRN(WithBatchNorm):
         count = x.numel() // x.shape[1]
         with torch.no_grad():
             var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
-            repeats = in_backward()
-            _, r, d = (repeats and self._calls.recall(mean)) or (mean, *self._correction(mean, var))
+            if torch.compiler.is_compiling():
+                state = bn.running_mean, bn.running_var, bn.num_batches_tracked
+                r, d = _compiled_call(mean, var, *state, self._handle, count)
+            else:
+                r, d = self._call(mean, var, count, bn)
         # Renormalization is affine, so it can share the step of weight and bias.
         # torch.batch_norm, since F.batch_norm refuses a single value per channel.
         weight, bias = weight * r, weight * d + bias
-        y = torch.batch_norm(x, weight, bias, None, None, True, 0.0, bn.eps, torch.backends.cudnn.enabled)
-        if not repeats:
-            if not torch.compiler.is_compiling():
-                self._calls.add((mean, r, d))
-            self._update(mean, var * (count / (count - 1)) if count > 1 else None)
-        return y
+        return torch.batch_norm(x, weight, bias, None, None, True, 0.0, bn.eps, torch.backends.cudnn.enabled)
+
+    def _call(self, mean: Tensor, var: Tensor, count: int, bn) -> tuple[Tensor, Tensor]:
+        """r and d of this batch, which then counts; or of the call that is being repeated. ``bn`` has the state."""
+        known = self._calls.recall(mean) if in_backward() else None
+        r, d = known[1:] if known else self._correction(mean, var, bn)
+        if not in_backward():
+            self._calls.add((mean, r, d))
+            self._update(mean, var * (count / (count - 1)) if count > 1 else None, bn)
+        return r, d
 
     def fold_into(self, conv: nn.Module) -> None:
         """See :mod:`._fold`: eval is batch norm, of which nothing remains."""
         fold_batch_norm(conv, self.bn)
 
-    def limits(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def limits(self, dtype: torch.dtype = torch.float32, bn=None) -> tuple[Tensor, Tensor]:
         """r_max and d_max of the coming training batch, as tensors on the layer's device."""
-        done = self.bn.num_batches_tracked.to(dtype) - self.warmup_iters
+        done = (bn or self.bn).num_batches_tracked.to(dtype) - self.warmup_iters
         grown_r = (done / max(self.r_iters - self.warmup_iters, 1)).clamp(0, 1)
         grown_d = (done / max(self.d_iters - self.warmup_iters, 1)).clamp(0, 1)
         return 1 + (self.r_max - 1) * grown_r, self.d_max * grown_d
 
-    def _correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        bn = self.bn
+    def _correction(self, mean: Tensor, var: Tensor, bn) -> tuple[Tensor, Tensor]:
         if bn.momentum is None and self.momentum is not None:  # the running statistics are being recomputed: not yet
             return torch.ones_like(mean), torch.zeros_like(mean)
-        r_max, d_max = self.limits(mean.dtype)
+        r_max, d_max = self.limits(mean.dtype, bn)
         sigma = torch.sqrt(bn.running_var.to(mean.dtype) + bn.eps)
         r = torch.sqrt(var + bn.eps) / sigma
         d = (mean - bn.running_mean) / sigma
         return torch.clamp(r, 1 / r_max, r_max), torch.clamp(d, -d_max, d_max)
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != '_handle'}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._handle = handle_of(self)
 
     def extra_repr(self) -> str:
         return (
             f'r_max={self.r_max}, d_max={self.d_max}, warmup_iters={self.warmup_iters}, '
             f'r_iters={self.r_iters}, d_iters={self.d_iters}'
         )
+
+
+def _compiled_call(
+    mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, tracked: Tensor, handle: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """:meth:`BRN._call` for compiled code, on copies, because the compiler reuses the memory of its tensors."""
+    layer = layer_of(handle)
+    fixed = dict(eps=layer.bn.eps, momentum=layer.bn.momentum)
+    state = SimpleNamespace(running_mean=running_mean, running_var=running_var, num_batches_tracked=tracked, **fixed)
+    r, d = layer._call(mean.clone(), var.clone(), count, state)
+    return r.clone(), d.clone()
+
+
+if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
+    # Opaque to the compiler, which could not tell a forward from its repetition by a checkpoint around it.
+    _compiled_call = torch.library.custom_op(
+        'mmdet_norms::brn_call', _compiled_call, mutates_args=('running_mean', 'running_var', 'tracked')
+    )
+
+    @_compiled_call.register_fake
+    def _(mean, var, running_mean, running_var, tracked, handle, count):
+        return torch.empty_like(mean), torch.empty_like(mean)
+else:
+    _compiled_call = torch.compiler.disable(_compiled_call)
 
 
 def _check_at_least(key: str, value, low: float, types, name: str = '') -> None:

@@ -4,9 +4,7 @@ Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of Bat
 https://arxiv.org/abs/2001.06838.
 """
 
-import itertools
 import warnings
-import weakref
 from typing import NamedTuple
 
 import torch
@@ -19,7 +17,7 @@ from ._averaging import AveragesOnRequest
 from ._fold import exact, fold_affine
 from ._loading import check_kind
 from ._recompute import in_backward
-from ._replay import Calls
+from ._replay import Calls, handle_of, layer_of
 
 _FIX = "write conv_cfg=dict(type='CenConv') beside norm_cfg=dict(type='MABN')"
 _NO_DERIVATIVE = (
@@ -31,8 +29,6 @@ _NO_DERIVATIVE = (
 )
 _WINDOWS = ('iters', 'buffer_x2', 'buffer_gz')
 _UNSAVED = ('_handle', '_calls')
-_HANDLES = itertools.count()
-_LAYERS: 'weakref.WeakValueDictionary[int, MABN]' = weakref.WeakValueDictionary()
 
 
 class _Call(NamedTuple):
@@ -64,7 +60,7 @@ def _compiled_call(
     batch: Tensor, iters: Tensor, buffer_x2: Tensor, running_var: Tensor, handle: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:meth:`MABN._call` for compiled code, on copies, because the compiler reuses the memory of its tensors."""
-    call = _LAYERS[int(handle)]._call(batch.clone(), iters, buffer_x2, running_var)
+    call = layer_of(handle)._call(batch.clone(), iters, buffer_x2, running_var)
     return call.used.clone(), call.renorm.clone(), call.t.clone()
 
 
@@ -236,7 +232,7 @@ class MABN(AveragesOnRequest):
         self.register_buffer('iters', torch.zeros(1, dtype=torch.int64))
         self.register_buffer('buffer_x2', torch.zeros(self.buffer_size, num_features))
         self.register_buffer('buffer_gz', torch.zeros(self.buffer_size, num_features))
-        self._register()
+        self._handle = handle_of(self)
         self._forget_calls()
         self._conv_checked = False
 
@@ -290,11 +286,6 @@ class MABN(AveragesOnRequest):
         running_var.copy_(_per_channel(torch.where(new.isfinite(), new, old)))
         return _Call(batch, used, renorm, t)
 
-    def _register(self) -> None:
-        # A tensor, because the compiler would make one graph per number; on the CPU, so reading it waits for nothing.
-        self._handle = torch.tensor(next(_HANDLES), device='cpu')
-        _LAYERS[int(self._handle)] = self
-
     def _forget_calls(self) -> None:
         self._calls = Calls()
 
@@ -307,7 +298,7 @@ class MABN(AveragesOnRequest):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._register()
+        self._handle = handle_of(self)
         self._forget_calls()
 
     def to_batch_norm(self) -> nn.BatchNorm2d:

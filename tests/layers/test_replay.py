@@ -304,6 +304,21 @@ def test_a_look_at_saved_tensors_counts_nothing(norm):
 
 
 @pytest.mark.parametrize('reentrant', [True, False])
+@pytest.mark.parametrize('norm', ['BRN', 'CBN', 'MABN'])
+def test_compiled_code_inside_a_checkpoint(norm, reentrant):
+    def compiled(net, cp, x):
+        def function(z):
+            return net.a(z) + 2 * net.a(z)
+
+        if cp is not plain:
+            function = torch.compile(function, backend='aot_eager_decomp_partition')
+        return cp(function)(x) * cp(function)(x)
+
+    torch._dynamo.reset()
+    assert_same(train(norm, compiled, by(reentrant)), train(norm, compiled, plain))
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
 def test_torch_says_where_its_regions_are(reentrant):
     """The names of torch's own variables: where they change, calls would be told apart by their values only."""
     first, again = [], []

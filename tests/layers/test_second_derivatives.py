@@ -231,7 +231,7 @@ def test_brn_has_constant_corrections():
     """As in its gradient. Finite differences would move them, too."""
     norm_cfg = dict(type='BRN', warmup_iters=0, r_iters=1, d_iters=1, momentum=0.3)
     layer, x = net_of(norm_cfg)[0].bn, double(2, 4, 5, 5)
-    r, d = layer._correction(x.mean((0, 2, 3)).detach(), x.var((0, 2, 3), correction=0).detach())
+    r, d = layer._correction(x.mean((0, 2, 3)).detach(), x.var((0, 2, 3), correction=0).detach(), layer.bn)
     assert (r != 1).any() and (d != 0).any()
     results = []
     for function in (
