@@ -128,8 +128,9 @@ def zoo(models: list[dict]) -> str:
                 '<br>'.join(f'`{command}`' for command in _commands(model)),
             )
         )
+    notes = ['', *_notes([model for model in models if 'Config' in model])]
     others = ['', '## Published rows that are no detectors', '', *_classification(models)]
-    return '\n'.join([_INTRODUCTION, *lines, *others])
+    return '\n'.join([_INTRODUCTION, *lines, *notes, *others])
 
 
 def _classification(models: list[dict]) -> list[str]:
@@ -157,10 +158,13 @@ def readme_table(models: list[dict], folder: str) -> str:
     cells = {title: [str(cell(model)) for model in detectors] for title, cell in columns.items()}
     cells = {title: column for title, column in cells.items() if set(column) != {'-'}}
     lines = [_line(*cells), _line(*['---'] * len(cells)), *(_line(*row) for row in zip(*cells.values()))]
-    notes = [(_row(model), model['Name'], model['Published'].get('Note')) for model in detectors]
-    lines += [''] + [f'* `{name if row == "(none)" else row}`: {note}.' for row, name, note in notes if note]
-    lines += ['', *_classification(models)]
+    lines += ['', *_notes(detectors), '', *_classification(models)]
     return '\n'.join(lines).rstrip('\n') + '\n'
+
+
+def _notes(models: list[dict]) -> list[str]:
+    notes = [(_row(model), model['Name'], model['Published'].get('Note')) for model in models]
+    return [f'* `{name if row == "(none)" else row}`: {note}.' for row, name, note in notes if note]
 
 
 def _line(*cells) -> str:
