@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS, as_channels_last, as_contiguous, as_later_part
 from torch.nn import functional as F
 
 from mmdet_norms.kernels import bnet, compiled
@@ -14,41 +15,6 @@ from mmdet_norms.layers import BNET
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 # Where every access is watched (make asan), the same cases several times over.
 EXAMPLES = 5 * settings().max_examples
-
-
-def as_contiguous(t):
-    return t.contiguous()
-
-
-def as_channels_last(t):
-    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.contiguous()
-
-
-def as_slice(t):
-    """Every other value of something larger, from its second on."""
-    larger = t.new_full([2 * size + 1 for size in t.shape], torch.nan)
-    view = larger[tuple(slice(1, None, 2) for _ in t.shape)]
-    view.copy_(t)
-    return view
-
-
-def as_transposed(t):
-    return t.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def as_later_part(t):
-    """Dense, with another offset than memory is aligned by."""
-    memory = t.new_full((t.numel() + 6,), torch.nan)
-    part = memory[3 : 3 + t.numel()].view(t.shape)
-    part.copy_(t)
-    return part
-
-
-def as_negative(t):
-    return torch._neg_view(-t)
-
-
-LAYOUTS = [as_contiguous, as_channels_last, as_slice, as_transposed, as_later_part, as_negative]
 layouts = st.sampled_from(LAYOUTS)
 sizes = st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33, 64, 67]))
 
