@@ -14,13 +14,13 @@ from mmengine.config import Config
 from mmdet_norms.entries import parameter_of
 
 from .annotations import DataError, class_order, no_collection, other_order, read_annotations
-from .columns import boxes, is_id, is_mask, numbers, positions, size_of
+from .columns import boxes, is_id, is_mask, is_polygon, numbers, positions, size_of
 from .complete import Needs, complete
 from .images import Header, decode, missing_files, read_header, sample
 from .sources import SPLITS, Source, evaluated_files, sources, wants_masks
 
 LEVELS = ('error', 'warning', 'note')
-HEADERS = 2000  # read of each folder's images by the fast check
+HEADERS = 2000  # read of each folder's images by the fast check; and masks compared with their boxes
 _GENERATED = 'for the generated one: python tools/make_shapes.py'
 _FEW = 0.01  # a share below which odd objects are no more than a note: COCO itself has some
 
@@ -163,7 +163,7 @@ def _check_file(cfg: Config, path: str, group: list[Source], sound: list[Source]
         masks=any(source.mask_key for source in group),
         segm=any(wants_masks(metric) for metric in metrics if not metric.get('format_only')),
         evaluated=bool(metrics),
-        objects=graded or any(source.split == 'train' for source in group),
+        objects=graded or any(_trained_on(source, sound) for source in group),
     )
     try:
         content = read_annotations(path)
@@ -181,6 +181,12 @@ def _check_file(cfg: Config, path: str, group: list[Source], sound: list[Source]
             report.findings += file.check_use(source)
     for _, same in groupby(sorted(group, key=lambda s: s.images), key=lambda s: s.images):
         report.findings += file.check_images(list(same), full)
+
+
+def _trained_on(source: Source, found: list[Source]) -> bool:
+    """Whether a data set must have objects: those of semi-supervised training have some without."""
+    alone = sum(other.split == 'train' for other in found) < 2
+    return source.split == 'train' and (alone or bool(source.filter_cfg.get('filter_empty_gt')))
 
 
 def _unreadable(path: str, error: DataError) -> Finding:
@@ -427,6 +433,7 @@ class AnnotationFile:
                 'Write polygons of three points or more, or run lengths dict(size=[height, width], counts=...)',
                 self._of(invalid),
             )
+        yield from self._check_agreement(masks)
         wrong, sums = np.zeros(total, bool), np.zeros(total, bool)
         for i, mask in enumerate(masks):
             if isinstance(mask, dict) and self.of_image[i] >= 0 and is_mask(mask):
@@ -451,6 +458,26 @@ class AnnotationFile:
                 f'{(sums & ~wrong).sum():,} masks in run lengths do not add up to their size',
                 'Encode them again',
                 self._of(sums & ~wrong),
+            )
+
+    def _check_agreement(self, masks: list) -> Iterator[Finding]:
+        """Polygons lie in their boxes; a mask of another object or size does not."""
+        single = np.flatnonzero(~np.isnan(self.box).any(1) & (self.box[:, 2:] >= 1).all(1))
+        looked_at, apart = 0, np.zeros(len(masks), bool)
+        for i in single[sample(len(single), HEADERS)]:
+            if isinstance(masks[i], list) and is_mask(masks[i]):
+                points = np.concatenate([np.reshape(p, (-1, 2)) for p in masks[i] if is_polygon(p)])
+                low, high = points.min(0), points.max(0)
+                x, y, w, h = self.box[i]
+                common = np.minimum(high, [x + w, y + h]) - np.maximum(low, [x, y])
+                looked_at += 1
+                apart[i] = (common <= 0).any() and (high > low).all()
+        if apart.any():
+            yield self._finding(
+                'error' if apart.sum() > 0.5 * looked_at else 'note' if apart.sum() < _FEW * looked_at else 'warning',
+                f'{apart.sum():,} of {looked_at:,} masks looked at lie outside their box',
+                'Masks are polygons [x, y, x, y, ...] in pixels, as the boxes [x, y, width, height] are',
+                self._of(apart),
             )
 
     def check_use(self, source: Source) -> list[Finding]:

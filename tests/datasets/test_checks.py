@@ -129,6 +129,7 @@ FAULTS = {
     'empty masks': (each('annotations', segmentation=[]), r'all 8 annotations have no segmentation'),
     'masks of two points': (each('annotations', segmentation=[[1, 2, 3, 4]]), r'segmentation that is no mask'),
     'masks of text': (each('annotations', segmentation='poly'), r'segmentation that is no mask'),
+    'masks elsewhere': (each('annotations', segmentation=[[30, 15, 38, 15, 38, 22]]), r'masks looked at lie outside'),
     'run lengths of another size': (run_lengths([small.WIDTH, small.HEIGHT]), r'another size than their image'),
     'run lengths too short': (run_lengths(SIZE, [5, 6]), r'do not add up'),
     'run lengths of bytes': (run_lengths(SIZE, dict(a=1)), r'segmentation that is no mask'),
@@ -451,6 +452,24 @@ def test_nothing_left_after_filtering(tmp_path):
 def test_a_part_of_the_images_with_an_evaluator_of_all_is_a_warning(tmp_path):
     report = check(tmp_path, **{'val_dataloader.dataset.indices': 2})
     assert 'counts the objects of all as missed' in texts(report, 'warning')
+
+
+def test_a_test_without_ground_truth_that_only_writes_detections(tmp_path):
+    form = {'val_evaluator.format_only': True, 'val_evaluator.outfile_prefix': 'a'}
+    assert check(tmp_path, val=without_objects, **form).findings == []
+    assert check(tmp_path, val=lambda c: c.pop('annotations') and None, **form).findings == []
+
+
+def test_images_without_objects_beside_others_are_trained_on(tmp_path):
+    check(tmp_path)
+    small.dump(tmp_path, 'unlabeled', dict(small.content(prefix='train'), annotations=[]))
+    cfg = small.config(tmp_path)
+    labeled = cfg.train_dataloader.dataset
+    unlabeled = dict(labeled, ann_file='annotations/unlabeled.json', filter_cfg=dict(filter_empty_gt=False))
+    cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[labeled, unlabeled])
+    assert check_config(cfg).findings == []
+    cfg.train_dataloader.dataset = unlabeled
+    assert 'has no annotations' in texts(check_config(cfg))
 
 
 @pytest.mark.parametrize('wrapper', ['RepeatDataset', 'ConcatDataset', 'ClassBalancedDataset', 'MultiImageMixDataset'])
