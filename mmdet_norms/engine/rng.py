@@ -178,8 +178,9 @@ class NumberedBatches:
     def __init__(self, batch_sampler, seed: int, rank: int):
         self.batch_sampler, self.seed, self.rank = batch_sampler, seed, rank
         self.next = 0
-        self._resumed: int | None = None
-        self._first, self._at_first = 0, random_state()
+        self._skip: int | None = None
+        self._stream = (*random_state()[:3], None)
+        self._first, self._at_first = 0, self._stream
 
     def __getattr__(self, name: str):
         if name == 'batch_sampler':
@@ -191,35 +192,49 @@ class NumberedBatches:
 
     def __iter__(self) -> Iterator['SeededBatch']:
         # All of it waits for the first batch: a loader with workers calls iter() twice and uses the second.
-        resumed, self._resumed = self._resumed, None
-        if resumed is None:
-            self._first, self._at_first = self.next, random_state()
-            batches = iter(self.batch_sampler)
+        skip, self._skip = self._skip, None
+        if skip is None:
+            self._first, self._at_first = self.next, self._stream
         else:
-            self.next, now = self._first + resumed, random_state()
-            set_random_state(self._at_first)  # samplers that draw a seed draw it again
+            self.next, self._stream = self._first + skip, self._at_first
+        with self._drawing():
             batches = iter(self.batch_sampler)
-            ahead = list(itertools.islice(batches, resumed + 1))[resumed:]
-            set_random_state(now)
-            batches = itertools.chain(ahead, batches)
-        for batch in batches:
+            for _ in itertools.islice(batches, skip or 0):
+                pass
+        while True:
+            with self._drawing():
+                batch = next(batches, None)
+            if batch is None:
+                return
             self.next += 1
             yield SeededBatch(batch, (self.seed, self.rank, self.next - 1))
 
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Samplers that use the generators of the process have a stream of their own.
+
+        With workers they draw some batches ahead, which the main stream must not notice.
+        """
+        with kept_random_state():
+            set_random_state(self._stream)
+            yield
+            self._stream = (*random_state()[:3], None)
+
     def begin_within(self, skip: int) -> None:
         """Have the coming pass be the one that was resumed, without its first ``skip`` batches."""
-        self._resumed = skip
+        self._skip = skip
 
     def place(self, epoch: int) -> dict:
         """Where the current pass began, which is all that is needed to find a place in it again."""
         sampler_seed = getattr(_sampler(self), 'seed', None)
         seeds = dict(seed=self.seed, sampler_seed=sampler_seed if isinstance(sampler_seed, int) else None)
-        return dict(number=self._first, epoch=epoch, rng=pack(self._at_first), **seeds)
+        return dict(number=self._first, epoch=epoch, rng=pack(self._at_first), stream=pack(self._stream), **seeds)
 
     def resume(self, place: dict) -> None:
         """Take over seeds and number of the run that was stopped."""
         self.seed, self.next = place['seed'], place['number']
         self._first, self._at_first = place['number'], unpack(place['rng'])
+        self._stream = unpack(place['stream'])
         if place['sampler_seed'] is not None:
             _sampler(self).seed = place['sampler_seed']
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import HOOKS
+from mmengine.registry import DATA_SAMPLERS, HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner, loops
 from torch import nn
 from torch.utils.data import DataLoader
@@ -64,6 +65,15 @@ class Augmented(torch.utils.data.Dataset):
     def __getitem__(self, i):
         x = torch.full((3, 8, 8), i / 20) + random.random() + np.random.rand() + torch.rand(3, 8, 8)
         return dict(x=x, i=i)
+
+
+@DATA_SAMPLERS.register_module()
+class Choosing(InfiniteSampler):
+    """Asks NumPy's generator of the process for each image, as mmdet's GroupMultiSourceSampler."""
+
+    def __iter__(self):
+        for index in super().__iter__():
+            yield (index + np.random.randint(5)) % self.size
 
 
 @HOOKS.register_module()
@@ -175,6 +185,9 @@ CASES = {
     'infinite, at a validation': (
         dict(INFINITE, every=7), 'iter_14.pth', 'iter_25.pth', 14),
     'passes of an iteration loop': (dict(loop='iter', by_epoch=False, every=6), 'iter_12.pth', 'iter_25.pth', 12),
+    'a sampler that draws': (dict(INFINITE, sampler='Choosing'), 'iter_12.pth', 'iter_25.pth', 12),
+    'a sampler that draws ahead': (
+        dict(INFINITE, sampler='Choosing', workers=2), 'iter_18.pth', 'iter_25.pth', 18),
     'end of a pass': (dict(loop='iter', by_epoch=False, every=10), 'iter_10.pth', 'iter_25.pth', 10),
     'torch sampler': (dict(sampler='RandomSampler', by_epoch=False, every=13), 'iter_13.pth', 'iter_30.pth', 13),
     'torch sampler, by epoch': (dict(sampler='RandomSampler'), 'epoch_2.pth', 'epoch_3.pth', 20),
