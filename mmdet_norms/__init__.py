@@ -8,6 +8,7 @@ Importing the package registers everything and does nothing else; in a config::
 from .compat import mmcv_ops
 from .compat.checkpoints import allow_own_checkpoints
 from .compat.loading import load_when_asked
+from .compat.reading import serve_mmengine
 from .compat.safe_files import resume_by, write_whole_files
 from .version import __version__
 
@@ -16,6 +17,7 @@ mmcv_ops.install()
 allow_own_checkpoints()
 load_when_asked()
 write_whole_files()
+serve_mmengine()
 
 from . import checkpoints, engine, models  # noqa: E402, F401  (registers hooks and backbones)
 from .compat import recalls  # noqa: E402

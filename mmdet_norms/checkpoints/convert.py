@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..compat.checkpoints import load_stranger
+from ..compat.reading import UntrustedCheckpointError, read_file
 from ..files import replacing
 from ..version import __version__
 from .layouts import BOXES, CLASSES, COUNTERS, ENTRIES, LAYOUTS, MASKS, WRAPPERS, Layout, Rule
@@ -129,7 +129,7 @@ def convert(
     model_cfg = None if config is None else model_cfg_of(config)
     if not isinstance(content, Mapping):
         path = Path(content)
-        content = load_stranger(path, trust_pickle)
+        content = _read(path, trust_pickle)
     old, meta = _unwrap(content, report)
     state = _rename(_without_prefixes(old, report), source, report)
     _cast(state, report)
@@ -147,6 +147,16 @@ def convert(
 
 
 # --------------------------------------------------------------------------------------------------------- 1 unwrap
+
+
+def _read(path: Path, trust_pickle: bool) -> object:
+    try:
+        return read_file(path, trust_pickle=trust_pickle)
+    except UntrustedCheckpointError as error:
+        raise UntrustedCheckpointError(
+            f'{error} Or read it with trust_pickle=True (--trust-pickle on the command line): the file may then do on '
+            'this machine whatever you may.'
+        ) from error
 
 
 def _unwrap(content, report: Report) -> tuple[dict[str, Tensor], Mapping]:

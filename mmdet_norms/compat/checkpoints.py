@@ -13,65 +13,26 @@ The answer is not to switch the protection off. Two things suffice:
   that a stock run saved earlier the name ``getattr`` resolves to :func:`_statistic_by_name`, which
   can hand out those four functions and nothing else.
 
-Any other object in a checkpoint is still refused, see :func:`explain_refusal`. Files of strangers are read by
-:func:`load_stranger`, which does not depend on torch's default.
+Any other object in a checkpoint is still refused, see :func:`explain_refusal`. Files are read by ``reading.py``.
 """
 
-import os
 import pickle
-import re
-import zipfile
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
+from .pickles import NUMPY
+
 _STATISTICS = ('min', 'max', 'mean', 'current')
-_LEGACY_START = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # pickle of the number that torch < 1.6 writes first
 
 
 def allow_own_checkpoints() -> None:
     """Let ``torch.load`` read mmengine checkpoints without giving up ``weights_only``. Idempotent."""
     HistoryBuffer.__getstate__ = _state_without_functions
+    HistoryBuffer.__setstate__ = _fill
     if _loads_weights_only_by_default():
         torch.serialization.add_safe_globals(_harmless_globals())
-
-
-class UntrustedCheckpointError(ValueError):
-    """A checkpoint holds more than tensors and plain data, and was not read."""
-
-
-def load_stranger(path: str | os.PathLike, trust_pickle: bool = False) -> object:
-    """Read a checkpoint that somebody else wrote, to the CPU, running none of its code.
-
-    Args:
-        path: a file of ``torch.save``, of today's format or that of torch < 1.6.
-        trust_pickle: read it with the full unpickler, which runs what the file says.
-
-    Raises:
-        FileNotFoundError: no such file.
-        UntrustedCheckpointError: the restricted unpickler met something that is neither tensor nor plain data.
-        ValueError: not a file of ``torch.save``, or a damaged one.
-    """
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'there is no file {path}')
-    with open(path, 'rb') as file:
-        start = file.read(len(_LEGACY_START))
-    if not (zipfile.is_zipfile(path) or start == _LEGACY_START):
-        raise ValueError(
-            f'{path} is no checkpoint of torch, or a damaged one (it starts with {start!r}); was the download complete?'
-        )
-    try:
-        return torch.load(path, map_location='cpu', weights_only=not trust_pickle)
-    except Exception as error:  # torch's readers raise whatever damaged bytes make them
-        if trust_pickle or not isinstance(error, pickle.UnpicklingError):
-            raise ValueError(f'{path} is damaged: {_reason(error)}') from error
-        cut = ' A download that broke off can look the same.' if start == _LEGACY_START else ''
-        raise UntrustedCheckpointError(
-            f'{explain_refusal(path)} Or read it with trust_pickle=True (--trust-pickle on the command line): the file '
-            f'may then do on this machine whatever you may. What stopped it: {_reason(error)}.{cut}'
-        ) from error
 
 
 def explain_refusal(path: str) -> str:
@@ -91,12 +52,6 @@ def explain_refusal(path: str) -> str:
     )
 
 
-def _reason(error: Exception) -> str:
-    """The one sentence of torch's message that names what was refused, or where the bytes made no sense."""
-    found = re.search(r'(Unsupported|Trying to|Can only)[^\n]*?(?=\.? Please|\.? was not|\.?\n|$)', str(error))
-    return found[0] if found else (str(error) or type(error).__name__).splitlines()[0]
-
-
 def _loads_weights_only_by_default() -> bool:
     major, minor = torch.__version__.split('.')[:2]
     return (int(major), int(minor)) >= (2, 6)
@@ -104,21 +59,11 @@ def _loads_weights_only_by_default() -> bool:
 
 def _harmless_globals() -> list:
     """Pairs of an object and the name it goes by in a pickle: plain data, nothing that acts."""
-    rebuild_array = np.empty(0).__reduce__()[0]
-    rebuild_scalar = np.float64(0).__reduce__()[0]
-    pairs = [
+    return [
         (HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
         (_statistic_by_name, 'builtins.getattr'),
-        (np.ndarray, 'numpy.ndarray'),
-        (np.dtype, 'numpy.dtype'),
+        *((harmless, name) for name, harmless in NUMPY.items()),
     ]
-    for module in ('numpy._core.multiarray', 'numpy.core.multiarray'):  # numpy 2 and numpy 1
-        pairs.append((rebuild_array, f'{module}._reconstruct'))
-        pairs.append((rebuild_scalar, f'{module}.scalar'))
-    # a dtype is an instance of its own class (numpy.dtypes.Float64DType); numbers only, no objects
-    numeric = {type(np.dtype(code)) for code in '?' + np.typecodes['AllInteger'] + np.typecodes['Float']}
-    pairs += [(cls, f'{cls.__module__}.{cls.__name__}') for cls in numeric]
-    return pairs
 
 
 def _statistic_by_name(owner: object, name: str) -> object:
@@ -131,3 +76,9 @@ def _statistic_by_name(owner: object, name: str) -> object:
 def _state_without_functions(buffer: HistoryBuffer) -> dict:
     """Replace ``HistoryBuffer.__getstate__``: the numbers alone."""
     return {key: value for key, value in vars(buffer).items() if key != 'statistics_methods'}
+
+
+def _fill(buffer: HistoryBuffer, state: dict) -> None:
+    """``HistoryBuffer.__setstate__``: what is saved again is of numpy's own type."""
+    for key, value in state.items():
+        vars(buffer)[key] = value.view(np.ndarray) if isinstance(value, np.ndarray) else value

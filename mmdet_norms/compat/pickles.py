@@ -87,6 +87,7 @@ def no_bytes() -> bytes:
 
 NUMPY = {
     '__builtin__.bytes': no_bytes,
+    'builtins.bytes': no_bytes,
     'numpy.dtype': PlainDtype,
     'numpy.ndarray': PlainArray,
     **{f'numpy.{module}.multiarray._reconstruct': new_array for module in ('core', '_core')},

@@ -696,7 +696,7 @@ def test_a_file_that_needs_more_is_read_when_one_says_so(tmp_path, zipped):
 @pytest.mark.parametrize('trust', [False, True])
 def test_a_file_that_is_no_checkpoint_is_told_from_a_refused_one(tmp_path, content, trust):
     (tmp_path / 'a.pth').write_bytes(content)
-    with pytest.raises(ValueError, match='no checkpoint of torch') as caught:
+    with pytest.raises(ValueError, match=r'no checkpoint of torch|is empty|a web page|cut off') as caught:
         convert(tmp_path / 'a.pth', 'cbn', trust_pickle=trust)
     assert not isinstance(caught.value, UntrustedCheckpointError)
 
@@ -706,7 +706,7 @@ def test_half_a_download_is_an_error(tmp_path, zipped):
     torch.save(v1_heads(4), tmp_path / 'a.pth', _use_new_zipfile_serialization=zipped)
     whole = (tmp_path / 'a.pth').read_bytes()
     (tmp_path / 'a.pth').write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r'damaged|broke off'):
+    with pytest.raises(ValueError, match=r'damaged|cut off'):
         convert(tmp_path / 'a.pth', 'cbn')
 
 
@@ -718,7 +718,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
     save = torch.save
 
     def half_of_it(content, file, **kwargs):
-        file.write(b'half')
+        Path(file).write_bytes(b'half')
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(torch, 'save', half_of_it)
