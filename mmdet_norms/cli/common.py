@@ -9,6 +9,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from mmdet.registry import HOOKS, RUNNERS
@@ -28,6 +29,7 @@ from mmdet_norms.engine.one_value import explain_one_value
 from mmdet_norms.entries import class_of, is_a, spell_out
 from mmdet_norms.errors import UserError
 from mmdet_norms.files import explain
+from mmdet_norms.layers import AnotherFunctionError, another_function_allowed
 from mmdet_norms.layers._args import ConfigError
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
@@ -143,17 +145,20 @@ def _raise(record: logging.LogRecord) -> None:
     raise
 
 
-def run_with_checkpoint(run: Callable[[], object], checkpoint: str | None) -> None:
-    """Call ``run``; a checkpoint that torch refuses to unpickle becomes a message."""
+def run_with_checkpoint(run: Callable[[], object], args: argparse.Namespace) -> None:
+    """Call ``run``, which loads weights: norms take those of another function only where --allow-partial says so."""
     try:
-        run()
-    except pickle.UnpicklingError as error:
-        raise UserError(explain_refusal(checkpoint or 'to resume from')) from error
+        with another_function_allowed() if getattr(args, 'allow_partial', False) else nullcontext():
+            run()
+    except AnotherFunctionError as error:
+        raise UserError(str(error)) from error
+    except pickle.UnpicklingError as error:  # of the storages that mmengine reads by itself
+        raise UserError(explain_refusal(getattr(args, 'checkpoint', None) or 'to start from')) from error
 
 
 def require_checkpoint(path: str, option: str) -> None:
     """Raise if ``path`` names a local file that is not there."""
-    if '://' not in path and not Path(path).expanduser().is_file():
+    if '://' not in path and not Path(path).expanduser().exists():
         raise UserError(f'{option}: there is no checkpoint file {path}')
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from mmdet_norms.checkpoints.fit import fit
+from mmdet_norms.checkpoints.read import read_checkpoint
 from mmdet_norms.deploy import PARTS, export_onnx, fuse, is_fused, save_fused
 from mmdet_norms.files import remove_unfinished, require_writable
 from mmdet_norms.placement import PLACEMENTS
@@ -19,6 +20,7 @@ from mmdet_norms.placement import PLACEMENTS
 from .common import UserError, command, load_config, require_checkpoint, run_with_checkpoint
 from .config_checks import config_problems, require_none
 from .options import add_option_arguments
+from .weights import explain_misfit
 
 _ONNX_ONLY = ('size', 'batch', 'dynamic', 'part')
 
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     require_none(config_problems(cfg, ()))
     require_checkpoint(args.checkpoint, 'CKPT')
     init_default_scope(cfg.get('default_scope') or 'mmdet')
-    run_with_checkpoint(functools.partial(_export, cfg, args), args.checkpoint)
+    run_with_checkpoint(functools.partial(_export, cfg, args), args)
 
 
 def _export(cfg: Config, args: argparse.Namespace) -> None:
@@ -98,33 +100,18 @@ def _check_out(args: argparse.Namespace) -> None:
 
 
 def _fused_model(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    checkpoint = CheckpointLoader.load_checkpoint(args.checkpoint, map_location='cpu')
+    checkpoint = read_checkpoint(args.checkpoint)
     model = MODELS.build(cfg.model)
-    already = is_fused(checkpoint)
+    already = is_fused(checkpoint.content)
     if already:
         model = fuse(model, inplace=True)
-    _load(model, checkpoint.get('state_dict', checkpoint), args)
-    return (model if already else fuse(model, inplace=True)), checkpoint.get('meta') or {}
-
-
-def _load(model: nn.Module, state: dict, args: argparse.Namespace) -> None:
-    """Load strictly where it counts: a detector with weights that nobody trained is not worth exporting."""
-    state = {key.removeprefix('module.'): value for key, value in state.items()}
-    trained = {name for name, _ in model.named_parameters()}
-    try:
-        result = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise UserError(f'{args.checkpoint} does not fit the model of {args.config}: {error}') from error
-    missing = [
-        key for key in result.missing_keys if key in trained or key.endswith(('running_mean', 'running_var', 'weight'))
-    ]
-    if missing:
-        raise UserError(
-            f'{args.checkpoint} lacks {len(missing)} weights of the model of {args.config}, e.g. {missing[0]}; give '
-            'the config that it was trained with, and --norm if that was used'
-        )
-    if result.unexpected_keys:
-        print(f'not used: {len(result.unexpected_keys)} entries of the checkpoint, e.g. {result.unexpected_keys[0]}')
+    # Strictly where it counts: a detector with weights that nobody trained is not worth exporting.
+    found = fit(model, checkpoint.state_dict)
+    if not found:
+        raise UserError(explain_misfit(found, cfg, args, checkpoint, 'CKPT'))
+    if found.unused:
+        print(f'not used: {len(found.unused)} entries of the checkpoint, e.g. {found.unused[0]}')
+    return (model if already else fuse(model, inplace=True)), dict(checkpoint.meta)
 
 
 def _export_onnx(model: nn.Module, args: argparse.Namespace) -> list[str]:

@@ -32,6 +32,7 @@ from .common import (
     run_with_checkpoint,
 )
 from .config_checks import KINDS, config_problems, predicts_masks, require_none
+from .weights import add_partial_argument, check_test
 
 _DETECTIONS = ('.json', '.pkl', '.pickle')
 
@@ -41,11 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     args = parse_args(argv)
     cfg = test_config(args)
+    check_test(cfg, args)
     with _claimed(cfg, args) if is_first_process(args) else nullcontext():
         runner = build_runner(cfg)
         if args.out is not None:
             _save_detections(runner, args.out)
-        run_with_checkpoint(runner.test, args.checkpoint)
+        run_with_checkpoint(runner.test, args)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -64,6 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--fuse', action='store_true', help='fold the norms into the convolutions first: the model as it is deployed'
     )
+    add_partial_argument(parser, 'evaluate')
     add_common_arguments(parser)
     add_check_argument(parser)
     return parser.parse_args(argv)

@@ -43,6 +43,7 @@ from .common import (
     run_with_checkpoint,
 )
 from .config_checks import config_problems, require_none
+from .weights import add_partial_argument, check_training, fused_refusal
 
 
 @command
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.finished:
         print(f'nothing to do: {args.finished}')
         return
+    check_training(cfg, args)
     first = is_first_process(args)
     with claimed(cfg.work_dir) if first else nullcontext():
         if first:
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             runner.logger.info(note)
         if first:
             clear_work_dir(runner, cfg, args)
-        run_with_checkpoint(runner.train, cfg.get('load_from'))
+        run_with_checkpoint(runner.train, args)
         if first:
             mark_finished(cfg.work_dir, runner.epoch, runner.iter, _end(cfg))
 
@@ -102,6 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--seed', type=int, help='seed of the run')
     parser.add_argument('--deterministic', action='store_true', help='deterministic algorithms, slower')
+    add_partial_argument(parser, 'start')
     add_common_arguments(parser)
     add_check_argument(parser)
     return parser.parse_args(argv)
@@ -249,10 +252,7 @@ def _require_weights(cfg: Config, config: str) -> None:
         require_checkpoint(start, option)
     for key, path in [*pretrained, (option, start)]:
         if path is not None and is_fused(Path(path).expanduser()):
-            raise UserError(
-                f'{key}: {path} is the checkpoint of a fused model, which has no norms to train; name the checkpoint '
-                'that it was made from'
-            )
+            raise UserError(fused_refusal(key, path))
 
 
 def _pretrained(node: object, key: str) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
 from .rng import RandomStateHook
 from .safe_checkpoints import PendingValidationHook
+from .start import StartHook
 from .statistics import recompute_statistics
 from .together import SyncBuffersHook
 from .tune import TuneModeHook, TuneReport, tune_mode, undo_tune_mode
@@ -30,6 +31,7 @@ __all__ = [
     'PicturesHook',
     'RandomStateHook',
     'ResultsHook',
+    'StartHook',
     'SyncBuffersHook',
     'TimedLoggerHook',
     'TuneModeHook',

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from ..console import as_text, plain_console
 from ..files import replacing
+from .start import StartHook
 
 KINDS = ('bbox', 'segm')
 COLUMNS = {
@@ -198,6 +199,9 @@ def _origin(runner: Runner, split: str) -> dict:
         origin['checkpoint'] = None if runner._load_from is None else str(runner._load_from)
     elif isinstance(runner._train_loop, BaseLoop):  # asking for runner.epoch would build the loop
         origin.update(epoch=runner.epoch, iter=runner.iter)
+    partial = next((hook.partial for hook in runner.hooks if isinstance(hook, StartHook)), None)
+    if partial:
+        origin['partial_checkpoint'] = dict(partial)
     return origin
 
 

@@ -3,7 +3,6 @@
 import bisect
 import os
 import re
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
-from ..compat.checkpoints import load_stranger
+from ..compat.reading import read_file
 from ..deploy import is_fused
 from ..errors import UserError
 
@@ -204,8 +203,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _progress(path: Path) -> tuple[int, int]:
     """Epoch and iteration of a checkpoint that is whole and can be resumed from; ValueError if it cannot."""
-    checkpoint = load_stranger(path)
-    _check_sums(path)
+    checkpoint = read_file(path)
     if is_fused(checkpoint):
         raise ValueError('it is the checkpoint of a fused model, which has no norms to train')
     entries = checkpoint if isinstance(checkpoint, dict) else {}
@@ -215,16 +213,3 @@ def _progress(path: Path) -> tuple[int, int]:
     if lacking:
         raise ValueError(f'it is no state of training: it has no {", ".join(lacking)}')
     return meta['epoch'], meta['iter']
-
-
-def _check_sums(path: Path) -> None:
-    """Torch reads past them: a flipped bit would be a wrong weight."""
-    if not zipfile.is_zipfile(path):
-        return  # torch before 1.6
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # whatever damaged bytes make of it
-        raise ValueError(f'{path} is damaged: {error}') from error
-    if damaged is not None:
-        raise ValueError(f'{path} is damaged: the check sum of {damaged} is wrong')

@@ -1,6 +1,6 @@
 """What a norm is: one method per file, importing torch only."""
 
-from ._loading import AnotherFunctionError, another_function_allowed
+from ._loading import AnotherFunctionError, AnotherFunctionWarning, another_function_allowed
 from .an import AN
 from .batch_renorm import BRN
 from .bnet import BNET
@@ -25,6 +25,7 @@ __all__ = [
     'NORMS',
     'SN',
     'AnotherFunctionError',
+    'AnotherFunctionWarning',
     'CenConv2d',
     'FrozenBN',
     'LN2d',

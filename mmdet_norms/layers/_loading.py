@@ -58,6 +58,10 @@ class AnotherFunctionError(RuntimeError):
     """A norm was to load weights with which it would compute something else than the norm that they are from."""
 
 
+class AnotherFunctionWarning(UserWarning):
+    """The same, where that is allowed."""
+
+
 @contextmanager
 def another_function_allowed() -> Iterator[None]:
     """Inside, norms load what fits of other norms' weights and warn, in place of raising :class:`AnotherFunctionError`.
@@ -162,7 +166,7 @@ def _refuse(norm: nn.Module, prefix: str, what: str) -> None:
         f'{type(norm).__name__} at {prefix[:-1]!r} would compute something else than the norm of its checkpoint, {what}'
     )
     if _allowed:
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, AnotherFunctionWarning, stacklevel=3)
         return
     raise AnotherFunctionError(
         f'{text}. Load it into a model with that norm, or train without these weights: for pretrained ones of a '

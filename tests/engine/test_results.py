@@ -34,6 +34,7 @@ def runner(tmp_path, caplog):
         work_dir=str(tmp_path),
         cfg=SimpleNamespace(filename='configs/a-name.py'),
         logger=logging.getLogger('test_results'),
+        hooks=[],
         _train_loop=None,
         _load_from='epoch_3.pth',
     )

@@ -1,0 +1,319 @@
+"""Whether the weights that a run starts from can be read and fit its model: asked before anything runs."""
+
+import argparse
+import ast
+import copy
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from mmdet.registry import DATASETS, HOOKS, MODELS, WEIGHT_INITIALIZERS
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from torch import nn
+
+from mmdet_norms.checkpoints.fit import Fit, fit, weights_of
+from mmdet_norms.checkpoints.read import Checkpoint, read_checkpoint
+from mmdet_norms.datasets.annotations import other_order
+from mmdet_norms.deploy import fuse, is_fused
+from mmdet_norms.entries import class_of, is_a
+from mmdet_norms.errors import UserError
+from mmdet_norms.placement import PLACEMENTS, apply_norm
+
+from .common import read_config
+
+ALLOW_PARTIAL = '--allow-partial'
+
+
+def add_partial_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        ALLOW_PARTIAL,
+        action='store_true',
+        help=f'{what} even if the checkpoint does not fit the model: what it lacks starts anew, what has no place is '
+        'left out; results.json says so',
+    )
+
+
+def check_test(cfg: Config, args: argparse.Namespace) -> None:
+    """Of tools/test.py: the checkpoint is that of the model, fused or not.
+
+    Raises:
+        UserError: it cannot be read, holds no weights, or does not fit, unless --allow-partial is given.
+    """
+    _take_in(cfg, args)
+    if _is_first():
+        _require_fit(cfg, args, read_checkpoint(args.checkpoint), 'CKPT')
+
+
+def check_training(cfg: Config, args: argparse.Namespace) -> None:
+    """Of tools/train.py: what it resumes or starts from, and the pretrained weights of parts.
+
+    Raises:
+        UserError: as :func:`check_test`; or it is the checkpoint of a fused model; or no state to go on from.
+    """
+    _take_in(cfg, args)
+    if not _is_first():
+        return
+    start, option = cfg.get('load_from'), '--resume' if cfg.get('resume') else 'load_from'
+    if start is not None:
+        checkpoint = read_checkpoint(start)
+        if is_fused(checkpoint.content):
+            raise UserError(fused_refusal(option, start))
+        if cfg.get('resume'):
+            checkpoint.require_resumable()
+        _require_fit(cfg, args, checkpoint, option, exact=bool(cfg.get('resume')))
+    _check_pretrained(cfg, args, replaced=start is not None)
+
+
+def fused_refusal(option: str, path: str) -> str:
+    return (
+        f'{option}: {path} is the checkpoint of a fused model, which has no norms to train; name the checkpoint '
+        'that it was made from'
+    )
+
+
+def explain_misfit(found: Fit, cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint, option: str) -> str:
+    """What does not fit, and what to write instead."""
+    norm = f' with --norm {args.norm}' if getattr(args, 'norm', None) else ''
+    lines = [f'{option}: {checkpoint.name} does not fit the model of {args.config}{norm}', found.explain()]
+    lines += _advice(cfg, args, checkpoint)
+    if hasattr(args, 'allow_partial'):
+        if option == '--resume':
+            lines.append(
+                f'To start from what fits, write instead of --resume: --cfg-options load_from={checkpoint.name} '
+                f'{ALLOW_PARTIAL}'
+            )
+        else:
+            lines.append(
+                f'If it is meant so, {ALLOW_PARTIAL} starts what is missing anew and leaves out what is left over'
+            )
+    return '\n'.join(lines)
+
+
+def built(model_cfg: Mapping, scope: str = 'mmdet', device: str = 'meta') -> nn.Module | None:
+    """The model without memory for its weights, where it can be built so; None where it cannot be built at all.
+
+    What is wrong with the config is then for the runner to say.
+    """
+    for where in dict.fromkeys([device, 'cpu']):  # some models compute with numbers while they are built
+        try:
+            with DefaultScope.overwrite_default_scope(scope), torch.device(where), torch.random.fork_rng([]):
+                return MODELS.build(copy.deepcopy(model_cfg))
+        except Exception:
+            continue
+    return None
+
+
+def _require_fit(
+    cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint, option: str, exact: bool = False
+) -> None:
+    model = _model_for(cfg, checkpoint)
+    if model is None:
+        return
+    found = fit(model, checkpoint.state_dict, exact=exact)
+    if found.unused:
+        print(f'{checkpoint.name}: {len(found.unused)} weights are not used, e.g. {found.unused[0]}')
+    if found:
+        return _require_class_order(cfg, args, checkpoint, option)
+    if not getattr(args, 'allow_partial', False) or exact or found.started_anew == found.total:
+        raise UserError(explain_misfit(found, cfg, args, checkpoint, option))
+    print(f'{ALLOW_PARTIAL}: {checkpoint.name} does not fit the model of {args.config}\n{found.explain()}')
+    _start_hook(cfg)['partial'] = dict(checkpoint=checkpoint.name, **found.record())
+
+
+def _require_class_order(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint, option: str) -> None:
+    """Label 0 is the same thing in the data as in training; names that differ otherwise may be meant."""
+    theirs, ours = checkpoint.classes(), _classes(cfg)
+    difference = other_order(theirs, ours) if theirs and ours else None
+    if difference is None:
+        return
+    if set(theirs) == set(ours) and not getattr(args, 'allow_partial', False):
+        raise UserError(
+            f'{option}: {checkpoint.name} was trained with the same classes as the data of {args.config}, which '
+            f'{difference}: every label would get another name. Set metainfo.classes of the data sets to the order of '
+            f'the checkpoint; {ALLOW_PARTIAL} goes on nevertheless'
+        )
+    print(f'{checkpoint.name} was trained with other names of classes; the data of {args.config} {difference}')
+
+
+def _model_for(cfg: Config, checkpoint: Checkpoint) -> nn.Module | None:
+    """The model of a config, fused if the weights are; None where the runner has to say why there is none."""
+    if cfg.get('model') is None:
+        return None
+    fused = is_fused(checkpoint.content)
+    model = built(cfg.model, cfg.get('default_scope') or 'mmdet', device='cpu' if fused else 'meta')
+    return fuse(model, inplace=True) if fused and model is not None else model
+
+
+def _check_pretrained(cfg: Config, args: argparse.Namespace, replaced: bool) -> None:
+    """The weights that ``init_cfg`` of the model or of parts of it names."""
+    names = {rule['checkpoint'] for rule in _rules(cfg.get('model'))}
+    if not names:
+        return
+    read = functools.cache(read_checkpoint)
+    for name in names:
+        read(name)
+    model = None if replaced else built(cfg.model, cfg.get('default_scope') or 'mmdet')
+    for where, part, rule in weights_of(model) if model is not None else ():
+        if not is_a(rule, 'Pretrained', WEIGHT_INITIALIZERS) or _loads_by_itself(part):
+            continue
+        checkpoint = read(rule['checkpoint'])
+        state, prefix = checkpoint.state_dict, rule.get('prefix')
+        key = f'model.{where}.init_cfg' if where else 'model.init_cfg'
+        if prefix:
+            prefix = prefix.rstrip('.') + '.'
+            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            if not state:
+                first = ', '.join(dict.fromkeys(name.partition('.')[0] for name in checkpoint.state_dict))
+                raise UserError(
+                    f'{key}: no weight of {checkpoint.name} starts with prefix={prefix!r}; they start with {first}'
+                )
+        found = fit(part, state, pretrained=part is not model)
+        if found or (args.allow_partial and found.started_anew < found.total):
+            continue
+        lines = [f'{key}: {checkpoint.name} does not fit', found.explain(), *_inner_prefix(found, part, state)]
+        lines += _trained_with(checkpoint)
+        lines.append(
+            f'Name weights of this network with --cfg-options {key}.checkpoint=FILE, leave them out with {key}=None; '
+            f'or, if it is meant so, {ALLOW_PARTIAL} starts what is missing anew'
+        )
+        raise UserError('\n'.join(lines))
+
+
+def _rules(node: object) -> Iterator[Mapping]:
+    """The entries of a config that name pretrained weights."""
+    if isinstance(node, (list, tuple)):
+        for entry in node:
+            yield from _rules(entry)
+    elif isinstance(node, Mapping):
+        if node.get('checkpoint') and is_a(node, 'Pretrained', WEIGHT_INITIALIZERS):
+            yield node
+        for value in node.values():
+            yield from _rules(value)
+
+
+def _loads_by_itself(part: nn.Module) -> bool:
+    """Whether a module converts its pretrained weights in an ``init_weights`` of its own, as transformers do."""
+    code = getattr(type(part).init_weights, '__code__', None)
+    return bool(
+        code and {'load_state_dict', 'load_checkpoint', 'CheckpointLoader', '_load_checkpoint'} & {*code.co_names}
+    )
+
+
+def _inner_prefix(found: Fit, part: nn.Module, state: Mapping) -> list[str]:
+    """That the weights are there, one level down: those of a whole detector for its backbone."""
+    firsts = {key.partition('.')[0] for key in state}
+    for first in sorted(firsts):
+        inside = {key.partition('.')[2]: value for key, value in state.items() if key.startswith(first + '.')}
+        if fit(part, inside, pretrained=True):
+            return [f'Those that start with {first}. fit: write prefix={first!r} beside checkpoint']
+    return []
+
+
+# ------------------------------------------------------------------------------------------------------------ advice
+
+
+def _advice(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[str]:
+    names = [] if is_fused(checkpoint.content) else list(_fitting_norms(cfg, args, checkpoint))
+    if names:
+        yield f'It would fit with {" or ".join(names)}'
+    yield from _trained_with(checkpoint)
+    classes, ours = checkpoint.classes(), _classes(cfg)
+    if classes and ours and len(classes) != len(ours):
+        yield (
+            f'It was trained for {len(classes)} classes ({_some(classes)}), the config is for {len(ours)} '
+            f'({_some(ours)}): give the config or the --data-root that it was trained with'
+        )
+    beside = sorted(Path(checkpoint.name).expanduser().parent.glob('*.py')) if '://' not in checkpoint.name else []
+    if len(beside) == 1 and not _same(beside[0], args.config):
+        yield f'The config in its folder, probably the one that it was trained with: {beside[0]}'
+
+
+def _fitting_norms(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[str]:
+    """The options under which the weights fit the model: tried out."""
+    plain = cfg.model
+    if getattr(args, 'norm', None):
+        written = read_config(args.config)
+        written.merge_from_dict(getattr(args, 'cfg_options', None) or {})
+        plain = written.model
+        if _fits(plain, cfg, checkpoint):
+            yield f'no --norm {args.norm}'
+    for name in PLACEMENTS:
+        try:
+            model_cfg = apply_norm(copy.deepcopy(plain), name)
+        except (KeyError, TypeError, ValueError):
+            continue
+        if _fits(model_cfg, cfg, checkpoint):
+            yield f'--norm {name}'
+
+
+def _fits(model_cfg: Mapping, cfg: Config, checkpoint: Checkpoint) -> bool:
+    model = built(model_cfg, cfg.get('default_scope') or 'mmdet')
+    return model is not None and bool(fit(model, checkpoint.state_dict))
+
+
+def _trained_with(checkpoint: Checkpoint) -> Iterator[str]:
+    """The norms in the config that mmengine saves as text: looked at, not run."""
+    text = checkpoint.meta.get('cfg') or checkpoint.meta.get('config')
+    if not isinstance(text, str):
+        return
+    try:
+        tree = ast.parse(text[: 10**6])
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg in ('norm_cfg', 'norm_at'):
+            for inner in ast.walk(node.value):
+                if isinstance(inner, ast.Call):
+                    keys = {key.arg: key.value.value for key in inner.keywords if isinstance(key.value, ast.Constant)}
+                    if isinstance(keys.get('type'), str):
+                        size = f'(kernel_size={keys["kernel_size"]})' if 'kernel_size' in keys else ''
+                        found[keys['type'] + size] = None
+    if found:
+        yield f'The config that it was trained with has the norms {", ".join(found)}'
+
+
+def _classes(cfg: Config) -> tuple[str, ...] | None:
+    for split in ('test_dataloader', 'val_dataloader', 'train_dataloader'):
+        dataset = (cfg.get(split) or {}).get('dataset') or {}
+        while isinstance(dataset.get('dataset'), Mapping):
+            dataset = dataset['dataset']
+        known = getattr(class_of(dataset, DATASETS), 'METAINFO', None) or {}
+        found = {**known, **(dataset.get('metainfo') or {})}.get('classes')
+        if isinstance(found, (list, tuple)):
+            return tuple(map(str, found))
+    return None
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ', '.join(names[:4]) + (', ...' if names[4:] else '')
+
+
+def _same(one: Path, other: str) -> bool:
+    return os.path.exists(other) and os.path.samefile(one, other)
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def _is_first() -> bool:
+    """Whether this process is the one of its machine that looks: the others would only read and download it again."""
+    return int(os.environ.get('LOCAL_RANK') or 0) == 0
+
+
+def _take_in(cfg: Config, args: argparse.Namespace) -> None:
+    """Every run has the hook that takes a checkpoint in; hooks that would refuse a part of one take it."""
+    _start_hook(cfg)
+    for hook in cfg.custom_hooks if args.allow_partial else ():
+        if is_a(hook, 'EMAHook', HOOKS):
+            hook['strict_load'] = False
+
+
+def _start_hook(cfg: Config) -> dict:
+    """The config's entry of :class:`mmdet_norms.engine.StartHook`."""
+    if not any(is_a(hook, 'StartHook', HOOKS) for hook in cfg.get('custom_hooks') or []):
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='StartHook')]
+    return next(hook for hook in cfg.custom_hooks if is_a(hook, 'StartHook', HOOKS))
