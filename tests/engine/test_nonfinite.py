@@ -349,6 +349,14 @@ def test_the_flag_of_many_tensors(value, expected):
     assert bool(any_nonfinite(tensors)) is expected
     assert bool(any_nonfinite([torch.eye(2).mul(value).to_sparse()])) is (expected or bool(np.isnan(value * 0)))
     assert not bool(any_nonfinite([]))
+    if not expected:
+        return
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        for place in (0, 70, -1):
+            many = torch.ones(100, 3, dtype=dtype)
+            many.view(-1)[place] = value
+            assert bool(any_nonfinite([torch.ones(3, dtype=dtype), many.t()]))
+    assert torch._foreach_norm([torch.tensor([1.0, value])], float('inf'))[0].isfinite().logical_not()  # on GPUs
 
 
 def test_a_finite_step_has_no_finding():
