@@ -96,16 +96,18 @@ def parameter_of(entry: Any, key: str, registry: Registry = MODELS) -> inspect.P
 def spell_out(node: Any) -> None:
     """Name the classes of a config by their full paths, as mmengine writes those of python-style configs; in place.
 
-    mmengine itself does so for classes that nobody has looked at yet. One that was read out of the config and put back
-    is a class, and its text (``<class 'mmdet...'>``) would be no config.
+    mmengine itself does so for classes that nobody has looked at yet, but by paths that it does not always find again.
+    One that was read out of the config and put back is a class, and its text (``<class 'mmdet...'>``) would be no
+    config.
     """
     if isinstance(node, (list, tuple, Config)):
         for entry in node.values() if isinstance(node, Config) else node:
             spell_out(entry)
     elif isinstance(node, dict):
         for key, value in dict.items(node):  # the items() of a ConfigDict would import the classes
-            if key in _CLASS_KEYS and (inspect.isclass(value) or inspect.isfunction(value)):
-                node[key] = path_of(value)
+            cls = value.build() if isinstance(value, (LazyObject, LazyAttr)) else value
+            if key in _CLASS_KEYS and (inspect.isclass(cls) or inspect.isfunction(cls)):
+                node[key] = path_of(cls)
             else:
                 spell_out(value)
 

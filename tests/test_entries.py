@@ -114,6 +114,14 @@ def test_classes_that_were_read_out_of_a_config_can_be_written_again():
     compile(cfg.dump(), 'config', 'exec')
 
 
+def test_the_text_of_a_config_names_classes_that_mmengine_finds():
+    # as mmdet's own python-style configs import it; mmengine writes this path, and takes it for the function
+    cfg = Config(dict(loss=dict(type=LazyObject('mmdet.models.losses.smooth_l1_loss', 'L1Loss'))))
+    assert class_of(Config.fromstring(cfg.dump(), '.py').loss) is None
+    spell_out(cfg)
+    assert name_of(Config.fromstring(cfg.dump(), '.py').loss) == 'L1Loss'
+
+
 @pytest.mark.parametrize('name', ['L1Loss', 'FocalLoss', 'ResNet', 'BN', 'BNET', 'ConvModule'])
 def test_mmengine_finds_a_class_by_its_path(name):
     # by the place of its definition it does not find L1Loss: a function has the name of the module

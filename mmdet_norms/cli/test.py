@@ -77,6 +77,9 @@ def test_config(args: argparse.Namespace) -> Config:
     if args.out is not None:
         _check_out(args.out)
     cfg = load_config(args)
+    ignored = [key for key in ('load_from', 'resume') if key in (args.cfg_options or {})]
+    if ignored:
+        raise UserError(f'--cfg-options {ignored[0]}: this key changes nothing in a test; name the checkpoint as CKPT')
     if args.out is not None and os.path.realpath(args.out) == os.path.realpath(f'{cfg.work_dir}/results.json'):
         raise UserError(f'--out {args.out}: the metrics are written there; name the detections detections.json')
     require_checkpoint(args.checkpoint, 'CKPT')

@@ -305,6 +305,12 @@ def test_every_tool_that_takes_options_checks_them(main, arguments, tmp_path, mo
     assert 'error: --cfg-options model.backbone.deth: ' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('option', ['load_from=x.pth', 'resume=True'])
+def test_a_test_is_given_its_checkpoint_by_name(option):
+    with pytest.raises(UserError, match='changes nothing in a test; name the checkpoint as CKPT'):
+        test.test_config(test.parse_args([str(DEMO), __file__, '--cfg-options', option]))
+
+
 def test_a_work_dir_is_given_once(tmp_path):
     arguments = [str(DEMO), '--work-dir', str(tmp_path), '--cfg-options', 'work_dir=elsewhere']
     with pytest.raises(UserError, match='--work-dir is given as well'):

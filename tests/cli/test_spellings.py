@@ -203,3 +203,20 @@ def test_a_dataset_that_nobody_registered_is_said_to_be_so(folder, tmp_path):
     cfg.train_dataloader.dataset.type = 'NoSuchCoco'
     with pytest.raises(DataRootError, match=r'reads a NoSuchCoco, which nobody registered; .*custom_imports'):
         use_data_root(cfg, str(folder))
+
+
+@pytest.mark.slow
+def test_a_python_style_config_without_a_scope_trains_and_is_tested(tmp_path, folder):
+    (tmp_path / 'tiny').mkdir()
+    cfg = Config.fromfile(tiny.write_config(tmp_path / 'tiny'))
+    cfg.default_scope = None  # as in mmdet's own
+    config = str(write_python_style(cfg, tmp_path / 'classes.py'))
+    run, more = tmp_path / 'run', ['--data-root', str(folder), '--norm', 'bnet3']
+    train.main([config, '--work-dir', str(run), '--amp', *more])
+    # the config that lies in the work dir, and the one that it was made from
+    for path, options in ((str(run / 'classes.py'), ['--fuse', '--show-dir', str(tmp_path / 'shown')]), (config, more)):
+        work_dir = tmp_path / f'tested{len(options)}'
+        arguments = [path, str(run / 'epoch_1.pth'), '--work-dir', str(work_dir), '--per-class', '--eval', 'bbox']
+        test.main([*arguments, *options])
+        assert 'bbox_cat_precision' in json.loads((work_dir / 'results.json').read_text())
+    assert len(list((tmp_path / 'shown').rglob('*.png'))) == 4
