@@ -15,7 +15,7 @@ _WAYS_OUT = '{key}.num_workers=0 (and {key}.persistent_workers=False) needs none
 
 
 def require_shared_memory(cfg: Config, keys: tuple[str, ...]) -> None:
-    """Raise unless the shared memory holds one batch of every worker of ``cfg[key]``, which is the least there is.
+    """Raise unless the shared memory holds what the workers of ``cfg[key]`` put there: their images in advance.
 
     Raises:
         UserError: it is not there, cannot be written to, or is smaller; with how much is needed and the ways out.
@@ -27,7 +27,8 @@ def require_shared_memory(cfg: Config, keys: tuple[str, ...]) -> None:
         workers = (loader or {}).get('num_workers') or 0
         if not workers:
             continue
-        problem = _problem(workers * (loader.get('batch_size') or 1) * 3 * _pixels(loader))
+        batches = workers * (loader.get('prefetch_factor') or 2) + 1  # and the one in use
+        problem = _problem(batches * (loader.get('batch_size') or 1) * 3 * _pixels(loader))
         if problem is not None:
             raise UserError(f'{key}.num_workers={workers}: {problem}; {_WAYS_OUT.format(key=key)}')
 
