@@ -80,6 +80,8 @@ def kind_of(state: dict[str, Tensor], prefix: str = '') -> str | None:
     """Which norm wrote the values under ``prefix``: a key of :data:`_MARKS`, or 'AN on GN'. None: there are none."""
     names = {key[len(prefix) :].partition('.')[0] for key in state if key.startswith(prefix)}
     kind = next((kind for kind, marks in _MARKS.items() if names.intersection(marks)), None)
+    if kind == 'affine' and getattr(state.get(prefix + 'weight'), 'ndim', 1) > 1:
+        return None  # taps that folding left of a BNET, about which what is loaded as a fused model has its own words
     return 'AN on GN' if kind == 'AN' and not names & {'running_mean', 'running_var'} else kind
 
 

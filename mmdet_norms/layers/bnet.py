@@ -194,6 +194,7 @@ class BNET(WithBatchNorm):
                 f'size mismatch for {prefix}weight: a batch norm weight of shape ({self.num_features},) can become '
                 f'the centre tap of {prefix}bnconv.weight, but the checkpoint has {tuple(weight.shape)}'
             )
+            state.pop(prefix + 'bias', None)  # left alone it would look like the state of yet another norm
             return
         taps = weight.new_zeros(self.bnconv.weight.shape)
         taps[:, 0, self.kernel_size // 2, self.kernel_size // 2] = weight
