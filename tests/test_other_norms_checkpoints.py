@@ -10,7 +10,7 @@ from mmdet.registry import MODELS
 from mmengine.runner.checkpoint import load_state_dict as mmengine_load
 from torch import nn
 
-import mmdet_norms  # noqa: F401
+import mmdet_norms
 from mmdet_norms import apply_norm
 from mmdet_norms.layers import AN, BNET, CBN, SN, AnotherFunctionError, CenConv2d, another_function_allowed
 from mmdet_norms.layers._loading import kind_of
@@ -280,11 +280,11 @@ def test_a_batch_norm_in_attention_is_not_taken_for_the_norm():
 
 
 def test_taps_that_folding_left_are_no_other_norms_weights():
-    """Hooks that average a model load the checkpoint of a fused one into it, not strictly, before it is fused itself."""
+    """Hooks that average a model load the checkpoint of a fused one into it before it is fused itself."""
 
     def net():
         return nn.Sequential(nn.Conv2d(3, 8, 3), BNET(8))
 
     state = mmdet_norms.fuse(net()).state_dict()
-    with pytest.raises(RuntimeError, match='size mismatch for 1.weight.*centre tap'):
+    with pytest.raises(RuntimeError, match=r'size mismatch for 1\.weight.*centre tap'):
         net().load_state_dict(state, strict=False)
