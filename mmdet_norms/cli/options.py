@@ -9,6 +9,7 @@ import ast
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
-from mmdet_norms.entries import class_of
+from mmdet_norms.entries import class_of, parameter_of
 from mmdet_norms.errors import UserError
 
 _REGISTRIES = tuple(value for value in vars(registries).values() if isinstance(value, Registry))
@@ -125,8 +126,9 @@ def _set(node: Any, parts: list[str], value: Any) -> None:
 
 def _check(cfg: Config, key: str, options: Mapping, is_new: bool) -> None:
     option = '--cfg-options-new' if is_new else '--cfg-options'
-    parts, node = key.split('.'), cfg
+    parts, node, parent = key.split('.'), cfg, None
     for depth, part in enumerate(parts):
+        parent = node
         path, whole = parts[:depth], '.'.join(parts[:depth])
         if isinstance(node, (list, tuple)):
             _check_index(f'{option} {key}', whole, node, part, parts[depth + 1 :])
@@ -137,10 +139,31 @@ def _check(cfg: Config, key: str, options: Mapping, is_new: bool) -> None:
             if not is_new:
                 _check_key(cfg, key, path, node or {}, part, options)
             node = (node or {}).get(part)
+    if not is_new:
+        _check_value(key, node if node is not None else _default(parent, parts[-1]), options[key])
     entries = options[key] if isinstance(options[key], list) else [options[key]]
     if isinstance(node, dict) and not all(isinstance(entry, (dict, type(None))) for entry in entries):
         keys = ', '.join(f'{key}.{name}' for name in list(node)[:3])
         raise UserError(f'{option} {key}={options[key]}: {key} is a dict in the config; set its keys ({keys}, ...)')
+
+
+def _check_value(key: str, old: Any, value: Any) -> None:
+    """Raise for a word in place of a number or a truth value, as a slip of the finger makes it: 'fasle' is true."""
+    if not isinstance(value, str) or not isinstance(old, (bool, int, float)) or re.fullmatch(r'\d+(\.\d+)?e', value):
+        return  # '8e', in epochs
+    kind = 'True or False' if isinstance(old, bool) else 'a number'
+    raise UserError(
+        f'--cfg-options {key}={value}: must be {kind}, as {old!r} is, which it replaces. If the word is meant: '
+        f'--cfg-options-new {key}={value}'
+    )
+
+
+def _default(parent: Any, part: str) -> Any:
+    """Of an argument that the config leaves out."""
+    if not isinstance(parent, dict) or parent.get('type') is None:
+        return None
+    found = (parameter_of(cls, part) for cls in _classes(parent['type']))
+    return next((parameter.default for parameter in found if parameter is not None), None)
 
 
 def _check_index(option: str, whole: str, node: Sequence, part: str, rest: list[str]) -> None:

@@ -246,6 +246,28 @@ def test_what_cannot_be_set_so_is_one_message(cascade, option, said):
     assert said in refused(cascade, option)
 
 
+@pytest.mark.parametrize(
+    'option, kind',
+    [
+        ('model.backbone.norm_eval=fasle', 'True or False, as True is'),
+        ('model.backbone.with_cp=Ture', 'True or False, as False is'),  # not in the config: the default of ResNet
+        ('model.backbone.depth=5O', 'a number, as 50 is'),
+        ('train_cfg.max_epochs=one', 'a number, as 12 is'),
+        ('optim_wrapper.optimizer.lr=0.02.', 'a number, as 0.02 is'),
+        ('model.roi_head.bbox_head.1.num_classes=six', 'a number, as 80 is'),
+    ],
+)
+def test_a_word_in_place_of_a_number_or_a_truth_value_is_an_error(cascade, option, kind):
+    message = refused(cascade, option)
+    assert f'{option}: must be {kind}, which it replaces' in message and f'--cfg-options-new {option}' in message
+
+
+def test_numbers_of_epochs_are_meant(cascade):
+    cfg = Config(cascade.to_dict())
+    cfg.model.neck.norm_cfg = dict(type='CBN', burnin=8)
+    assert merged(cfg, 'model.neck.norm_cfg.burnin=2e').model.neck.norm_cfg.burnin == '2e'
+
+
 def test_entries_of_lists_are_set_by_their_index(cascade):
     options = [f'model.roi_head.bbox_head.{i}.num_classes=3' for i in range(3)]
     cfg = merged(cascade, *options, 'param_scheduler.0.end=5', 'model.neck.in_channels.0=128')
