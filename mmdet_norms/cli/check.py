@@ -19,6 +19,7 @@ from mmdet_norms.placement import PLACEMENTS
 from .common import UserError, command, load_config
 from .config_checks import config_problems
 from .options import add_option_arguments
+from .weights import check_test, check_training
 
 _RANKS = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check as the command line says; the status is 2 if there are errors."""
     args = parse_args(argv)
     cfg = load_config(args)
-    problems = config_problems(cfg)
+    problems = [*config_problems(cfg), *_weights_problems(cfg, args)]
     for problem in problems:
         print(f'{"error":<8} {problem}')
     report = check_config(cfg, full=args.full)
@@ -47,15 +48,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog='tools/check.py', description='Find what is wrong with the data of a config, its classes and its keys.'
+        prog='tools/check.py',
+        description='Find what is wrong with the data, classes, keys and weights of a config.',
     )
     parser.add_argument('config', help='config file, or PACKAGE::path, e.g. mmdet::retinanet/...')
+    parser.add_argument('checkpoint', nargs='?', help='one to test, instead of what training starts from')
     parser.add_argument('--full', action='store_true', help='decode every image, not only the headers of some')
     parser.add_argument('--norm', metavar='NAME', help=f'as tools/train.py: {", ".join(PLACEMENTS)}')
     parser.add_argument('--data-root', metavar='DIR', help="a folder in COCO format to read instead of the config's")
     add_option_arguments(parser)
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0, allow_partial=False)
     return parser.parse_args(argv)
+
+
+def _weights_problems(cfg: Config, args: argparse.Namespace) -> list[str]:
+    try:
+        (check_test if args.checkpoint else check_training)(cfg, args)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def check_data(

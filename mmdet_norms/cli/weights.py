@@ -129,10 +129,12 @@ def _require_class_order(cfg: Config, args: argparse.Namespace, checkpoint: Chec
     difference = other_order(theirs, ours) if theirs and ours else None
     if difference is None:
         return
-    if set(theirs) == set(ours) and not getattr(args, 'allow_partial', False):
+    place = {name: label for label, name in enumerate(ours)}
+    moved = [name for label, name in enumerate(theirs) if place.get(name, label) != label]
+    if moved and not getattr(args, 'allow_partial', False):
         raise UserError(
-            f'{option}: {checkpoint.name} was trained with the same classes as the data of {args.config}, which '
-            f'{difference}: every label would get another name. Set metainfo.classes of the data sets to the order of '
+            f'{option}: {checkpoint.name} was trained with classes that the data of {args.config} have elsewhere, so '
+            f'that {moved[0]} would get another name. The data: {difference}. Set metainfo.classes to the order of '
             f'the checkpoint; {ALLOW_PARTIAL} goes on nevertheless'
         )
     print(f'{checkpoint.name} was trained with other names of classes; the data of {args.config} {difference}')

@@ -159,3 +159,11 @@ def test_the_tool_decodes_images_if_asked(config, folder, capsys):
     assert run(capsys, config)[0] == 0
     status, said = run(capsys, config, '--full')
     assert status == 2 and 'val03.png cannot be decoded' in said
+
+
+def test_the_tool_lists_weights_that_cannot_be_used_beside_the_rest(config, folder, tmp_path, capsys):
+    edit(folder, 'val', lambda c: c['annotations'][0].update(bbox=[1, 2]))
+    (tmp_path / 'a.pth').write_text('<html>')
+    for arguments in ([tmp_path / 'a.pth'], ['--cfg-options', f'load_from={tmp_path / "a.pth"}']):
+        status, said = run(capsys, config, *arguments)
+        assert status == 2 and str(tmp_path / 'a.pth') in said and 'bbox like' in said and '2 errors' in said

@@ -354,6 +354,8 @@ def test_other_classes_are_named(models, config, tmp_path, without_advice):
 def test_classes_in_another_order_are_refused_with_both_orders(models, config, tmp_path, tool, capsys):
     checkpoint = save(tmp_path / 'a.pth', models(), meta=dict(dataset_meta=dict(classes=('box', 'disc'))))
     assert 'in another order: (disc, box), not (box, disc)' in refused(tool, config, checkpoint)
+    partly = save(tmp_path / 'b.pth', models(), meta=dict(dataset_meta=dict(classes=('box', 'star'))))
+    assert 'that box would get another name' in refused(tool, config, partly)
     ask(tool, config, checkpoint, '--allow-partial')
     ask(tool, config, save(tmp_path / 'a.pth', models(), meta=dict(dataset_meta=dict(classes=('cat', 'dog')))))
     assert 'was trained with other names of classes' in capsys.readouterr().out
