@@ -31,20 +31,10 @@ class FuseHook(Hook):
         self.fuse = fuse
         self._unfused: nn.Module | None = None
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Called before the weights go into the model."""
-        if not is_fused(checkpoint):
-            return
-        if isinstance(runner._train_loop, BaseLoop):
-            raise ValueError(
-                f'load_from={runner._load_from!r} is the checkpoint of a fused model, which has no norms to train; '
-                'start from the checkpoint that it was made from'
-            )
-        fuse(_model(runner), inplace=True)
-        for hook in runner.hooks:
-            if isinstance(hook, EMAHook):  # it copied the model before
-                hook.before_run(runner)
-                hook.after_load_checkpoint(runner, checkpoint)
+    def before_run(self, runner: Runner) -> None:
+        """Have a checkpoint looked at before any other hook loads it."""
+        if not any(isinstance(hook, _FusedFirst) for hook in runner.hooks):
+            runner.register_hook(_FusedFirst(), priority='VERY_HIGH')
 
     def before_test_epoch(self, runner: Runner) -> None:
         """Put a fused copy in the model's place."""
@@ -59,6 +49,24 @@ class FuseHook(Hook):
         if self._unfused is not None:
             _set_model(runner, self._unfused)
             self._unfused = None
+
+
+class _FusedFirst(Hook):
+    """The part of :class:`FuseHook` that comes before EMAHook: its copy of the model loads the checkpoint, too."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Called before the weights go into the model."""
+        if not is_fused(checkpoint):
+            return
+        if isinstance(runner._train_loop, BaseLoop):
+            raise ValueError(
+                f'load_from={runner._load_from!r} is the checkpoint of a fused model, which has no norms to train; '
+                'start from the checkpoint that it was made from'
+            )
+        fuse(_model(runner), inplace=True)
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):  # it copied the model before
+                hook.before_run(runner)
 
 
 def _model(runner: Runner) -> nn.Module:
