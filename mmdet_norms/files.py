@@ -6,7 +6,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -130,6 +130,22 @@ def require_writable(path: str | os.PathLike, option: str) -> None:
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f'{option}: {explain(error) or error}') from error
+
+
+def refuse_overwriting(out: str | os.PathLike, option: str, inputs: Mapping[str, str | os.PathLike | None]) -> None:
+    """Raise a :class:`UserError` if ``out`` is one of the files that the command reads, under whatever name.
+
+    Args:
+        inputs: what each file is called in the message -> its path; None and addresses are passed over.
+    """
+    out = Path(out).expanduser()
+    for name, path in inputs.items():
+        if path is None or '://' in str(path):
+            continue
+        path = Path(path).expanduser()
+        same = out.exists() and path.exists() and os.path.samefile(out, path)
+        if same or os.path.realpath(out) == os.path.realpath(path):
+            raise UserError(f'{option} {out} is {name} itself, which stays as it is; choose another name')
 
 
 def require_room(path: str | os.PathLike, size: int, option: str) -> None:

@@ -10,6 +10,7 @@ from rich.text import Text
 from mmdet_norms.checkpoints import LAYOUTS, Report, UntrustedCheckpointError, check_destination, convert
 from mmdet_norms.checkpoints.report import pattern
 from mmdet_norms.console import plain_console
+from mmdet_norms.files import refuse_overwriting
 
 from .common import UserError, command, read_config
 
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         check_destination(args.dst, args.src, args.force)  # before the work, not after
+        refuse_overwriting(args.dst, 'DST', {'the config': args.config})
         config = None if args.config is None else read_config(args.config)
         converted = convert(args.src, args.source, config, trust_pickle=args.trust_pickle)
         converted.save(args.dst, overwrite=args.force)

@@ -14,13 +14,13 @@ from torch import nn
 from mmdet_norms.checkpoints.fit import fit
 from mmdet_norms.checkpoints.read import read_checkpoint
 from mmdet_norms.deploy import PARTS, export_onnx, fuse, is_fused, save_fused
-from mmdet_norms.files import remove_unfinished, require_writable
+from mmdet_norms.files import refuse_overwriting, remove_unfinished, require_writable
 from mmdet_norms.placement import PLACEMENTS
 
 from .common import UserError, command, load_config, require_checkpoint, run_with_checkpoint
 from .config_checks import config_problems, require_none
 from .options import add_option_arguments
-from .weights import explain_misfit
+from .weights import explain_misfit, pretrained_weights
 
 _ONNX_ONLY = ('size', 'batch', 'dynamic', 'part')
 
@@ -44,6 +44,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--norm', metavar='NAME', help=f'the norms that the model was trained with: {", ".join(PLACEMENTS)}'
     )
+    parser.add_argument(
+        '--data-root',
+        metavar='DIR',
+        help='the data that the model was trained on, where that was given',
+    )
+    parser.add_argument('--force', action='store_true', help='replace OUT even if it is not what this tool wrote')
     add_option_arguments(parser)
     onnx = parser.add_argument_group('for OUT.onnx')
     onnx.add_argument(
@@ -58,16 +64,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'single-stage detector, features for others',
     )
     # what load_config reads besides
-    parser.set_defaults(data_root=None, work_dir=None, launcher='none', local_rank=0)
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     """Build, load, fuse, save."""
     _check_out(args)
+    refuse_overwriting(args.out, 'OUT', {'CKPT': args.checkpoint, 'the config': args.config})
+    if not args.force and not _is_ours(Path(args.out)):
+        raise UserError(f'OUT {args.out} is there already and not of this tool; choose another name, or add --force')
     require_writable(args.out, 'OUT')
     remove_unfinished(Path(args.out).parent)
     cfg = load_config(args)
+    refuse_overwriting(args.out, 'OUT', dict(pretrained_weights(cfg.model)))
     require_none(config_problems(cfg, ()))
     require_checkpoint(args.checkpoint, 'CKPT')
     init_default_scope(cfg.get('default_scope') or 'mmdet')
@@ -97,6 +107,13 @@ def _check_out(args: argparse.Namespace) -> None:
         numbers = [value] if isinstance(value, int) else value or []
         if any(number < 1 for number in numbers):
             raise UserError(f'--{key} {" ".join(map(str, numbers))}: must be positive')
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether ``out`` is free, or an earlier result: a fused checkpoint or a graph with our mark."""
+    if not out.is_file():
+        return True
+    return is_fused(out) if out.suffix == '.pth' else b'mmdet_norms' in out.read_bytes()
 
 
 def _fused_model(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, dict]:

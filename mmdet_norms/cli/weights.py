@@ -184,6 +184,12 @@ def _check_pretrained(cfg: Config, args: argparse.Namespace, replaced: bool) -> 
         raise UserError('\n'.join(lines))
 
 
+def pretrained_weights(model_cfg: Mapping) -> Iterator[tuple[str, str]]:
+    """What they are called in messages, and their files."""
+    for rule in _rules(model_cfg):
+        yield f'the checkpoint of init_cfg ({rule["checkpoint"]})', rule['checkpoint']
+
+
 def _rules(node: object) -> Iterator[Mapping]:
     """The entries of a config that name pretrained weights."""
     if isinstance(node, (list, tuple)):

@@ -75,7 +75,7 @@ PARTS = ('features', 'heads')
 class RawMaps(nn.Module):
     """What of a detector is one graph of tensors: its feature maps, and what its dense head makes of them.
 
-    Input: normalized images ``(N, 3, H, W)``, which is what ``data_preprocessor`` puts out. Output: a flat tuple of
+    Input: normalized images ``(N, C, H, W)``, which is what ``data_preprocessor`` puts out. Output: a flat tuple of
     maps, named by :attr:`output_names`. Decoding of boxes, NMS and RoI heads are left to the caller.
 
     Args:
@@ -160,7 +160,7 @@ def export_onnx(
         part = 'heads' if single_stage and _is_dense(getattr(model, 'bbox_head', None)) else 'features'
     maps = RawMaps(model, part).eval()
     reference = next(model.parameters())
-    images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(reference)
+    images = torch.randn(batch, _channels(model), *size, generator=torch.Generator().manual_seed(0)).to(reference)
     expected = maps(images)
     shapes = None
     if dynamic:
@@ -180,6 +180,17 @@ def export_onnx(
         onnx.checker.check_model(file)
         _compare_with_onnxruntime(file, images[:batch], expected, maps.output_names)
     return maps.output_names
+
+
+def _channels(model: nn.Module) -> int:
+    """Of the images that a detector takes, by its first convolution."""
+    focused = 1
+    for module in getattr(model, 'backbone', model).modules():
+        if type(module).__name__ == 'Focus':  # puts four pixels into one
+            focused = 4
+        elif isinstance(module, nn.Conv2d):
+            return module.in_channels // focused
+    return 3
 
 
 def _require_open(image) -> None:
