@@ -198,3 +198,25 @@ def test_two_processes_average_over_the_batches_of_both(tmp_path):
     for name in CFGS:
         for a, b in zip(first[name], second[name]):
             torch.testing.assert_close(torch.tensor(a), torch.tensor(b))
+
+
+def _bad_in_one(rank: int) -> dict:
+    """SyncBN, where the bad batch of one process is in the statistics of both; the others, each by itself."""
+    answers = {}
+    for name in ('SyncBN', 'BNET', 'AN', 'CBN', 'SN', 'BRN'):
+        model = trained(name)
+        before = copy.deepcopy(model.state_dict())
+        x = batches()[rank].clone()
+        if rank == 0:
+            x[0, 0, 0, 0] = float('inf')
+        model(x).square().mean().backward()
+        moved = [k for k, v in model.state_dict().items() if 'running' in k and not torch.equal(v, before[k])]
+        finite = all(v.isfinite().all() for v in model.state_dict().values())
+        answers[name] = finite, bool(moved)
+    return answers
+
+
+def test_a_bad_batch_in_one_of_two_processes(tmp_path):
+    bad, good = run_in_two(tmp_path, _bad_in_one)
+    for name in bad:
+        assert bad[name] == (True, False) and good[name] == (True, name != 'SyncBN')
