@@ -110,7 +110,7 @@ def other_order(wanted: Sequence[str], listed: Sequence[str]) -> str | None:
         return f'lists the classes in another order: {_names(listed, wanted)}, not {_names(wanted, listed)}'
     missing = [name for name in wanted if name not in listed]
     added = [name for name in listed if name not in wanted]
-    parts = [f'lacks {_some(missing)}{_nearest(missing, added or listed)}'] if missing else []
+    parts = [f'lacks {_some(missing)}{_nearest(missing, added)}'] if missing else []
     parts += [f'also has {_some(added)}'] if added else []
     return f'{" and ".join(parts) or "differs"}: {_names(listed, wanted)}, not {_names(wanted, listed)}'
 

@@ -117,3 +117,13 @@ def test_the_inputs_are_not_replaced(made, tmp_path, capsys):
     before = Path(made[1]).read_bytes()
     assert 'is an input' in refused(capsys, made, link, '--overwrite')
     assert Path(made[1]).read_bytes() == before
+
+
+def test_data_without_the_fields_that_exporters_leave_out_are_drawn(made, tmp_path):
+    path = tmp_path / 'data' / 'annotations.json'
+    content = json.loads(path.read_text())
+    for annotation in content['annotations']:
+        del annotation['area']
+    path.write_text(json.dumps(content))
+    draw(made, tmp_path / 'a.png')
+    assert is_sheet(tmp_path / 'a.png')

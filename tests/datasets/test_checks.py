@@ -144,7 +144,7 @@ FAULTS = {
     'a category without name': (first('categories', name=None), r'has no id or no name'),
     'a category less': (
         lambda c: c['categories'].pop() and None,
-        r'lacks star.*\(disc, box\), not \(disc, box, star\)',
+        r'lacks star: \(disc, box\), not \(disc, box, star\)',
     ),
     'another name': (first('categories', name='Disc'), r"lacks disc \('disc' may be its 'Disc'\)"),
     'another order': (
