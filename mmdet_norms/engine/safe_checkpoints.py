@@ -162,9 +162,9 @@ class CheckpointFolder:
         if '://' in name:
             return name
         for path in (self.folder / Path(name).name, Path(name)):
-            if path.is_file():
+            if os.path.isfile(path):  # unlike Path.is_file, no error at a name that no file can have
                 return path
-        notes.append(f'{self.work_dir / LAST} names {name}, which is not there')
+        notes.append(f'{self.work_dir / LAST} names {name[:200]!r}, which is not there')
         return None
 
     def _order(self, last: Path | None, numbered: dict[Path, tuple[str, int]]) -> list[Path]:
