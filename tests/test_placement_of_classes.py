@@ -53,10 +53,11 @@ def outcome(change, *arguments):
     return result, [str(warning.message) for warning in caught if 'norm ' in str(warning.message)]
 
 
-def assert_alike(path):
+def assert_alike(path, names=tuple(PLACEMENTS), spellings=(None, path_of)):
     model = Config.fromfile(CONFIGS / path).model
-    for in_classes in (with_classes(model), with_classes(model, path_of)):
-        for name in PLACEMENTS:
+    for spelling in spellings:
+        in_classes = with_classes(model, spelling)
+        for name in names:
             assert outcome(apply_norm, in_classes, name) == outcome(apply_norm, model, name)
         for norm_cfg in (dict(type='BNET'), dict(type=layers.MABN)):
             assert outcome(replace_norm_cfg, in_classes, norm_cfg) == outcome(replace_norm_cfg, model, norm_cfg)
@@ -68,18 +69,19 @@ def test_a_config_of_classes_becomes_what_the_same_config_of_strings_becomes(pat
 
 
 @pytest.mark.slow
-def test_so_does_every_config_of_mmdet():
+@pytest.mark.parametrize('part', range(6))
+def test_so_does_every_config_of_mmdet(part):
     models = {}
-    for path in sorted(CONFIGS.glob('*/*.py')):
+    for path in sorted(CONFIGS.glob('*/*.py'))[part::6]:
         try:
             cfg = Config.fromfile(path)
         except (ImportError, FileNotFoundError, KeyError):  # of packages that are not installed
             continue
         if 'model' in cfg:
             models.setdefault(repr(cfg.model.to_dict()), path.relative_to(CONFIGS))
-    assert len(models) > 300
+    assert len(models) > 100
     for path in models.values():
-        assert_alike(path)
+        assert_alike(path, names=('bnet5', 'gn', 'mabn', 'an-gn-head'), spellings=(None,))
 
 
 @pytest.mark.parametrize('scope', [None, 'mmdet'])
