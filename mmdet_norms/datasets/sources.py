@@ -75,6 +75,8 @@ class Source:
         ]
         if own and not self.sorts_by_id:
             return f'{name_of(self.entry, DATASETS)} reads its files in a way of its own ({", ".join(own)})'
+        if self.classes is None:
+            return f'{name_of(self.entry, DATASETS)} names its classes only when it is built'
         backend = self.entry.get('backend_args') or {}
         if '://' in str(self.ann_file) or backend.get('backend', 'local') != 'local':
             return f'{self.ann_file} is not a local file'
