@@ -592,7 +592,8 @@ JUNK = st.one_of(
 def test_no_content_ends_in_a_traceback(folder, content, data):
     for _ in range(data.draw(st.integers(1, 4))):
         kind = data.draw(st.sampled_from(['images', 'annotations', 'categories']))
-        entry = data.draw(st.sampled_from(content[kind])) if isinstance(content.get(kind), list) else {}
+        listed = content[kind] if isinstance(content[kind], list) else []
+        entry = data.draw(st.sampled_from(listed)) if listed else {}
         if not isinstance(entry, dict) or not entry or data.draw(st.integers(0, 20)) == 0:
             content[kind] = data.draw(JUNK)
         else:
