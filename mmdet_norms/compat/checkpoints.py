@@ -25,6 +25,7 @@ from mmengine.logging import HistoryBuffer
 from .pickles import NUMPY
 
 _STATISTICS = ('min', 'max', 'mean', 'current')
+_stock_fill = HistoryBuffer.__setstate__
 
 
 def allow_own_checkpoints() -> None:
@@ -79,6 +80,7 @@ def _state_without_functions(buffer: HistoryBuffer) -> dict:
 
 
 def _fill(buffer: HistoryBuffer, state: dict) -> None:
-    """``HistoryBuffer.__setstate__``: what is saved again is of numpy's own type."""
-    for key, value in state.items():
-        vars(buffer)[key] = value.view(np.ndarray) if isinstance(value, np.ndarray) else value
+    """``HistoryBuffer.__setstate__``: plain arrays, and the class's own functions, whatever the file says of them."""
+    arrays = {key: value.view(np.ndarray) if isinstance(value, np.ndarray) else value for key, value in state.items()}
+    arrays.pop('statistics_methods', None)
+    _stock_fill(buffer, arrays)

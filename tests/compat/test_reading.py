@@ -66,6 +66,12 @@ def test_a_checkpoint_of_mmengine_is_read_as_it_is(tmp_path, zipped):
     read.require_resumable()
 
 
+def test_a_log_history_is_read_into_a_process_that_had_none(saved, monkeypatch):
+    monkeypatch.setattr(HistoryBuffer, '_statistics_methods', {})
+    history = read_checkpoint(saved).content['message_hub']['log_scalars']['loss']
+    assert history.statistics('mean') == 1.5 and history.current() == 2
+
+
 @pytest.mark.parametrize(
     'make',
     [
