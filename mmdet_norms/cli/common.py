@@ -52,14 +52,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
             if os.environ.get('RANK', '0') == '0' or not getattr(error, 'everywhere', False):
                 print(f'error: {error}', file=sys.stderr)
             sys.exit(2)
-        except OSError as error:
-            said = explain(error)
-            if said is None:
-                raise
-            print(f'error: {said}', file=sys.stderr)
-            sys.exit(2)
-        except ValueError as error:
-            said = explain_one_value(error)
+        except (OSError, ValueError) as error:
+            said = explain(error) if isinstance(error, OSError) else explain_one_value(error)
             if said is None:
                 raise
             print(f'error: {said}', file=sys.stderr)
