@@ -957,8 +957,8 @@ EXCEPTIONS = {
         check=distributed,
     ),
     ('CBN', _LOADING): Otherwise(
-        'loads strictly as the identical function; eps, which the published layer adds outside the root, is worked into '
-        'the variance',
+        'loads strictly as the identical function; eps, which the published layer adds outside the root, is worked '
+        'into the variance',
         check=_cbn_loads,
     ),
     ('MABN', _LOADING): Otherwise(
