@@ -22,7 +22,7 @@ from mmengine.runner import Runner
 from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.compat.checkpoints import explain_refusal
 from mmdet_norms.datasets.locate import DataRootError, use_data_root
-from mmdet_norms.datasets.sources import datasets
+from mmdet_norms.datasets.sources import SPLITS, datasets
 from mmdet_norms.engine import end_processes, start_cpu_processes
 from mmdet_norms.engine.dist import RANKS
 from mmdet_norms.engine.one_value import explain_one_value
@@ -169,14 +169,14 @@ def move_and_merge(cfg: Config, args: argparse.Namespace) -> None:
     """--data-root, which heeds the options that say what to read there, and --cfg-options, which have the last word."""
     merge_options(cfg, args)
     if args.data_root is not None:
-        move_data_root(cfg, args.data_root)
+        move_data_root(cfg, args.data_root, getattr(args, 'reads', SPLITS))
         merge_options(cfg, args)
 
 
-def move_data_root(cfg: Config, root: str) -> None:
-    """``--data-root``: read another folder, and say what had to be adapted to it."""
+def move_data_root(cfg: Config, root: str, reads: tuple[str, ...] = SPLITS) -> None:
+    """``--data-root``: read another folder, which has the splits ``reads``, and say what had to be adapted to it."""
     try:
-        for note in use_data_root(cfg, root):
+        for note in use_data_root(cfg, root, reads):
             print(f'--data-root {root}: {note}')
     except DataRootError as error:
         raise UserError(f'--data-root: {error}') from error

@@ -65,6 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--score-thr', type=float, default=0.5, help='least score to draw (default: 0.5)')
     parser.add_argument('--data-root', metavar='DIR', help="replaces the config's data_root")
     add_option_arguments(parser)
+    parser.set_defaults(reads=('test',))
     return parser.parse_args(argv)
 
 

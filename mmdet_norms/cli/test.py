@@ -69,6 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_partial_argument(parser, 'evaluate')
     add_common_arguments(parser)
     add_check_argument(parser)
+    parser.set_defaults(reads=('test',))
     return parser.parse_args(argv)
 
 

@@ -107,6 +107,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_partial_argument(parser, 'start')
     add_common_arguments(parser)
     add_check_argument(parser)
+    parser.set_defaults(reads=('train', 'val'))
     return parser.parse_args(argv)
 
 

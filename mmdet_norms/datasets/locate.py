@@ -25,7 +25,7 @@ class DataRootError(DataError):
     """A folder that holds no data set the config could read; the message says what was looked for."""
 
 
-def use_data_root(cfg: Config, root: str) -> list[str]:
+def use_data_root(cfg: Config, root: str, needed: tuple[str, ...] = SPLITS) -> list[str]:
     """Make datasets and evaluators of ``cfg`` read the COCO-format folder ``root``; changes ``cfg`` in place.
 
     Strings that start with the config's old ``data_root`` move (a config has copied it to where it is needed, so
@@ -38,7 +38,7 @@ def use_data_root(cfg: Config, root: str) -> list[str]:
 
     Raises:
         DataRootError: the config has no ``data_root`` or a data set that does not read COCO's format, or the folder
-            has no annotations of a split, or its splits list their classes in different orders.
+            has no annotations of a split that is needed, or its splits list their classes in different orders.
     """
     old = cfg.get('data_root')
     if not old and not sources(cfg):
@@ -57,9 +57,17 @@ def use_data_root(cfg: Config, root: str) -> list[str]:
                 cfg[key] = _moved(cfg[key], old.rstrip('/'), str(root))
     cfg.data_root = f'{root}/'
 
-    notes, order, first = [], None, None
+    notes, order, first, absent = [], None, None, []
     for source in sources(cfg):
-        notes += _fit_layout(source, root)
+        try:
+            notes += _fit_layout(source, root)
+        except DataRootError as error:
+            if source.split in needed:
+                raise
+            notes.append(f'{source.split}: not there as a whole; nothing here reads it')
+            if not os.path.isfile(source.ann_file):
+                absent.append((source, error))
+                continue
         listed = class_order(read_annotations(source.ann_file), by_id=source.sorts_by_id)
         if order is None:
             order, first = listed, source.ann_file
@@ -70,6 +78,10 @@ def use_data_root(cfg: Config, root: str) -> list[str]:
                 f'{source.ann_file} {difference} as {first} has them; labels follow the order of the file, so list the '
                 'categories in one order in every file (their ids do not matter)'
             )
+    for source, error in absent:
+        if order is None:
+            raise error
+        notes += _fit_classes(cfg, source, order)
     for split in SPLITS:
         notes += _fit_evaluators(cfg, split)
     return list(dict.fromkeys(notes))
@@ -116,7 +128,10 @@ def _fit_layout(source: Source, root: Path) -> list[str]:
     notes = []
     names = [*_shortened(ann_file, base), *(pattern.format(split=split) for pattern in _ANNOTATIONS)]
     found = next((name for name in names if (base / name).is_file()), None)
-    if found is None:
+    if found is None:  # nothing of an old folder stays, also where the split is not needed
+        dataset['ann_file'] = names[0]
+        if folder is not None:
+            dataset['data_prefix'] = dict(dataset['data_prefix'], img=_shortened(folder, base)[0])
         raise DataRootError(
             f'{base} has no annotations for {split}, looked for {", ".join(dict.fromkeys(names))}; give a folder in '
             'COCO format, or name the file: --cfg-options ' + f'{source.key}.ann_file=FILE'
@@ -129,6 +144,7 @@ def _fit_layout(source: Source, root: Path) -> list[str]:
         names = [*_shortened(folder, base), *(pattern.format(split=split) for pattern in _IMAGES)]
         images = next((name for name in names if (base / name / first).is_file()), None)
         if images is None:
+            dataset['data_prefix'] = dict(dataset['data_prefix'], img=names[0])
             raise DataRootError(
                 f'{base}: image {first} of {found} is in none of {", ".join(name or "./" for name in names)}; name its '
                 f'folder: --cfg-options {source.key}.data_prefix.img=FOLDER'

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from mmdet_norms.cli import test, train
+from mmdet_norms.cli.common import UserError, move_data_root
 from mmdet_norms.datasets.locate import DataRootError, use_data_root
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +93,40 @@ def test_a_folder_without_the_data_is_one_error_that_says_what_was_looked_for(tm
     make(tmp_path)
     with pytest.raises(DataRootError, match=message):
         use_data_root(Config.fromfile(DEMO), str(tmp_path))
+
+
+@pytest.mark.parametrize('config', [DEMO, COCO])
+@pytest.mark.parametrize('lacks', ['train.json', 'train'])
+def test_a_test_folder_needs_no_training_images(tmp_path, config, lacks, capsys):
+    root = write_folder(tmp_path, '{split}.json', '{split}', ('cat', 'dog', 'cow'))
+    (root / lacks).rename(root / 'elsewhere')
+    with pytest.raises(UserError, match=r'for train|image train\.jpg'):
+        move_data_root(Config.fromfile(config), str(root), train.parse_args(['CONFIG']).reads)
+    cfg = Config.fromfile(config)
+    move_data_root(cfg, str(root), test.parse_args(['CONFIG', 'CKPT']).reads)
+    assert 'train: not there as a whole' in capsys.readouterr().out
+    for split in ('train', 'val', 'test'):
+        assert cfg[f'{split}_dataloader'].dataset.metainfo['classes'] == ('cat', 'dog', 'cow')
+        assert read_back(cfg, split)[0].is_relative_to(root)
+        assert read_back(cfg, split)[0].is_file() == (split != 'train' or lacks == 'train')
+
+
+def test_a_training_needs_no_test_split_and_leaves_none_of_the_old_one_behind(tmp_path):
+    root = write_folder(tmp_path / 'new', '{split}.json', '{split}', ('cat', 'dog', 'cow'))
+    old = write_folder(tmp_path / 'old', '{split}.json', '{split}', ('cat',))
+    cfg = Config.fromfile(DEMO)
+    cfg.val_dataloader.dataset.update(ann_file='train.json', data_prefix=dict(img='train/'))
+    cfg.test_dataloader.dataset.update(ann_file=f'{old}/val.json', data_prefix=dict(img=f'{old}/val/'))
+    for name in ('val.json', 'val'):
+        (root / name).rename(root / f'moved {name}')
+    move_data_root(cfg, str(root), train.parse_args(['CONFIG']).reads)
+    assert all(path.is_relative_to(root) and not path.exists() for path in read_back(cfg, 'test'))
+    assert str(old) not in str(cfg.to_dict())
+
+
+def test_a_folder_without_any_split_is_an_error_whatever_is_read(tmp_path):
+    with pytest.raises(DataRootError, match='no annotations for train'):
+        use_data_root(Config.fromfile(DEMO), str(tmp_path), ())
 
 
 def test_a_config_without_data_root_says_what_to_set():
