@@ -22,7 +22,7 @@ _VALIDATED = 'validated'
 
 @HOOKS.register_module()
 class PendingValidationHook(Hook):
-    """On resuming, first the validation that the checkpoint was saved before.
+    """On resuming, first the validation that the checkpoint was saved before; and a word if nothing is left to train.
 
     A checkpoint is written before the validation of its epoch or iteration. A run that is killed between the two and
     goes on with the next epoch would never know that this was the best one, and schedulers that wait for a metric
@@ -39,6 +39,13 @@ class PendingValidationHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Validate if that is due and was not done."""
         loop = runner.train_loop
+        key, end = _end(loop)
+        if loop.iter > 0 and end is not None and _position(loop) >= end:
+            start = runner._load_from or 'the checkpoint'
+            runner.logger.warning(
+                f'Nothing is left to train: {start} is at epoch {loop.epoch}, iteration {loop.iter}, and '
+                f'train_cfg.{key} is {end}; to train longer, raise it: --cfg-options train_cfg.{key}=N'
+            )
         if loop.iter == 0 or runner.val_loop is None or not _is_due(loop):
             return
         if runner.message_hub.runtime_info.get(_VALIDATED) != _position(loop):
@@ -50,12 +57,17 @@ def _position(loop: BaseLoop) -> int:
     return loop.iter if isinstance(loop, IterBasedTrainLoop) else loop.epoch
 
 
+def _end(loop: BaseLoop) -> tuple[str, int | None]:
+    """What ends the training, and when; None for a loop that knows no end."""
+    key = 'max_iters' if isinstance(loop, IterBasedTrainLoop) else 'max_epochs'
+    return key, getattr(loop, key, None)
+
+
 def _is_due(loop: BaseLoop) -> bool:
     """As the loops of mmengine decide after an epoch or iteration."""
     if not hasattr(loop, 'dynamic_milestones'):  # somebody's own loop
         return False
-    now = _position(loop)
-    end = loop.max_iters if isinstance(loop, IterBasedTrainLoop) else loop.max_epochs
+    now, (_, end) = _position(loop), _end(loop)
     interval = loop.dynamic_intervals[bisect.bisect(loop.dynamic_milestones, now + 1) - 1]
     return now >= loop.val_begin and (now % interval == 0 or now == end)
 

@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.runner import Runner
@@ -97,6 +98,17 @@ def run(work_dir, resume=False, by_epoch=True, **checkpoint):
     )
     runner.train()
     return runner
+
+
+@pytest.mark.parametrize('by_epoch, end', [(True, 'train_cfg.max_epochs is 5'), (False, 'train_cfg.max_iters is 10')])
+def test_a_resumed_run_that_has_nothing_left_to_train_says_so(tmp_path, monkeypatch, by_epoch, end):
+    said = []
+    monkeypatch.setattr(MMLogger, 'warning', lambda self, text, *args, **kwargs: said.append(str(text)))
+    run(tmp_path, by_epoch=by_epoch)
+    assert not any('left to train' in text for text in said)
+    run(tmp_path, resume=True, by_epoch=by_epoch)
+    (text,) = [text for text in said if 'left to train' in text]
+    assert end in text and 'iteration 10' in text
 
 
 def in_a_child(function, *args, **kwargs):
