@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -85,7 +86,9 @@ def attempt(mutant: dict) -> tuple[str, str]:
             return 'caught', f'the tests did not end in {_LIMIT_S} s'
         if done.returncode == 0:
             return 'survived', f'pytest {mutant["tests"]} passed'
-        failed = re.search(r'^(?:FAILED|ERROR) (\S+)', done.stdout, re.MULTILINE)
+        if done.returncode < 0:  # as compiled code does that is handed a wrong address
+            return 'caught', f'pytest {mutant["tests"]} was ended by {signal.Signals(-done.returncode).name}'
+        failed = re.search(r'^(?:FAILED|ERROR) (.+?)(?: - .*)?$', done.stdout, re.MULTILINE)
         if done.returncode not in (1, 2) or not failed:  # 5: no test ran; 4: wrong arguments
             return 'broken', f'pytest {mutant["tests"]} ended with {done.returncode}: {done.stdout[-300:]}'
         return 'caught', failed[1]
