@@ -19,6 +19,16 @@ def test_a_block_that_ends_well_replaces_the_file_and_keeps_a_link(tmp_path):
     assert real.read_text() == 'new' and link.is_symlink() and unfinished(tmp_path) == []
 
 
+def test_a_file_keeps_its_permissions(tmp_path):
+    path = tmp_path / 'a.txt'
+    for mode in (0o600, 0o755):
+        path.write_text('old')
+        path.chmod(mode)
+        with replacing(path) as part:
+            part.write_text('new')
+        assert path.stat().st_mode & 0o777 == mode
+
+
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / 'a.txt').write_text('old')
     with pytest.raises(OSError, match='disk'), replacing(tmp_path / 'a.txt') as part:

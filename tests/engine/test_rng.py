@@ -16,7 +16,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATA_SAMPLERS, HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner, loops
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import run_in_two
@@ -278,6 +278,15 @@ def test_states_of_all_generators_survive_a_checkpoint(tmp_path):
     rng.set_random_state(rng.unpack(torch.load(tmp_path / 'state.pth', weights_only=True)))
     again = [random.gauss(0, 1), np.random.normal(), torch.rand(2).tolist(), random.random(), np.random.rand()]
     assert again == drawn
+
+
+def test_every_image_of_every_batch_process_and_seed_draws_numbers_of_its_own():
+    drawn = []
+    for seed, rank in ((0, 0), (0, 1), (1, 0)):
+        batches = rng.NumberedBatches(BatchSampler(range(4), 2, drop_last=False), seed, rank)
+        for batch in (*batches, *batches):
+            drawn += [(random.random(), float(np.random.rand()), float(torch.rand(()))) for _ in batch]
+    assert len(drawn) == 24 and all(len(set(numbers)) == 24 for numbers in zip(*drawn))
 
 
 def test_loading_a_batch_leaves_the_generators_as_they_were_even_if_it_fails():

@@ -15,7 +15,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import run_in_two
 
-from mmdet_norms.engine import SyncBuffersHook, start_cpu_processes
+from mmdet_norms.engine import SyncBuffersHook, start_cpu_processes, together
 from mmdet_norms.engine.norms import iterations_per_epoch
 from mmdet_norms.layers import AN, BRN, CBN, MABN, CenConv2d
 
@@ -214,6 +214,19 @@ def test_a_process_keeps_its_own_statistics_between_checkpoints(tmp_path):
     for rank, (mean, weight, bias) in enumerate(run_in_two(tmp_path, forward_twice)):
         expected = [(rank + 0.5) * w + b for w, b in zip(weight, bias)]
         assert mean == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_three_processes_agree_on_is_not_rounded(monkeypatch):
+    def of_three(values, op):
+        if op == 'mean':
+            values.copy_((values + values + values) / 3)
+
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    rounded = values.clone()
+    of_three(rounded, 'mean')
+    monkeypatch.setattr(together, 'all_reduce', of_three)
+    assert not torch.equal(rounded, values)  # or there would be nothing to see
+    assert torch.equal(together._mean(values), values)
 
 
 def test_importing_the_package_puts_the_hook_in_the_place_of_the_stock_one():

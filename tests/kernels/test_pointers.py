@@ -39,6 +39,14 @@ def freed(tensor):
     return tensor
 
 
+def cut_off(tensor):
+    """The second half of a longer one, whose memory ends amid it."""
+    longer = torch.zeros(2 * tensor.numel(), dtype=tensor.dtype)
+    part = longer.as_strided(tensor.shape, tensor.stride(), tensor.numel()).copy_(tensor)
+    longer.untyped_storage().resize_((tensor.numel() + tensor.numel() // 2) * tensor.element_size())
+    return part
+
+
 class Subclass(torch.Tensor):
     pass
 
@@ -61,6 +69,7 @@ FAULTS = {
     'a subclass': lambda t: t.as_subclass(Subclass),
     'negative by name': lambda t: torch._neg_view(t),
     'without memory': freed,
+    'cut off': cut_off,
     'empty': lambda t: t[:0],
 }
 
