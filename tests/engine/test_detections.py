@@ -112,6 +112,11 @@ def test_code_in_a_results_file_does_not_run(tmp_path, name, where):
     assert not mark.exists()
 
 
+def test_a_file_leaves_no_mark_on_the_functions_that_read_it(tmp_path):
+    assert 'it creates objects' in refused(tmp_path / 'evil.pkl', b"c_codecs\nencode\n}S'mark'\nK\x01sb.")
+    assert not any(hasattr(function, 'mark') for function in pickles._NAMES.values())
+
+
 def test_a_key_that_takes_for_ever_to_hash_is_not_hashed(tmp_path):
     nested = pickle.dumps(_nested(64), 2)[2:-1]
     assert 'neither texts nor numbers' in refused(tmp_path / 'evil.pkl', b'\x80\x02}' + nested + b'K\x01s.')
