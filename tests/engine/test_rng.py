@@ -261,6 +261,13 @@ def test_where_it_is_another_run_the_log_says_so(first, then, said, tmp_path):
     assert 'not bit by bit' in log and said in log
 
 
+def test_every_pass_of_an_iteration_loop_has_an_order_of_its_own():
+    loader = dict(dataset=list(range(20)), sampler=dict(type='DefaultSampler'), batch_size=20, num_workers=0)
+    batches = InfiniteBatches(Runner.build_dataloader(loader, seed=0))
+    orders = [tuple(next(batches)) for _ in range(3)]
+    assert len(set(orders)) == 3 and all(sorted(order) == list(range(20)) for order in orders)
+
+
 def test_a_loop_with_epochs_of_its_own_is_left_alone():
     class OwnLoop(EpochBasedTrainLoop):
         def run_epoch(self):
