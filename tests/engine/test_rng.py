@@ -261,6 +261,17 @@ def test_where_it_is_another_run_the_log_says_so(first, then, said, tmp_path):
     assert 'not bit by bit' in log and said in log
 
 
+def test_another_number_of_processes_is_said(tmp_path):
+    run(tmp_path / 'whole', ema=False)
+    path = tmp_path / 'whole' / 'epoch_2.pth'
+    saved = torch.load(path, map_location='cpu')
+    saved[rng.KEY]['processes'] *= 2
+    torch.save(saved, path)
+    run(tmp_path / 'rest', ema=False, resume=str(path))
+    log = ''.join(path.read_text() for path in (tmp_path / 'rest').glob('*/*.log'))
+    assert 'saved by 2 processes, and this run has 1' in log
+
+
 def test_every_pass_of_an_iteration_loop_has_an_order_of_its_own():
     loader = dict(dataset=list(range(20)), sampler=dict(type='DefaultSampler'), batch_size=20, num_workers=0)
     batches = InfiniteBatches(Runner.build_dataloader(loader, seed=0))
