@@ -50,6 +50,27 @@ _OF_ANY_ENTRY = {'type', '_scope_', '_delete_'}
 _OF_BUILDERS = {'priority', 'convert_to_iter_based', 'requires_grad', 'constructor', 'paramwise_cfg'}
 # Dicts whose keys are the user's.
 _FREE = ('custom_keys', 'norm_at', 'metainfo', 'data_prefix', 'compile', 'strategy', 'model_wrapper_cfg', 'tta_model')
+# What is read of two of them: a slip of the finger is none of the user's keys.
+_KNOWN = {'metainfo': ('classes', 'palette'), 'data_prefix': ('img', 'seg')}
+# What mmdet 2 called it, or other tools do.
+_ELSEWHERE = {
+    'seed': 'randomness.seed',
+    'deterministic': 'randomness.deterministic',
+    'data': 'train_dataloader, val_dataloader or test_dataloader',
+    'total_epochs': 'train_cfg.max_epochs',
+    'optimizer_config': 'optim_wrapper',
+    'lr_config': 'param_scheduler',
+    'momentum_config': 'param_scheduler',
+    'runner': 'train_cfg',
+    'evaluation': 'train_cfg.val_interval or val_evaluator',
+    'fp16': '--amp',
+    'resume_from': '--resume CKPT',
+    'gpu_ids': 'tools/dist_train.sh',
+    'gpus': 'tools/dist_train.sh',
+    'log_config': 'default_hooks.logger',
+    'checkpoint_config': 'default_hooks.checkpoint',
+}
+_BLANK = '\ue000'  # stands for a blank within a word while mmengine takes out the others
 # Dicts that are nothing without a type.
 _TYPED = ('norm_cfg', 'conv_cfg', 'act_cfg', 'init_cfg', 'visualizer', 'default_hooks.*', '*_evaluator')
 
@@ -65,16 +86,50 @@ class Options(DictAction):
             if not equals or not all(key.split('.')):
                 parser.error(f'argument {option_string}: {text!r} must be KEY=VALUE, such as train_cfg.max_epochs=1')
             try:
-                if value.strip().startswith('{'):
-                    options[key] = dict(ast.literal_eval(value.strip()))
-                    setattr(namespace, self.dest, options)
-                else:
-                    super().__call__(parser, namespace, [text], option_string)
-                    options = getattr(namespace, self.dest)
-            except (AssertionError, SyntaxError, TypeError, ValueError):
+                options[key] = self._value(value.strip(), parser)
+                setattr(namespace, self.dest, options)
+            except (AssertionError, RecursionError, SyntaxError, TypeError, ValueError):
                 parser.error(
                     f'argument {option_string}: the value of {text!r} has brackets or quotes that do not match'
                 )
+
+    def _value(self, text: str, parser: argparse.ArgumentParser) -> Any:
+        """Lists, tuples and dicts as Python writes them, with ``dict(...)`` as well; all else as mmengine reads it.
+
+        mmengine knows no dicts, splits at commas within quotes, and takes out the blanks of "traffic light".
+        """
+        if text.startswith(('[', '(', '{', 'dict(')):
+            try:
+                return _literal(ast.parse(text, mode='eval').body)
+            except (SyntaxError, ValueError):  # [bbox, segm], without quotes, is no Python
+                if '{' in text or 'dict(' in text:
+                    raise
+        kept = re.sub(r'(?<=[^ ,()\[\]]) +(?=[^ ,()\[\]])', lambda blanks: _BLANK * len(blanks[0]), text)
+        read = argparse.Namespace(**{self.dest: {}})
+        super().__call__(parser, read, [f'value={kept}'])
+        return _with_blanks(getattr(read, self.dest)['value'])
+
+
+def _literal(node: ast.expr) -> Any:
+    match node:
+        case ast.Call(func=ast.Name(id='dict'), args=[], keywords=keywords) if all(k.arg for k in keywords):
+            return {keyword.arg: _literal(keyword.value) for keyword in keywords}
+        case ast.Dict(keys=keys, values=values) if None not in keys:
+            return {_literal(key): _literal(value) for key, value in zip(keys, values)}
+        case ast.List(elts=elements):
+            return [_literal(element) for element in elements]
+        case ast.Tuple(elts=elements):
+            return tuple(_literal(element) for element in elements)
+        case ast.Set():
+            raise ValueError('a set is no value of a config')
+        case _:
+            return ast.literal_eval(node)
+
+
+def _with_blanks(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_with_blanks, value))
+    return value.replace(_BLANK, ' ') if isinstance(value, str) else value
 
 
 def add_option_arguments(parser: argparse.ArgumentParser) -> None:
@@ -171,8 +226,12 @@ def _check_index(option: str, whole: str, node: Sequence, part: str, rest: list[
         raise UserError(f'{option}: {whole} is the tuple {node!r}; set it as a whole, {whole}="(...)"')
     if part.isdigit() and int(part) < len(node):
         return
-    if part.isdigit():
-        raise UserError(f'{option}: {whole} has {len(node)} entries, 0 to {len(node) - 1}')
+    if not node:
+        raise UserError(f'{option}: {whole} is an empty list in the config; set it as a whole, {whole}="[...]"')
+    if part.removeprefix('-').isdigit():
+        raise UserError(
+            f'{option}: {whole} is a list of {len(node)} in the config, with the entries 0 to {len(node) - 1}'
+        )
     each = ' '.join(f'{whole}.{i}.{".".join([part, *rest])}=...' for i in range(min(len(node), 3)))
     more = '' if len(node) <= 3 else ' ...'
     raise UserError(
@@ -183,7 +242,7 @@ def _check_index(option: str, whole: str, node: Sequence, part: str, rest: list[
 def _check_key(cfg: Config, key: str, path: list[str], node: Mapping, part: str, options: Mapping) -> None:
     whole = '.'.join(path)
     if any(name in _FREE for name in path):
-        return None
+        return _check_free_key(key, path[-1], node, part)
     if not path:
         return _check_top(cfg, key, part)
     if part in node or part in _OF_ANY_ENTRY or f'{whole}._delete_' in options:
@@ -203,6 +262,18 @@ def _check_key(cfg: Config, key: str, path: list[str], node: Mapping, part: str,
             )
         return None
     raise UserError(_unknown(cfg, key, whole, part, [*node, *sorted(taken)], kind))
+
+
+def _check_free_key(key: str, where: str, node: Mapping, part: str) -> None:
+    """Of the user's own keys, those that are all but one that is read."""
+    known = _KNOWN.get(where, ())
+    near = difflib.get_close_matches(part.lower(), known, 1, cutoff=0.6)
+    if near and part not in (*node, *known):
+        written = f'{key.removesuffix(part)}{near[0]}'
+        raise UserError(
+            f'--cfg-options {key}: nothing reads {part!r}; did you mean {written}? '
+            f'To add it nevertheless: --cfg-options-new {key}=...'
+        )
 
 
 def _check_top(cfg: Config, key: str, part: str) -> None:
@@ -226,13 +297,17 @@ def _unknown(cfg: Config, key: str, whole: str, part: str, beside: list[str], ki
     prefix = f'{whole}.' if whole else ''
     rest = key[len(prefix) + len(part) :]
     read = _read_by_runner(cfg)
-    everywhere = [name for name, _ in _flat(cfg) if name.partition('.')[0] in read]
+    everywhere = [
+        name for name, _ in _flat(cfg) if name.partition('.')[0] in read and not name.endswith(('.type', '._scope_'))
+    ]
     tail = f'.{key.rpartition(".")[2]}'
     near = [f'{prefix}{name}{rest}' for name in difflib.get_close_matches(part, beside, n=1, cutoff=0.75)]
     # of lr, the outermost ones; of bbox_head.num_classes, those whose path is the most alike
     same = [name for name in everywhere if name.endswith(tail)]
     near += sorted(same, key=lambda name: -_alike(name, key) if '.' in key else name.count('.'))[:2]
     near += difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)
+    if not whole and part in _ELSEWHERE:
+        near = [_ELSEWHERE[part]]
     hint = f'; did you mean {" or ".join(list(dict.fromkeys(near))[:2])}?' if near else '.'
     what = f'{prefix}{part}'
     who = f', and {getattr(kind, "__name__", kind)} takes no {part!r}' if kind is not None else ''

@@ -230,7 +230,10 @@ def test_a_variable_of_the_config_file_that_nothing_reads_later_is_an_error(tiny
             'model.roi_head.bbox_head.0.num_classes=... model.roi_head.bbox_head.1.num_classes=... '
             'model.roi_head.bbox_head.2.num_classes=...',
         ),
-        ('model.roi_head.bbox_head.3.num_classes=3', 'model.roi_head.bbox_head has 3 entries, 0 to 2'),
+        (
+            'model.roi_head.bbox_head.3.num_classes=3',
+            'is a list of 3 in the config, with the entries 0 to 2',
+        ),
         ('model.roi_head.bbox_head.-1.num_classes=3', 'is a list of 3 in the config'),
         ('param_scheduler.end=5', 'param_scheduler is a list of 2 in the config'),
         ('train_dataloader.dataset.pipeline.Resize.scale=5', 'pipeline is a list of '),
@@ -337,3 +340,50 @@ def test_a_work_dir_is_given_once(tmp_path):
     arguments = [str(DEMO), '--work-dir', str(tmp_path), '--cfg-options', 'work_dir=elsewhere']
     with pytest.raises(UserError, match='--work-dir is given as well'):
         load_config(train.parse_args(arguments))
+
+
+@pytest.mark.parametrize(
+    ('text', 'value'),
+    [
+        ("[dict(type='EMAHook', momentum=0.1)]", [dict(type='EMAHook', momentum=0.1)]),
+        ("[{'type': 'EMAHook'}]", [dict(type='EMAHook')]),
+        ("dict(type='GN', num_groups=4)", dict(type='GN', num_groups=4)),
+        ("dict(type='EMAHook', at=(1, dict(a=[2])))", dict(type='EMAHook', at=(1, dict(a=[2])))),
+        ('(traffic light, stop sign)', ('traffic light', 'stop sign')),
+        ('traffic light', 'traffic light'),
+        ('["a, b", "c"]', ['a, b', 'c']),
+        ("('1', '2')", ('1', '2')),
+        ('a  b,c', ['a  b', 'c']),
+        ('[ (1, 2), [a, b] , c]', [(1, 2), ['a', 'b'], 'c']),
+        ('"4"', 4),
+        ('/data/my photos/train.json', '/data/my photos/train.json'),
+    ],
+)
+def test_values_are_read_as_they_are_written(text, value):
+    assert parsed('--cfg-options', f'x={text}').cfg_options['x'] == value
+
+
+def test_a_dict_that_is_no_python_is_an_error_of_the_command_line(capsys):
+    for text in ("dict(type='GN'", '[dict(type=GN)]', 'dict(1)', "[{'a'}]", '[' * 200 + ']' * 199):
+        with pytest.raises(SystemExit):
+            parsed('--cfg-options', f'x={text}')
+
+
+@pytest.mark.parametrize(
+    ('option', 'near'),
+    [
+        ('train_dataloader.dataset.metainfo.clases=[a]', 'did you mean train_dataloader.dataset.metainfo.classes?'),
+        ('train_dataloader.dataset.metainfo.CLASSES=[a]', 'did you mean train_dataloader.dataset.metainfo.classes?'),
+        ('train_dataloader.dataset.data_prefix.image=a/', 'did you mean train_dataloader.dataset.data_prefix.img?'),
+        ('seed=1', 'did you mean randomness.seed?'),
+        ('lr_config.step=[1]', 'did you mean param_scheduler?'),
+        ('data.samples_per_gpu=2', 'did you mean train_dataloader, val_dataloader or test_dataloader?'),
+        ('model.roi_head.bbox_head.7.x=1', 'entries 0 to 2'),
+    ],
+)
+def test_slips_of_own_keys_and_keys_of_before(cascade, option, near):
+    assert near in refused(cascade, option)
+
+
+def test_the_entry_of_an_empty_list(tiny_config):
+    assert 'is an empty list' in refused(tiny_config, 'param_scheduler.0.end=3')
