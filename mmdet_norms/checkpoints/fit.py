@@ -29,6 +29,7 @@ class Fit:
         left_over: weights that the model would not use, though it has the part that they belong to.
         mismatched: key -> (shape of the weights, of the model).
         refused: what layers said besides.
+        spoilt: weights that are no numbers to compute with: NaN, infinite, or of another kind than the model's.
         unused: whole parts that the model lacks (a classifier, a mask head): nothing against it, but worth a word.
         total: number of weights that the model has.
     """
@@ -37,11 +38,12 @@ class Fit:
     left_over: list[str] = field(default_factory=list)
     mismatched: dict[str, tuple[tuple, tuple]] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
+    spoilt: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     total: int = 0
 
     def __bool__(self) -> bool:
-        return not (self.missing or self.left_over or self.mismatched or self.refused)
+        return not (self.missing or self.left_over or self.mismatched or self.refused or self.spoilt)
 
     @property
     def started_anew(self) -> int:
@@ -57,6 +59,11 @@ class Fit:
             (self.missing, f'{len(self.missing)} weights of the model are not in the checkpoint:', None),
             (self.left_over, f'{len(self.left_over)} weights of the checkpoint have no place in the model:', None),
             (self.mismatched, f'{len(self.mismatched)} have another shape:', shapes),
+            (
+                self.spoilt,
+                f'{len(self.spoilt)} cannot be computed with (an earlier checkpoint may be whole):',
+                self.spoilt,
+            ),
         ]
         lines = [line for keys, title, remarks in parts if keys for line in (title, _shorten(list_keys(keys, remarks)))]
         said = list(dict.fromkeys(self.refused))
@@ -70,6 +77,7 @@ class Fit:
             missing=len(self.missing),
             other_shape=len(self.mismatched),
             another_function=len(self.refused),
+            spoilt=len(self.spoilt),
             left_over=len(self.left_over),
             examples=[*self.missing[:3], *list(self.mismatched)[:3], *self.left_over[:3]],
         )
@@ -99,12 +107,25 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], pretrained: bool = False,
             mismatched[key] = (tuple(state[key].shape), tuple(own[key].shape))
         else:
             refused.append(error.strip())
-    counted = {key for key in unexpected if not _REMEMBERED.search(key) or _is_weight(state[key])}
+    counted = {key for key in unexpected if not _REMEMBERED.search(key) or _is_weight(state.get(key))}
     left_over, unused = [], []
     for key in dict.fromkeys(unexpected):
         if key in counted:
             (unused if not exact and _is_of_an_absent_part(key, model) else left_over).append(key)
-    return Fit(missing, left_over, mismatched, refused, unused, len(weights))
+    there = [key for key in weights if key in state and key not in mismatched]
+    spoilt = {key: why for key in there if (why := _spoilt(state[key], own[key]))}
+    return Fit(missing, left_over, mismatched, refused, spoilt, unused, len(weights))
+
+
+def _spoilt(value: Tensor, wanted: Tensor) -> str | None:
+    """Why the numbers of a weight cannot be the model's, though copying them would give no error."""
+    if wanted.is_floating_point() and not value.is_floating_point():
+        return f': {str(value.dtype).removeprefix("torch.")} in the checkpoint'
+    if value.layout != torch.strided:
+        return f': {str(value.layout).removeprefix("torch.")} in the checkpoint'
+    if wanted.is_floating_point() and value.device.type != 'meta' and not torch.isfinite(value.float()).all():
+        return ': NaN or infinite'
+    return None
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:

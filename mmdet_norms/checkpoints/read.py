@@ -37,7 +37,9 @@ class Checkpoint:
     def classes(self) -> tuple[str, ...] | None:
         """The names of the classes in the order of their labels, if the file says them."""
         dataset = self.meta.get('dataset_meta')
-        found = dataset.get('classes') if isinstance(dataset, Mapping) else self.meta.get('CLASSES')
+        found = self.meta.get('CLASSES')
+        if isinstance(dataset, Mapping):  # the first ones of mmdet 3 wrote it in capitals
+            found = dataset.get('classes', dataset.get('CLASSES'))
         return tuple(map(str, found)) if isinstance(found, (list, tuple)) else None
 
     def require_resumable(self) -> None:
@@ -72,7 +74,8 @@ def read_checkpoint(name: str | os.PathLike, map_location: object = 'cpu') -> Ch
         known = next((known for scheme, known in _LISTS_OF_NAMES.items() if name.startswith(scheme)), '')
         raise CheckpointError(f'{name}: {error} is none {known}') from error
     except ImportError as error:
-        raise CheckpointError(f'{name} needs the package {error.name or error}; or name the file itself') from error
+        what = f'needs the package {error.name}' if error.name else f'cannot be read: {error}'.rstrip('.')
+        raise CheckpointError(f'{name} {what}; or name the file itself') from error
     except OSError as error:
         raise CheckpointError(f'{name} cannot be read: {error}') from error
     return _checkpoint(name, content)

@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from mmdet_norms.checkpoints.fit import Fit, fit, weights_of
 from mmdet_norms.checkpoints.read import Checkpoint, read_checkpoint
 from mmdet_norms.datasets.annotations import other_order
+from mmdet_norms.datasets.sources import datasets
 from mmdet_norms.deploy import fuse, is_fused
 from mmdet_norms.entries import class_of, is_a
 from mmdet_norms.errors import UserError
@@ -134,10 +136,10 @@ def _require_class_order(cfg: Config, args: argparse.Namespace, checkpoint: Chec
     if moved and not getattr(args, 'allow_partial', False):
         raise UserError(
             f'{option}: {checkpoint.name} was trained with classes that the data of {args.config} have elsewhere, so '
-            f'that {moved[0]} would get another name. The data: {difference}. Set metainfo.classes to the order of '
-            f'the checkpoint; {ALLOW_PARTIAL} goes on nevertheless'
+            f'that {moved[0]} would get another name. The data: {difference}. List the categories of the annotation '
+            f'files, and metainfo.classes, in the order of the checkpoint; {ALLOW_PARTIAL} goes on nevertheless'
         )
-    print(f'{checkpoint.name} was trained with other names of classes; the data of {args.config} {difference}')
+    print(f'warning: {checkpoint.name} was trained with other names of classes; the data of {args.config} {difference}')
 
 
 def _model_for(cfg: Config, checkpoint: Checkpoint) -> nn.Module | None:
@@ -227,6 +229,7 @@ def _advice(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint) -> It
     names = [] if is_fused(checkpoint.content) else list(_fitting_norms(cfg, args, checkpoint))
     if names:
         yield f'It would fit with {" or ".join(names)}'
+    yield from _prefixes(cfg, checkpoint)
     yield from _trained_with(checkpoint)
     classes, ours = checkpoint.classes(), _classes(cfg)
     if classes and ours and len(classes) != len(ours):
@@ -255,6 +258,14 @@ def _fitting_norms(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint
             continue
         if _fits(model_cfg, cfg, checkpoint):
             yield f'--norm {name}'
+
+
+def _prefixes(cfg: Config, checkpoint: Checkpoint) -> Iterator[str]:
+    """That the weights are there under another name: of a teacher, of a wrapper, of another trainer's ``model``."""
+    for first in sorted({key.partition('.')[0] for key in checkpoint.state_dict})[:5]:
+        inside = {key.partition('.')[2]: v for key, v in checkpoint.state_dict.items() if key.startswith(f'{first}.')}
+        if inside and _fits(cfg.model, cfg, replace(checkpoint, state_dict=inside)):
+            yield f'Those that start with {first}. fit: save them alone, without it, and name that file'
 
 
 def _fits(model_cfg: Mapping, cfg: Config, checkpoint: Checkpoint) -> bool:
@@ -286,9 +297,7 @@ def _trained_with(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _classes(cfg: Config) -> tuple[str, ...] | None:
     for split in ('test_dataloader', 'val_dataloader', 'train_dataloader'):
-        dataset = (cfg.get(split) or {}).get('dataset') or {}
-        while isinstance(dataset.get('dataset'), Mapping):
-            dataset = dataset['dataset']
+        dataset = next(datasets((cfg.get(split) or {}).get('dataset')), None) or {}  # of several, all have the same
         known = getattr(class_of(dataset, DATASETS), 'METAINFO', None) or {}
         found = {**known, **(dataset.get('metainfo') or {})}.get('classes')
         if isinstance(found, (list, tuple)):

@@ -7,8 +7,11 @@ import os
 import pickle
 import pickletools
 import re
+import socket
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -234,13 +237,21 @@ def load_from_local(filename: str, map_location: object) -> object:
 def load_url(url: str, model_dir: str | None = None, map_location: object = None, progress: bool = True) -> object:
     """In place of torch's, which runs the code in what it downloaded: the same file, read by :func:`read_file`."""
     folder = model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
-    path = os.path.join(folder, os.path.basename(urlparse(url).path))
+    try:
+        path = os.path.join(folder, os.path.basename(urlparse(url).path))
+    except ValueError as error:
+        raise CheckpointError(f'{url} is no address: {error}') from error
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
         print(f'Downloading: "{url}" to {path}')
         try:
-            torch.hub.download_url_to_file(url, path, progress=progress)
-        except OSError as error:  # URLError and HTTPError are
+            with _no_endless_wait():
+                torch.hub.download_url_to_file(url, path, progress=progress)
+        except (
+            OSError,
+            HTTPException,
+            ValueError,
+        ) as error:  # URLError and HTTPError are OSErrors
             raise CheckpointError(
                 f'{url} could not be downloaded: {getattr(error, "reason", None) or error}'
             ) from error
@@ -248,6 +259,17 @@ def load_url(url: str, model_dir: str | None = None, map_location: object = None
         return with_state_dict(read_file(path, map_location, restricted=False))
     except CheckpointError as error:
         raise type(error)(f'{error} ({path} was downloaded from {url}; delete it to download it again)') from error
+
+
+@contextmanager
+def _no_endless_wait(seconds: float = 30) -> Iterator[None]:
+    """Of a connection that says nothing: torch sets no limit."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def with_state_dict(content: object) -> object:

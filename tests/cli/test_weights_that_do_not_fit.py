@@ -136,6 +136,46 @@ def test_training_from_it_is_refused_as_well(models, config, tmp_path, name, too
     assert 'a.pth does not fit' in message and '--allow-partial' in message
 
 
+def each_number(change):
+    return lambda state: {key: change(value) if value.is_floating_point() else value for key, value in state.items()}
+
+
+def one(key, change):
+    return lambda state: {**state, key: change(state[key])}
+
+
+SPOILT = {
+    'whole numbers': (each_number(lambda v: (v * 10).to(torch.int8)), 'backbone.conv1.weight: int8'),
+    'truth values': (each_number(lambda v: v.bool()), 'backbone.conv1.weight: bool'),
+    'complex numbers': (each_number(lambda v: v.to(torch.complex64)), 'backbone.conv1.weight: complex64'),
+    'quantized': (
+        one('backbone.conv1.weight', lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8)),
+        'backbone.conv1.weight: qint8',
+    ),
+    'sparse': (one('backbone.conv1.weight', torch.Tensor.to_sparse), 'backbone.conv1.weight: sparse_coo'),
+    'nan': (each_number(lambda v: v * float('nan')), 'backbone.conv1.weight: NaN or infinite'),
+    'nan of eight bits': (
+        one('backbone.conv1.weight', lambda v: (v * float('nan')).to(torch.float8_e5m2)),
+        'backbone.conv1.weight: NaN or infinite',
+    ),
+    'infinite statistics': (one('backbone.bn1.running_var', lambda v: v / 0), 'backbone.bn1.running_var: NaN or inf'),
+}
+
+
+@pytest.mark.parametrize('tool', ['test', 'load_from', 'resume', 'init_cfg'])
+@pytest.mark.parametrize('name', SPOILT)
+def test_weights_that_are_no_numbers_are_refused(models, config, tmp_path, name, tool, without_advice):
+    change, said = SPOILT[name]
+    assert said in refused(tool, config, save(tmp_path / 'a.pth', change(models())))
+
+
+@pytest.mark.parametrize('prefix', ['teacher.', 'model.', '_orig_mod.', 'module.module.'])
+def test_weights_under_another_prefix_are_pointed_out(models, config, tmp_path, prefix, without_advice):
+    state = {prefix + key: value for key, value in models().items()}
+    message = refused('test', config, save(tmp_path / 'a.pth', {**state, 'student.x': torch.zeros(1)}))
+    assert f'Those that start with {prefix.split(".")[0]}. fit' in message
+
+
 @pytest.mark.parametrize('name', ['norm bnet of another kernel', 'depth 34 in 18', 'a norm that is missing', 'classes'])
 def test_export_says_the_same_and_writes_nothing(models, config, tmp_path, name, capsys):
     checkpoint, options, said = misfit(models, tmp_path, name)
@@ -350,6 +390,18 @@ def test_other_classes_are_named(models, config, tmp_path, without_advice):
     assert f'The config in its folder, probably the one that it was trained with: {tmp_path / "own.py"}' in message
 
 
+def test_classes_of_a_concatenation_and_in_capitals_are_compared(models, config, tmp_path):
+    checkpoint = save(tmp_path / 'a.pth', models(), meta=dict(dataset_meta=dict(CLASSES=tiny.CLASSES[::-1])))
+    several = tmp_path / 'several.py'
+    several.write_text(
+        f'_base_ = {str(config)!r}\n'
+        "test_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=[{{_base_.dataset}}]))\n"
+        'val_dataloader = test_dataloader\ntrain_dataloader = test_dataloader\n'
+    )
+    for path in (config, several):
+        assert 'lists the classes in another order' in refused('test', path, checkpoint)
+
+
 @pytest.mark.parametrize('tool', ['test', 'load_from', 'resume'])
 def test_classes_in_another_order_are_refused_with_both_orders(models, config, tmp_path, tool, capsys):
     checkpoint = save(tmp_path / 'a.pth', models(), meta=dict(dataset_meta=dict(classes=('box', 'disc'))))
@@ -404,3 +456,9 @@ def test_resuming_does_not_run_the_config_in_a_checkpoint(models, config, tmp_pa
     checkpoint = dict(meta=dict(config=f'import os; os.mkdir({str(tmp_path / "ran")!r})'), state_dict=models())
     runner.call_hook('after_load_checkpoint', checkpoint=checkpoint)
     assert 'config' not in checkpoint['meta'] and not os.path.exists(tmp_path / 'ran')
+
+
+def test_keys_that_the_detector_itself_renames_are_left_over(models, config, tmp_path, without_advice):
+    # a head of a one-stage detector, which mmdet's two-stage ones take for their rpn_head
+    state = {key.removeprefix('roi_head.'): v for key, v in models('sn').items() if key.startswith('roi_head.')}
+    assert 'does not fit' in refused('test', config, save(tmp_path / 'a.pth', state))

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import shutil
+import socket
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmdet_norms.checkpoints.read import read_checkpoint
+from mmdet_norms.compat import reading
 from mmdet_norms.compat.reading import CheckpointError, MissingCheckpointError, UntrustedCheckpointError, read_file
 from mmdet_norms.errors import UserError
 
@@ -335,3 +337,19 @@ def test_damage_anywhere_gives_the_weights_or_one_message(saved):
         else:
             assert all(torch.equal(read.state_dict[key], value) for key, value in weights().items())
     assert noticed > 200
+
+
+@pytest.mark.parametrize(
+    'url', ['https://a b/c d.pth', 'https://[x/c.pth', 'http://localhost:9/c.pth', 'http:///c.pth']
+)
+def test_an_address_that_is_none_is_one_message(url, tmp_path):
+    with pytest.raises(CheckpointError, match=r'could not be downloaded|is no address'):
+        reading.load_url(url, model_dir=str(tmp_path))
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda *a, **k: waits.append(socket.getdefaulttimeout()))
+    with pytest.raises(CheckpointError):
+        reading.load_url('https://example.org/c.pth', model_dir=str(tmp_path))
+    assert waits == [30] and socket.getdefaulttimeout() is None
