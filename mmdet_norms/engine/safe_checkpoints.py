@@ -3,6 +3,7 @@
 import bisect
 import os
 import re
+import string
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,9 +108,15 @@ class CheckpointFolder:
         """As the checkpoint hook of ``cfg`` has it."""
         hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
         work_dir, folder = Path(cfg.work_dir), Path(cfg.work_dir)
-        if hook.get('out_dir'):
+        if hook.get('out_dir') and hook['out_dir'] != os.path.abspath(cfg.work_dir):  # as the hook compares them
             folder = Path(hook['out_dir']) / os.path.basename(os.path.abspath(cfg.work_dir))
         own = hook.get('filename_tmpl')
+        try:
+            (own or '{}').format(1)
+        except (LookupError, ValueError) as error:
+            raise UserError(
+                f"default_hooks.checkpoint.filename_tmpl={own!r} must have one {{}} for the number, as 'epoch_{{}}.pth'"
+            ) from error
         return cls(work_dir, folder, (own, *_TEMPLATES) if own else _TEMPLATES)
 
     def numbered(self) -> dict[Path, tuple[str, int]]:
@@ -118,9 +125,15 @@ class CheckpointFolder:
 
     def all(self) -> list[Path]:
         """Everything that a run made of weights here: of epochs and iterations, best ones, published ones."""
-        numbers = '|'.join(re.escape(name).replace(r'\{\}', r'\d+').removesuffix(r'\.pth') for name in self.templates)
+        numbers = '|'.join(_pattern(name.removesuffix('.pth')) for name in self.templates)
         made = re.compile(rf'(best_.+_)?({numbers})(-[0-9a-f]{{8}})?(\.pth)?')
-        return [path for path in _files(self.folder) if made.fullmatch(path.name)]
+        last = self._last([])  # the run may have named its checkpoints in another way
+        return [path for path in _files(self.folder) if made.fullmatch(path.name) or path == last]
+
+    def has(self, path: str) -> bool:
+        """Whether a checkpoint lies where this run puts its own."""
+        places = {os.path.realpath(self.folder), os.path.realpath(self.work_dir)}
+        return os.path.dirname(os.path.realpath(os.path.expanduser(path))) in places
 
     def newest(self) -> Newest:
         """The newest checkpoint that can be read.
@@ -154,7 +167,7 @@ class CheckpointFolder:
 
     def _number(self, name: str) -> tuple[str, int] | None:
         for template in self.templates:
-            found = re.fullmatch(re.escape(template).replace(r'\{\}', r'(\d+)'), name)
+            found = re.fullmatch(_pattern(template), name)
             if found is not None and found.groups():
                 return template, int(found[1])
         return None
@@ -204,6 +217,12 @@ def newest_checkpoint(work_dir: str) -> str | None:
     for note in found.notes:
         print(f'resuming: {note}')
     return None if found.path is None else str(found.path)
+
+
+def _pattern(template: str) -> str:
+    """A regular expression of the names that ``template.format(number)`` makes: ``{}``, ``{0}``, ``{:04d}``."""
+    parts = string.Formatter().parse(template)
+    return ''.join(re.escape(text) + ('' if field is None else r'(\d+)') for text, field, _, _ in parts)
 
 
 def _files(folder: Path) -> list[Path]:

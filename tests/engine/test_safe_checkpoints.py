@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 
 import mmdet_norms  # noqa: F401
 from mmdet_norms.engine.safe_checkpoints import CheckpointFolder, newest_checkpoint
@@ -131,6 +132,37 @@ def test_other_names_and_another_folder(run, tmp_path):
     halve(out / 'state-2.pth')
     found = newest(run, out, templates=('state-{}.pth', 'epoch_{}.pth'))
     assert found.path == out / 'state-1.pth'
+
+
+@pytest.mark.parametrize('template', ['ckpt_{:04d}.pth', 'm{0}.pth', 'run_{}', 'a[{}].{{x}}.pth', 'my model {}.pth'])
+def test_names_are_known_by_any_template_that_python_formats(template, tmp_path):
+    cfg = Config(dict(work_dir=str(tmp_path), default_hooks=dict(checkpoint=dict(filename_tmpl=template))))
+    paths = [checkpoint(tmp_path / template.format(number), number) for number in (1, 2, 12)]
+    checkpoint(tmp_path / f'best_score_{template.format(2)}', 2)
+    (tmp_path / 'mine.pth').write_text('mine')
+    folder = CheckpointFolder.of(cfg)
+    assert len(folder.all()) == 4 and folder.newest().path == paths[2]
+    halve(paths[2])
+    assert folder.newest().path == paths[1]
+
+
+def test_a_run_is_known_by_what_it_named_last_whatever_its_name(run):
+    checkpoint(run / 'ckpt_0007.pth', 7)
+    (run / 'last_checkpoint').write_text(str(run / 'ckpt_0007.pth'))
+    assert run / 'ckpt_0007.pth' in CheckpointFolder(run, run).all()
+
+
+@pytest.mark.parametrize('template', ['model_{epoch}.pth', 'a_{}_{}.pth', 'a_{', '{:q}'])
+def test_a_template_that_cannot_be_formatted_is_an_error_before_training(template, tmp_path):
+    cfg = Config(dict(work_dir=str(tmp_path), default_hooks=dict(checkpoint=dict(filename_tmpl=template))))
+    with pytest.raises(UserError, match=r'filename_tmpl=.* must have one \{\}'):
+        CheckpointFolder.of(cfg)
+
+
+def test_a_folder_for_checkpoints_that_is_the_work_dir_has_no_folder_of_its_name_in_it(tmp_path):
+    for out, folder in ((str(tmp_path), tmp_path), (str(tmp_path / 'b'), tmp_path / 'b' / tmp_path.name)):
+        cfg = Config(dict(work_dir=str(tmp_path), default_hooks=dict(checkpoint=dict(out_dir=out))))
+        assert CheckpointFolder.of(cfg).folder == folder
 
 
 def test_nothing_there_is_no_error_but_nothing_readable_is(run, tmp_path):
