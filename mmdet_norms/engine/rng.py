@@ -15,6 +15,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
 from ..compat.loading import InfiniteBatches, finish_epoch, has_batches, replace_batch_sampler, set_epoch
+from .resumed import differences
 from .together import announce_saving
 
 KEY = 'random_states'
@@ -36,7 +37,8 @@ class RandomStateHook(Hook):
     * a validation leaves the generators as they were.
 
     Skipped batches are not loaded again. The log says so where the run cannot go on identically: a checkpoint without
-    states, another number of processes, other data, an own loop, transforms that keep images of earlier batches.
+    states, another number of processes, other data, an own loop, transforms that keep images of earlier batches,
+    an optimizer, schedules or averages that the config has otherwise (those of the checkpoint are used).
     Operations that are not deterministic themselves (some on GPUs, see ``--deterministic``) stay so.
 
     In a config for mmdet's own tools: ``custom_hooks=[dict(type='RandomStateHook')]``.
@@ -49,6 +51,7 @@ class RandomStateHook(Hook):
         self._epoch = 0
         self._loaded: dict | None = None
         self._resumed = False
+        self._differences: list[str] = []
         self._before_val: tuple | None = None
         self._states: list | None = None
 
@@ -60,6 +63,7 @@ class RandomStateHook(Hook):
         """Take the states out of a checkpoint to resume from."""
         if runner._resume:
             self._resumed, self._loaded = True, checkpoint.pop(KEY, None)
+            self._differences = differences(runner, checkpoint)
 
     def before_train(self, runner: Runner) -> None:
         """Number the batches; after a resume, go on where the checkpoint was saved."""
@@ -70,13 +74,13 @@ class RandomStateHook(Hook):
         if self._resumed:
             self._resumed = False
             told = self._go_on(runner)
-            if told is None:
-                runner.logger.info('Random states of the checkpoint restored: the run goes on as if it had not stopped')
-            else:
+            reasons = self._differences + ([] if told is None else [f'{told}. It goes on with other random numbers'])
+            if reasons:
                 runner.logger.warning(
-                    f'The resumed run is not bit by bit the one that was stopped: {told}. It goes on with other random '
-                    'numbers'
+                    f'The resumed run is not bit by bit the one that was stopped: {"; ".join(reasons)}'
                 )
+            else:
+                runner.logger.info('Random states of the checkpoint restored: the run goes on as if it had not stopped')
         self._loaded = None
 
     def before_train_epoch(self, runner: Runner) -> None:

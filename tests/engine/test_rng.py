@@ -23,6 +23,7 @@ from processes import run_in_two
 
 from mmdet_norms.compat.loading import InfiniteBatches, finish_epoch
 from mmdet_norms.engine import rng, start_cpu_processes
+from mmdet_norms.errors import UserError
 from mmdet_norms.layers import BNET, CBN, MABN, CenConv2d
 
 
@@ -89,7 +90,8 @@ class Diary(Hook):
 
 
 def run(folder, loop='epoch', sampler='DefaultSampler', workers=0, persistent=False, every=1, by_epoch=True,
-        resume=None, accumulate=1, ema=True, hook=True, seed=None, size=2, name='run'):  # fmt: skip
+        resume=None, accumulate=1, ema=True, hook=True, seed=None, size=2, name='run',
+        optimizer=None, schedule=None, paramwise=None):  # fmt: skip
     torch.manual_seed(5)
     model = Random()
     torch.manual_seed(random.SystemRandom().randrange(2**31))  # nothing of the test may help
@@ -122,8 +124,10 @@ def run(folder, loop='epoch', sampler='DefaultSampler', workers=0, persistent=Fa
         val_evaluator=evaluator,
         val_cfg=dict(),
         train_cfg=epochs if loop == 'epoch' else dict(type='IterBasedTrainLoop', max_iters=25, val_interval=7),
-        optim_wrapper=dict(optimizer=dict(type='Adam', lr=0.01), accumulative_counts=accumulate),
-        param_scheduler=[dict(type='ExponentialLR', gamma=0.9, by_epoch=False)],
+        optim_wrapper=dict(
+            optimizer=optimizer or dict(type='Adam', lr=0.01), accumulative_counts=accumulate, paramwise_cfg=paramwise
+        ),
+        param_scheduler=[dict(type='ExponentialLR', gamma=0.9, by_epoch=False)] if schedule is None else schedule,
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=every, by_epoch=by_epoch)),
         custom_hooks=hooks,
         launcher=cfg.launcher,
@@ -252,11 +256,17 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
         (dict(hook=False), dict(), 'has no random states'),
         (dict(), dict(size=4), "'batch_size': 2"),
         (dict(), dict(sampler='InfiniteSampler', loop='iter'), 'InfiniteSampler'),
+        (dict(), dict(optimizer=dict(type='Adam', lr=0.5)), 'goes on with lr=0.01, not with 0.5 of the config'),
+        (dict(), dict(optimizer=dict(type='Adam', lr=0.01, betas=(0.5, 0.9))), 'betas=(0.9, 0.999), not with (0.5, 0'),
+        (dict(), dict(schedule=[dict(type='ExponentialLR', gamma=0.5, by_epoch=False)]), 'gamma=0.9, not with 0.5'),
+        (dict(), dict(schedule=[]), 'the state of 1 schedules (param_scheduler), and the config has 0'),
+        (dict(ema=True), dict(), 'its weights are averages of an EMAHook'),
+        (dict(), dict(ema=True), 'it has no averages (EMAHook)'),
     ],
 )
 def test_where_it_is_another_run_the_log_says_so(first, then, said, tmp_path):
-    run(tmp_path / 'whole', ema=False, **first)
-    run(tmp_path / 'rest', ema=False, **then, resume=str(tmp_path / 'whole' / 'epoch_2.pth'))
+    run(tmp_path / 'whole', **dict(dict(ema=False), **first))
+    run(tmp_path / 'rest', **dict(dict(ema=False), **then), resume=str(tmp_path / 'whole' / 'epoch_2.pth'))
     log = ''.join(path.read_text() for path in (tmp_path / 'rest').glob('*/*.log'))
     assert 'not bit by bit' in log and said in log
 
@@ -277,6 +287,19 @@ def test_every_pass_of_an_iteration_loop_has_an_order_of_its_own():
     batches = InfiniteBatches(Runner.build_dataloader(loader, seed=0))
     orders = [tuple(next(batches)) for _ in range(3)]
     assert len(set(orders)) == 3 and all(sorted(order) == list(range(20)) for order in orders)
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    run(tmp_path / 'whole', ema=False)
+    for then, said in (
+        (
+            dict(optimizer=dict(type='SGD', lr=0.01)),
+            'another optimizer than SGD: it has no dampening, momentum, nesterov',
+        ),
+        (dict(paramwise=dict(bias_lr_mult=2.0)), 'has 1 groups with 14 parameters, that of this run 14 with 14'),
+    ):
+        with pytest.raises(UserError, match=said):
+            run(tmp_path / 'rest', ema=False, **then, resume=str(tmp_path / 'whole' / 'epoch_2.pth'))
 
 
 def test_a_loop_with_epochs_of_its_own_is_left_alone():
