@@ -67,7 +67,7 @@ class NonFiniteHook(Hook):
         self.skipped = 0
         self._in_a_row = self._overflows = self._saved = 0
         self._window: list[dict] = []  # the batches since the last step
-        self._loss_flag = self._weights_flag = None
+        self._loss_flag = self._clip_flag = self._weights_flag = None
         self._stepped = False
 
     def before_run(self, runner: Runner) -> None:
@@ -129,6 +129,19 @@ class NonFiniteHook(Hook):
 
     def _guard(self, runner: Runner, wrapper: OptimWrapper) -> None:
         update, step = wrapper.update_params, wrapper.optimizer.step
+        clip = getattr(wrapper, 'clip_func', None)  # only where the config has clip_grad
+
+        @functools.wraps(clip)
+        def clipped(params: list[Tensor], *args, **kwargs) -> Tensor | None:
+            flag = any_nonfinite(p.grad for p in params)  # clipping by value makes infinite ones finite
+            norm = clip(params, *args, **kwargs)
+            if norm is not None:  # one that overflows makes all gradients 0
+                flag = flag.to(norm.device) | any_nonfinite([norm])
+            self._clip_flag = flag
+            return norm
+
+        if clip is not None:
+            wrapper.clip_func = clipped
 
         @functools.wraps(update)
         def update_params(loss: Tensor, *args, **kwargs) -> None:
@@ -148,7 +161,8 @@ class NonFiniteHook(Hook):
                 return step(*args, **kwargs)
             gradients = [p.grad for group in wrapper.optimizer.param_groups for p in group['params']]
             flag = any_nonfinite([*(g for g in gradients if g is not None), *self._watched.values()])
-            if _in_any_process(flag | _none_is_false(self._loss_flag, flag)):
+            flag = flag | _none_is_false(self._loss_flag, flag) | _none_is_false(self._clip_flag, flag)
+            if _in_any_process(flag):
                 self._met(runner)
                 return None
             result = step(*args, **kwargs)
@@ -160,7 +174,7 @@ class NonFiniteHook(Hook):
         wrapper.update_params, wrapper.optimizer.step = update_params, guarded_step
 
     def _begin_window(self) -> None:
-        self._window, self._loss_flag = [], None
+        self._window, self._loss_flag, self._clip_flag = [], None, None
 
     def _after_overflow(self, runner: Runner) -> None:
         """The loss scaler left the step out."""
@@ -355,7 +369,10 @@ def _first_bad_gradient(model: nn.Module, probe: _Probe, seen: '_Watch') -> str 
     bad = [name for (name, _), g in zip(named, gradients) if g is not None and bool(any_nonfinite([g]))]
     if seen.backward is not None:
         return f'{seen.backward}' + (f' (and so the gradients of {_some(bad)})' if bad else '')
-    return f'the gradient of {_some(bad)} is not finite' if bad else None
+    if bad:
+        return f'the gradient of {_some(bad)} is not finite'
+    norm = torch.stack([g.float().norm() for g in gradients if g is not None]).norm()
+    return None if bool(norm.isfinite()) else 'the norm of the gradients is not finite, although each of them is'
 
 
 class _Watch:

@@ -53,6 +53,8 @@ class Fragile(BaseModel):
             loss['loss_b'] = loss['loss_b'].detach() * torch.inf
         if 'gradient' in kinds:
             loss['loss_b'] = (x * 0).square().sum().sqrt()  # 0, and its gradient 0 / 0
+        if 'large' in kinds:
+            loss['loss_b'] = x.mean() * 1e30
         if 'statistics' in kinds:
             self.bn1.running_mean.data = self.bn1.running_mean * torch.nan  # not in place, for autograd
             self.bn1.running_var.data = self.bn1.running_var * torch.inf
@@ -149,6 +151,27 @@ def test_a_bad_step_stops_the_run_before_it_is_taken(kind, tmp_path):
     for key in saved:
         if 'history' not in key:
             assert torch.equal(saved[key], now[key]), key
+
+
+@pytest.mark.parametrize(
+    'kind, clip, said',
+    [
+        ('large', dict(max_norm=1.0), 'the norm of the gradients is not finite, although each of them is'),
+        ('infinite', dict(type='value', clip_value=1.0), 'the gradient of head.bias is not finite'),
+        ('gradient', dict(type='value', clip_value=1.0), 'first in the gradient of the output of head'),
+        ('gradient', dict(max_norm=1.0, norm_type=1), 'first in the gradient of the output of head'),
+    ],
+)
+def test_what_clipping_would_hide_is_seen(kind, clip, said, tmp_path):
+    runner = build(tmp_path, {6: kind}, optim=dict(clip_grad=clip))
+    if kind == 'infinite':
+        runner.model.head.bias.register_hook(
+            lambda g: g * torch.inf if runner.iter == 3 and g.abs().sum() > 0 else g  # of what the data say
+        )
+    with pytest.raises(NonFiniteError, match='iteration 4') as stopped:
+        runner.train()
+    assert said in str(stopped.value)
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['iter_3.pth']
 
 
 @pytest.mark.parametrize('kind', [kind for kind in KINDS if kind not in ('statistics', 'error')])
