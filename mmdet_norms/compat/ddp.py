@@ -28,6 +28,33 @@ def plan_buckets_again(model: nn.Module) -> int:
     return len(wrappers)
 
 
+def plan_what_is_trained(model: nn.Module) -> int:
+    """Plan the buckets of every ``DistributedDataParallel`` again whose parameters were frozen or thawed meanwhile.
+
+    Gradients of a parameter that was frozen when the model was wrapped are in no bucket: each process trains it on its
+    own. One that is frozen later is waited for. Call it in every process, between two iterations.
+
+    Returns:
+        How many were planned again.
+
+    Raises:
+        RuntimeError: as :func:`plan_buckets_again`.
+    """
+    changed = 0
+    for ddp in (module for module in model.modules() if isinstance(module, DistributedDataParallel)):
+        ignored = ddp.parameters_to_ignore
+        trained = {id(p) for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored}
+        planned = getattr(ddp, '_planned_for', None)
+        if planned is None:  # by the wrapper itself, which keeps their number only
+            same = ddp._get_ddp_logging_data()['num_parameter_tensors'] == len(trained)
+        else:
+            same = planned == trained
+        if trained and not same:
+            changed += plan_buckets_again(ddp)
+        ddp._planned_for = trained
+    return changed
+
+
 def _plan_again(ddp: DistributedDataParallel) -> None:
     """What unpickling a wrapper does, in the process group that it has."""
     del ddp.reducer, ddp.logger  # the last references: their hooks leave the parameters

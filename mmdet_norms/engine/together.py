@@ -11,6 +11,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from ..compat.ddp import plan_what_is_trained
+
 
 @HOOKS.register_module(name='SyncBuffersHook', force=True)
 class SyncBuffersHook(_SyncBuffersHook):
@@ -21,6 +23,7 @@ class SyncBuffersHook(_SyncBuffersHook):
     holds those of the first process, which nobody has validated, and the buffers of an EMA are never averaged.
 
     * Floating point buffers, of the model and of an EMA, become their mean; those that agree stay bit by bit.
+    * Gradients of parameters that a hook thaws after the model was wrapped are averaged, too.
     * Other buffers and states outside of ``buffers()``, such as CBN's history, become those of the first process.
 
     ``tools/train.py`` adds the hook where several processes train; ``custom_hooks=[dict(type='SyncBuffersHook')]``.
@@ -38,6 +41,11 @@ class SyncBuffersHook(_SyncBuffersHook):
     def before_val_epoch(self, runner: Runner) -> None:
         """Called before each validation."""
         self._share(runner)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
+        """Another hook may have frozen or thawed parameters, whose gradients are to be averaged all the same."""
+        if get_world_size() > 1 and plan_what_is_trained(runner.model):
+            runner.logger.info('Parameters were frozen or thawed: gradients of those that train now are averaged')
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Called after each epoch."""

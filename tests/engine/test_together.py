@@ -229,6 +229,59 @@ def test_what_three_processes_agree_on_is_not_rounded(monkeypatch):
     assert torch.equal(together._mean(values), values)
 
 
+@HOOKS.register_module()
+class Thawing(Hook):
+    """Freezes and thaws while it trains, as a warm-up of new parts does; iteration 2 changes which, not how many."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        trained = ('a', 'c') if runner.iter in (0, 1) else ('b', 'c')
+        for name, parameter in runner.model.module.named_parameters():
+            parameter.requires_grad_(name.split('.')[0] in trained)
+
+
+class Three(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.b.requires_grad_(False)
+        self.c.requires_grad_(False)
+
+    def forward(self, x, mode='loss'):
+        return dict(loss=self.c(self.b(self.a(x))).square().mean())
+
+
+def thaw(rank, folder):
+    from mmengine.config import Config
+
+    torch.manual_seed(0)
+    cfg = Config(dict(launcher='pytorch'))
+    start_cpu_processes(cfg)
+    runner = Runner(
+        model=Three(),
+        work_dir=str(folder),
+        train_dataloader=dict(
+            dataset=Images(), batch_size=2, collate_fn=dict(type='default_collate'), sampler=dict(type='DefaultSampler')
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=1),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        custom_hooks=[dict(type='Thawing'), dict(type='SyncBuffersHook')],
+        launcher='pytorch',
+        env_cfg=dict(dist_cfg=dict(backend='gloo')),
+        randomness=dict(seed=1),
+        experiment_name='thaw',
+        cfg=cfg,
+    )
+    before = copied(runner.model.module)
+    runner.train()
+    return before, copied(runner.model.module)
+
+
+def test_what_a_hook_thaws_is_trained_by_all_processes_together(tmp_path):
+    (before, one), (_, two) = run_in_two(tmp_path, thaw, tmp_path / 'run')
+    assert not differ(one, two)
+    assert len(differ(before, one)) == 6
+
+
 def test_importing_the_package_puts_the_hook_in_the_place_of_the_stock_one():
     assert HOOKS.get('SyncBuffersHook') is SyncBuffersHook
 
