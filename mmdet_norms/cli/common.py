@@ -210,6 +210,8 @@ def _packaged_config(name: str) -> Config:
 def _work_dir(args: argparse.Namespace, cfg: Config) -> str:
     """--work-dir, else the config's own, else ./work_dirs/<config>; each norm has its own default."""
     if args.work_dir is not None:
+        if not args.work_dir.strip():  # of a shell variable that is not set
+            raise UserError("--work-dir '' names no folder")
         return args.work_dir
     default = cfg.get('work_dir') or os.path.join('./work_dirs', Path(args.config).stem)
     return default if args.norm is None else f'{default}_{args.norm}'

@@ -186,14 +186,15 @@ def _scale_learning_rate(cfg: Config) -> None:
 
 def _resume(cfg: Config, args: argparse.Namespace) -> None:
     """--resume, or ``resume = True`` of the config: find what to go on from. While there is nothing, start as usual."""
-    args.notes, args.finished = [], None
+    args.notes, args.finished, args.named = [], None, False
     source = args.resume
-    if source is None and cfg.get('resume') and cfg.get('load_from') is None:
-        source = 'auto'
+    if source is None and cfg.get('resume'):
+        source = cfg.get('load_from') or 'auto'
     if source is None:
         return
     cfg.resume = True
     if source != 'auto':
+        args.named = True
         require_checkpoint(source, '--resume')
         cfg.load_from = source
         return
@@ -224,7 +225,7 @@ def guard_work_dir(cfg: Config, args: argparse.Namespace) -> None:
     if args.overwrite:
         start = {'load_from': cfg.load_from} if cfg.get('load_from') else {}
         require_replaceable(folder, {**start, **dict(_pretrained(cfg.model, 'model'))})
-    elif not cfg.get('resume') and args.resume is None:
+    elif not (cfg.get('resume') or args.resume) or (args.named and not folder.has(cfg.load_from)):
         require_fresh(folder)
 
 

@@ -91,6 +91,20 @@ def test_a_finished_run_says_so_and_can_be_made_longer(copied, capsys):
     assert torch.load(work_dir / 'epoch_3.pth')['meta']['epoch'] == 3
 
 
+def test_a_checkpoint_of_another_run_is_not_resumed_into_the_work_dir_of_one(copied, trained, capsys, monkeypatch):
+    config, work_dir = copied
+    other = trained / 'run' / 'epoch_1.pth'
+    before = content(work_dir)
+    assert 'of an earlier run' in fails(capsys, run, config, work_dir, '--resume', other)
+    assert 'of an earlier run' in fails(capsys, run, config, work_dir, resume=True, load_from=other)
+    monkeypatch.chdir(work_dir)  # nor, for an empty variable of the shell, into the current folder
+    assert '--work-dir' in fails(capsys, run, config, '')
+    assert content(work_dir) == before
+    run(config, work_dir, '--resume', work_dir / 'epoch_2.pth', epochs=2)
+    said = max(work_dir.glob('*/*.log'), key=os.path.getmtime).read_text()
+    assert 'Nothing is left to train: the checkpoint is at epoch 2, and train_cfg.max_epochs=2' in said
+
+
 def test_a_job_that_always_resumes_starts_from_load_from_first(trained, tmp_path, capsys):
     from mmengine.config import Config
 
