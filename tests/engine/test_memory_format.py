@@ -198,6 +198,8 @@ def what_torch_has(rank):
     ddp = DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 4, 3)), static_graph=True)
     names = ['reducer', 'logger', 'static_graph', '_comm_hooks', '_ddp_init_helper', '_build_params_for_reducer']
     found = [hasattr(ddp, name) for name in [*names, '_build_debug_param_to_name_mapping']]
+    counted = ddp._get_ddp_logging_data()['num_parameter_tensors']
+    found += [counted == 2, isinstance(ddp.parameters_to_ignore, set)]
     old = ddp.reducer
     return found, plan_buckets_again(ddp), ddp.reducer is not old
 
