@@ -14,7 +14,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData, LabelData, PixelData
 
-from mmdet_norms.compat.checkpoints import load_stranger
+from mmdet_norms.compat.reading import read_file
 from mmdet_norms.engine.nonfinite import image_files, replay
 
 from .common import UserError, command, read_config
@@ -60,7 +60,7 @@ def _read(path: str) -> dict:
         raise UserError(f'{path}: reading the samples of a batch safely needs torch 2.5 or later')
     try:
         with torch.serialization.safe_globals(list(_PARTS)):
-            content = load_stranger(path)
+            content = read_file(path)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     if not isinstance(content, dict) or not {'state_dict', 'batches', 'epoch'} <= content.keys():

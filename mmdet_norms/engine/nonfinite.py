@@ -1,6 +1,7 @@
 """A step with NaN or inf in it: it is not taken, it is explained, and it can be done again."""
 
 import functools
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,7 +113,14 @@ class NonFiniteHook(Hook):
 
     def before_saving(self, runner: Runner) -> None:
         """Called in all processes before a checkpoint is written."""
-        if not hasattr(self, '_watched'):
+        self._require_finite(runner, 'a checkpoint')
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Weights that another hook has spoiled meanwhile give no results."""
+        self._require_finite(runner, 'a validation')
+
+    def _require_finite(self, runner: Runner, what: str) -> None:
+        if not hasattr(self, '_watched'):  # no training
             return
         if self._window:  # amid an accumulation
             flag = any_nonfinite(self._watched.values())
@@ -123,7 +131,7 @@ class NonFiniteHook(Hook):
         models = [_model(runner), *(model for model in averages if isinstance(model, nn.Module))]
         weights = [value for model in models for value in model.parameters()]
         if _in_any_process(any_nonfinite([*weights, *self._watched.values()])):
-            self._stop_for_weights(runner, f'before a checkpoint, after iteration {runner.iter}')
+            self._stop_for_weights(runner, f'before {what}, after iteration {runner.iter}')
 
     # -------------------------------------------------------------------------------------------- the check
 
@@ -216,7 +224,7 @@ class NonFiniteHook(Hook):
                 f'{_some(states)} is not finite' if states else 'a loss or gradient that is finite when computed again'
             )
             message = f'{why}, images {images}'
-        replay = [f'python tools/replay.py {_config(runner)} {file}' for file in files if file]
+        replay = [_replay_command(runner, file) for file in files if file]
         self._begin_window()
         self.skipped += 1
         self._in_a_row += 1
@@ -235,7 +243,8 @@ class NonFiniteHook(Hook):
         bad = [name for name, value in values if bool(any_nonfinite([value]))]
         raise NonFiniteError(
             f'training stopped {when}: the weights are not finite ({_some(bad) or "the averages of a hook"}), although '
-            f'loss and gradients were: the step was too large. No such checkpoint was written. {_advice(runner)}'
+            f'loss and gradients were: the step was too large, or a hook changed them. No such '
+            f'checkpoint was written. {_advice(runner)}'
         )
 
     def _explain_errors(self, runner: Runner) -> None:
@@ -260,8 +269,8 @@ class NonFiniteHook(Hook):
                 said = f'{_sentence(self._window[-1], finding)}, upon which {type(error).__name__}: {error}'
                 path = self._save(runner, self._window[0]['iter'] + 1)
                 raise NonFiniteError(
-                    f'training stopped at iteration {runner.iter + 1}: {said}. To compute it again: python '
-                    f'tools/replay.py {_config(runner)} {path} {_advice(runner)}'
+                    f'training stopped at iteration {runner.iter + 1}: {said}. To compute it again: '
+                    f'{_replay_command(runner, path)} {_advice(runner)}'
                 ) from error
 
         runner.model.train_step = explained
@@ -484,6 +493,10 @@ def _none_is_false(flag: Tensor | None, like: Tensor) -> Tensor:
 
 def _by_epoch(runner: Runner) -> bool:
     return not hasattr(runner.train_loop, 'dataloader_iterator')
+
+
+def _replay_command(runner: Runner, file: str) -> str:
+    return shlex.join(['python', 'tools/replay.py', _config(runner), file])
 
 
 def _config(runner: Runner) -> str:

@@ -26,11 +26,13 @@ def diverged(tmp_path_factory):
         said = []
         patch.setattr('builtins.print', lambda *words, **kwargs: said.append((' '.join(map(str, words)), kwargs)))
         with pytest.raises(SystemExit) as stopped:
-            train.main([str(config), '--work-dir', str(folder / 'run'), '--norm', 'bnet5', '--cfg-options', *options])
+            train.main(
+                [str(config), '--work-dir', str(folder / 'my run'), '--norm', 'bnet5', '--cfg-options', *options]
+            )
     assert stopped.value.code == 2
     errors = [text for text, kwargs in said if text.startswith('error: ') and kwargs.get('file') is sys.stderr]
     assert len(errors) == 1
-    return errors[0], folder / 'run'
+    return errors[0], folder / 'my run'
 
 
 def test_divergence_ends_with_status_2_and_a_finite_checkpoint(diverged):
@@ -44,7 +46,7 @@ def test_divergence_ends_with_status_2_and_a_finite_checkpoint(diverged):
 
 def test_the_command_in_the_message_computes_the_step_again(diverged, capsys):
     said, _ = diverged
-    command = re.search(r'python tools/replay\.py (\S+ \S+\.pth)', said)[1]
+    command = re.search(r"python tools/replay\.py (.+?\.pth'?) ", said)[1]
     replay.main(shlex.split(command))
     again = capsys.readouterr().out
     place = re.search(r'first in the \w+ of \S+ \(\w+\)', said)[0]

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
+from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
@@ -113,6 +115,11 @@ def build(folder, bad=None, lr=0.01, epochs=1, how='stop', max_skips=10, size=16
     return Runner(**{**options, **more})
 
 
+class Spoiling(Hook):
+    def after_train_epoch(self, runner):
+        runner.model.bn1.running_var.fill_(torch.nan)
+
+
 def hook_of(runner):
     return next(hook for hook in runner.hooks if isinstance(hook, NonFiniteHook))
 
@@ -151,6 +158,18 @@ def test_a_bad_step_stops_the_run_before_it_is_taken(kind, tmp_path):
     for key in saved:
         if 'history' not in key:
             assert torch.equal(saved[key], now[key]), key
+
+
+def test_weights_that_a_hook_spoils_are_not_validated(tmp_path):
+    evaluator = Evaluator([])
+    evaluator.process, evaluator.evaluate = lambda *args, **kwargs: None, lambda size: dict(score=1.0)
+    loader = dict(dataset=Data({}, 2), batch_size=2, collate_fn=dict(type=collate), num_workers=0)
+    val = dict(val_dataloader=dict(loader, sampler=dict(type='DefaultSampler')), val_evaluator=evaluator, val_cfg={})
+    runner = build(tmp_path, size=2, **val)
+    runner.register_hook(Spoiling(), 'LOWEST')
+    with pytest.raises(NonFiniteError, match=r'before a validation, .* not finite \(bn1.running_var\)'):
+        runner.train()
+    assert finite(torch.load(tmp_path / 'iter_1.pth')['state_dict'])
 
 
 @pytest.mark.parametrize(
