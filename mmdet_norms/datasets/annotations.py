@@ -4,6 +4,7 @@ import difflib
 import gc
 import json
 import os
+import unicodedata
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,9 +111,17 @@ def other_order(wanted: Sequence[str], listed: Sequence[str]) -> str | None:
         return f'lists the classes in another order: {_names(listed, wanted)}, not {_names(wanted, listed)}'
     missing = [name for name in wanted if name not in listed]
     added = [name for name in listed if name not in wanted]
+    if {_plain(name) for name in missing} & {_plain(name) for name in added}:  # blanks, accents, 1 and '1'
+        wanted, listed, missing, added = (list(map(ascii, names)) for names in (wanted, listed, missing, added))
     parts = [f'lacks {_some(missing)}{_nearest(missing, added)}'] if missing else []
     parts += [f'also has {_some(added)}'] if added else []
     return f'{" and ".join(parts) or "differs"}: {_names(listed, wanted)}, not {_names(wanted, listed)}'
+
+
+def _plain(name: Hashable) -> str:
+    """What one sees of a name."""
+    text = ''.join(char for char in unicodedata.normalize('NFKC', str(name)) if char.isprintable())
+    return ' '.join(text.split())
 
 
 def _names(names: Sequence[str], other: Sequence[str]) -> str:
@@ -132,8 +141,12 @@ def _nearest(missing: Iterable[str], names: Iterable[str]) -> str:
     for name in missing:
         near = difflib.get_close_matches(str(name), names, 1) or [n for n in names if n.lower() == str(name).lower()]
         if near:
-            return f" ('{name}' may be its '{near[0]}')"
+            return f' ({_quoted(name)} may be its {_quoted(near[0])})'
     return ''
+
+
+def _quoted(name: str) -> str:
+    return name if name[:1] in ('"', "'") else f"'{name}'"
 
 
 def _some(names: Sequence[Hashable], limit: int = 6) -> str:

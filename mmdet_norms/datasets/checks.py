@@ -9,14 +9,15 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from mmdet.registry import DATASETS
 from mmengine.config import Config
 
-from mmdet_norms.entries import parameter_of
+from mmdet_norms.entries import name_of, parameter_of
 
 from .annotations import DataError, class_order, no_collection, other_order, read_annotations
-from .columns import boxes, is_id, is_mask, is_polygon, numbers, positions, size_of
+from .columns import boxes, decompressed, is_id, is_mask, is_polygon, numbers, positions, size_of
 from .complete import Needs, complete
-from .images import Header, decode, missing_files, read_header, sample
+from .images import Header, decode, missing_files, read_header, same_but_for_case, sample
 from .sources import SPLITS, Source, evaluated_files, sources, wants_masks
 
 LEVELS = ('error', 'warning', 'note')
@@ -88,6 +89,7 @@ def _check(cfg: Config, splits: tuple[str, ...], full: bool) -> Report:
         _check_file(cfg, path, list(group), sound, report, full)
     for split in splits:
         _check_evaluators(cfg, split, [source for source in found if source.split == split], report)
+    report.findings += _in_both(sound)
     report.findings = sorted(dict.fromkeys(report.findings), key=lambda finding: LEVELS.index(finding.level))
     return report
 
@@ -121,18 +123,52 @@ def _between_splits(found: list[Source]) -> Iterator[Finding]:
                 )
 
 
+def _in_both(found: list[Source]) -> Iterator[Finding]:
+    """Images that are trained on and evaluated; a whole file that is both is meant so, as when one tries to overfit."""
+    seen: dict[str, set[str]] = {}
+    for source in found:
+        try:
+            images = read_annotations(source.ann_file)['images']
+        except DataError:
+            continue
+        seen.setdefault(source.ann_file, set()).update(
+            os.path.normpath(os.path.join(source.images, image['file_name']))
+            for image in images
+            if isinstance(image.get('file_name'), str)
+        )
+    trained = dict.fromkeys(source.ann_file for source in found if source.split == 'train' and source.ann_file in seen)
+    tested = dict.fromkeys(source.ann_file for source in found if source.split != 'train' and source.ann_file in seen)
+    for one in trained:
+        for other in tested:
+            both = seen[one] & seen[other]
+            if both:
+                yield Finding(
+                    'note' if _same_file(one, other) else 'warning',
+                    other,
+                    f'{len(both):,} of {len(seen[other]):,} images are trained on as well ({one}), like {min(both)}: '
+                    'results on them say little',
+                )
+
+
 def _heads(model: Any, found: list[Source]) -> Iterator[Finding]:
     # of models that read the names as text, num_classes is something else
     classes = [source.classes for source in found if not source.entry.get('return_classes')]
     if not classes or len(set(map(len, classes))) > 1:
         return
+    first = found[0]
+    unnamed = (
+        ''
+        if first.own_classes
+        else f'; or, if the data have others than those of {name_of(first.entry, DATASETS)}, name them in '
+        f'{first.key}.metainfo.classes, or give --data-root'
+    )
     for key, count in counted_classes(model):
         if count != len(classes[0]):
             yield Finding(
                 'error',
                 key,
                 f'is {count}, but the data have {len(classes[0])} classes',
-                f'Set it to {len(classes[0])} (--cfg-options {key}={len(classes[0])})',
+                f'Set it to {len(classes[0])} (--cfg-options {key}={len(classes[0])})' + unnamed,
             )
 
 
@@ -220,7 +256,12 @@ class AnnotationFile:
     def check(self) -> list[Finding]:
         """What is wrong whoever reads the file."""
         self._columns()
-        return [*self._check_categories(), *self._check_image_entries(), *self._check_annotations()]
+        return [
+            *self._check_categories(),
+            *self._check_image_entries(),
+            *self._check_annotations(),
+            *self._check_twice(),
+        ]
 
     def _columns(self) -> None:
         rows = self.annotations
@@ -339,6 +380,32 @@ class AnnotationFile:
                     self._of(unknown),
                 )
 
+    def _check_twice(self) -> Iterator[Finding]:
+        """What merged exports have twice: a second copy of an object can only be missed, or found for nothing."""
+        names = [image.get('file_name') for image in self.images]
+        twice = {name for name, number in Counter(n for n in names if isinstance(n, str)).items() if number > 1}
+        if twice:
+            yield self._finding(
+                'warning',
+                f'{len(twice):,} image files are listed twice, like {min(twice)}',
+                'List each once, with all of its objects: those of one entry are no objects in the other',
+                [image.get('id') for image in self.images if image.get('file_name') in twice],
+            )
+        whole = (self.of_image >= 0) & (self.of_category >= 0) & ~np.isnan(self.box).any(1) & ~self.crowd
+        rows = np.flatnonzero(whole)
+        columns = [self.of_image[rows], self.of_category[rows], *self.box[rows].T]
+        order = np.lexsort(columns)
+        same = np.all([column[order[1:]] == column[order[:-1]] for column in columns], axis=0)
+        again = np.zeros(len(whole), bool)
+        again[rows[order[1:][same]]] = True
+        if again.any():
+            yield self._finding(
+                'note' if again.sum() < _FEW * len(rows) else 'warning',
+                f'{again.sum():,} of {len(rows):,} objects are there twice: the same box and class on one image',
+                'Leave out the copies',
+                self._of(again),
+            )
+
     def _numbering(self, kind: str, used: list) -> str:
         """Category ids that are all one too low or too high."""
         listed = set(self.names)
@@ -435,13 +502,16 @@ class AnnotationFile:
             )
         yield from self._check_agreement(masks)
         wrong, sums = np.zeros(total, bool), np.zeros(total, bool)
+        looked_at = set(sample(total, HEADERS))
         for i, mask in enumerate(masks):
             if isinstance(mask, dict) and self.of_image[i] >= 0 and is_mask(mask):
                 image = self.of_image[i]
                 size = size_of(mask)
                 wrong[i] = size != (self.height[image], self.width[image])
                 counts = mask['counts']
-                sums[i] = isinstance(counts, list) and not _adds_up(counts, size)
+                if isinstance(counts, str) and i in looked_at:
+                    counts = decompressed(counts)
+                sums[i] = not isinstance(counts, str) and not _adds_up(counts, size)
         if wrong.any():
             i = int(np.flatnonzero(wrong)[0])
             image = self.of_image[i]
@@ -520,12 +590,14 @@ class AnnotationFile:
         x, y, w, h = self.box.T
         width, height = (np.append(v, np.nan)[self.of_image] for v in (self.width, self.height))
         inside = (np.minimum(x + w, width) > np.maximum(x, 0)) & (np.minimum(y + h, height) > np.maximum(y, 0))
+        no_box = np.isnan(x)
         reasons = {
             'of an image that is not listed': self.of_image < 0,
             'of another class': ~of_class,
-            'outside the image': ~inside,
-            'of no area': ~(self.area > 0),
-            'less than a pixel wide or high': ~((w >= 1) & (h >= 1)),
+            'without a box': no_box,
+            'outside the image': ~inside & ~no_box,
+            'of no area': ~(self.area > 0) & ~no_box,
+            'less than a pixel wide or high': ~((w >= 1) & (h >= 1)) & ~no_box,
             'crowds': self.crowd,
             'to be ignored': self.ignored,
         }
@@ -547,6 +619,13 @@ class AnnotationFile:
                 f'no image is left for {source.key} after filter_cfg={dict(source.filter_cfg)}: '
                 f'{len(kept):,} images, {with_objects.sum():,} with objects',
                 'Loosen filter_cfg, or give other data',
+            )
+        elif not kept.all() and source.split != 'train' and self.needs.evaluated:
+            yield self._finding(
+                'warning',
+                f'{source.key} leaves out {(~kept).sum():,} of {len(kept):,} images by its filter_cfg, but the metric '
+                'counts their objects as missed, and no false detections on them',
+                f'Set {source.key}.test_mode=True',
             )
 
     def _kept_images(self, source: Source) -> np.ndarray:
@@ -643,6 +722,9 @@ class AnnotationFile:
             hint = f'There is no folder {source.images}; set data_prefix, or give --data-root DIR'
         elif base != name and os.path.isfile(os.path.join(source.images, base)):
             hint = f'{base} is there without the folder; correct file_name or data_prefix'
+        else:
+            near = same_but_for_case(os.path.join(source.images, name))
+            hint = f'{near} is there, which is written in another way (case or accents)' if near else hint
         return self._files(
             'warning' if ignore and not source.is_test else 'error',
             [(i, None) for i in rows],
@@ -717,7 +799,7 @@ def _same_file(a: str, b: str) -> bool:
     return os.path.realpath(a) == os.path.realpath(b)
 
 
-def _adds_up(counts: list, size: tuple) -> bool:
+def _adds_up(counts: list | None, size: tuple) -> bool:
     try:
         return sum(counts) == size[0] * size[1] and min(counts, default=0) >= 0
     except TypeError:

@@ -84,3 +84,20 @@ def _box(value: Any) -> list[float]:
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         return [math.nan] * 4
     return [_number(number) for number in value]
+
+
+def decompressed(counts: str) -> list[int] | None:
+    """The run lengths in COCO's compressed text: five bits a letter, differences from the third on; or None."""
+    runs: list[int] = []
+    value = shift = 0
+    for letter in counts:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) and 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs if shift == 0 else None

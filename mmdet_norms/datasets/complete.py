@@ -57,7 +57,7 @@ def complete(content: dict, needs: Needs, size: Callable[[dict], tuple[int, int]
 
 
 def _sizes(images: list[dict], size: Callable) -> str | None:
-    known = ~np.isnan(numbers([i.get('width') for i in images]) + numbers([i.get('height') for i in images]))
+    known = (numbers([i.get('width') for i in images]) > 0) & (numbers([i.get('height') for i in images]) > 0)
     filled = 0
     for i in np.flatnonzero(~known):
         found = size(images[i])

@@ -1,6 +1,7 @@
 """What image files say about themselves, mostly without decoding them."""
 
 import os
+import unicodedata
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -86,6 +87,17 @@ def missing_files(folder: str, names: Iterable[str]) -> list[int]:
         if listed[parent] is None or file not in listed[parent]:
             missing.append(i)
     return missing
+
+
+def same_but_for_case(path: str) -> str | None:
+    """A file beside ``path`` of the same name but for case, or for how its accents are written (macOS splits them)."""
+    folder, name = os.path.split(path)
+    wanted = _plain(name)
+    return min((other for other in _files(folder) or () if _plain(other) == wanted), default=None)
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize('NFKC', name).casefold()
 
 
 def _files(folder: str) -> set[str] | None:

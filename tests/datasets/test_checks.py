@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from mmdet.registry import DATASETS
 from mmengine.registry import DefaultScope
 from PIL import Image
+from pycocotools import mask as mask_utils
 
 from mmdet_norms.datasets import annotations
 from mmdet_norms.datasets.checks import check_config
+from mmdet_norms.datasets.columns import decompressed
 from mmdet_norms.datasets.complete import Needs, complete
 
 OPTION = 'train_dataloader.dataset'
@@ -516,6 +518,8 @@ def data_sets(draw):
             x, y = draw(st.integers(0, width - 8)), draw(st.integers(0, height - 8))
             w, h = draw(st.integers(4, width - x)), draw(st.integers(4, height - y))
             polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+            if any(a['image_id'] == images[-1]['id'] and a['bbox'] == [x, y, w, h] for a in found):
+                continue  # one that is there twice is a fault
             found.append(
                 dict(
                     id=len(found) + 1,
@@ -615,3 +619,94 @@ def test_what_exporters_leave_out_is_filled_in_as_it_was(content, data):
             del annotation[key]
     notes = complete(content, Needs(evaluated=True), lambda image: None)
     assert content == whole and len(notes) == len(left_out)
+
+
+def compressed(text):
+    return each('annotations', segmentation=dict(size=SIZE, counts=text))
+
+
+def named(*names):
+    def edit(content):
+        for category, name in zip(content['categories'], names):
+            category['name'] = name
+
+    return edit
+
+
+def copies(content):
+    content['annotations'] += [dict(a, id=a['id'] + 100) for a in content['annotations']]
+
+
+def one_file_twice(content):
+    content['images'][1]['file_name'] = content['images'][0]['file_name']
+
+
+def in_capitals(content):
+    for image in content['images']:
+        image['file_name'] = image['file_name'].upper()
+
+
+MORE = {
+    'run lengths of nonsense': ('error', compressed('hello'), r'8 masks in run lengths do not add up'),
+    'run lengths of an empty text': ('error', compressed(''), r'8 masks in run lengths do not add up'),
+    'run lengths printed as bytes': ('error', compressed("b'`12'"), r'8 masks in run lengths do not add up'),
+    'run lengths that go on': ('error', compressed('0o'), r'8 masks in run lengths do not add up'),
+    'a name with a blank behind': ('error', named('disc '), r"lacks 'disc' \('disc' may be its 'disc '\)"),
+    'a name with accents split': ('error', named('di\u0301sc'), r'lacks disc'),
+    'a name with a mark that is not seen': ('error', named('disc\u200b'), r"also has 'disc\\u200b'"),
+    'objects twice': ('warning', copies, r'8 of 16 objects are there twice.*\(id 101, '),
+    'an image file twice': ('warning', one_file_twice, r'1 image files are listed twice, like (train|val)00.png'),
+    'file names in capitals': ('error', in_capitals, r'train00.png is there, which is written in another way'),
+}
+
+
+@pytest.mark.parametrize('name', MORE)
+def test_faults_that_one_does_not_see(tmp_path, name):
+    level, edit, said = MORE[name]
+    assert re.search(said, texts(check(tmp_path, train=edit, val=edit), level))
+
+
+def test_names_that_are_numbers_are_told_from_texts(tmp_path):
+    report = check(tmp_path, train=named(1, 2, 3), val=named(1, 2, 3), classes=('1', '2', '3'))
+    assert "lacks '1', '2', '3' and also has 1, 2, 3" in texts(report)
+
+
+def test_run_lengths_as_cocos_own_tools_write_them_are_whole():
+    random = np.random.RandomState(0)
+    for _ in range(50):
+        height, width = random.randint(1, 300, 2)
+        mask = (random.rand(height, width) < random.rand() ** 3).astype(np.uint8)
+        runs = decompressed(mask_utils.encode(np.asfortranarray(mask))['counts'].decode())
+        assert sum(runs) == height * width
+        assert sum(runs[1::2]) == mask.sum()
+
+
+def test_a_width_of_zero_is_read_from_the_image(tmp_path):
+    report = check(tmp_path, train=each('images', width=0, height=0))
+    assert not report.findings and 'width and height of 4 images' in str(report.completed)
+
+
+def test_images_of_both_splits_are_said(tmp_path):
+    def twice(content):
+        content['images'] += [
+            dict(image, id=image['id'] + 50) for image in small.content(prefix='../train/train')['images']
+        ]
+
+    said = texts(check(tmp_path, val=twice), 'warning')
+    assert '4 of 8 images are trained on as well' in said and 'train/train00.png' in said
+
+
+def test_images_that_the_loader_leaves_out_and_the_metric_counts(tmp_path):
+    filters = dict(test_mode=False, filter_cfg=dict(filter_empty_gt=True))
+    report = check(
+        tmp_path, val=lambda c: c.update(annotations=c['annotations'][:4]), **{'val_dataloader.dataset': filters}
+    )
+    assert 'val_dataloader.dataset leaves out 2 of 4 images' in texts(report, 'warning')
+
+
+def test_classes_that_nobody_named_are_pointed_out(tmp_path):
+    contents = [small.content(prefix=split) for split in ('train', 'val')]
+    cfg = small.config(small.write(tmp_path, *contents))
+    for split in ('train', 'val', 'test'):
+        del cfg[f'{split}_dataloader'].dataset.metainfo
+    assert 'name them in train_dataloader.dataset.metainfo.classes' in texts(check_config(cfg))
