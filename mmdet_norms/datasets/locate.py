@@ -1,6 +1,7 @@
 """Point a config at another COCO-format folder: paths, file layout and classes follow."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 from mmdet.registry import DATASETS
@@ -9,6 +10,7 @@ from mmengine.config import Config
 from mmdet_norms.entries import class_of, is_a, name_of
 
 from .annotations import DataError, class_order, other_order, read_annotations
+from .columns import is_id
 from .sources import SPLITS, Source, datasets, evaluated_files, sources
 
 # Where COCO and common exports of it keep a split's files, relative to the root.
@@ -17,8 +19,10 @@ _ANNOTATIONS = (
     'annotations/instances_{split}.json',
     'annotations/{split}.json',
     '{split}.json',
+    '{split}/_annotations.coco.json',  # Roboflow's exports, which call val valid
+    'valid/_annotations.coco.json',
 )
-_IMAGES = ('{split}2017/', '{split}/', 'images/{split}2017/', 'images/{split}/', 'images/', '')
+_IMAGES = ('{split}2017/', '{split}/', 'images/{split}2017/', 'images/{split}/', 'images/', 'valid/', '')
 
 
 class DataRootError(DataError):
@@ -68,7 +72,9 @@ def use_data_root(cfg: Config, root: str, needed: tuple[str, ...] = SPLITS) -> l
             if not os.path.isfile(source.ann_file):
                 absent.append((source, error))
                 continue
-        listed = class_order(read_annotations(source.ann_file), by_id=source.sorts_by_id)
+        content = read_annotations(source.ann_file)
+        _require_names(content, source.ann_file)
+        listed = class_order(content, by_id=source.sorts_by_id)
         if order is None:
             order, first = listed, source.ann_file
         notes += _fit_classes(cfg, source, order)
@@ -126,7 +132,7 @@ def _fit_layout(source: Source, root: Path) -> list[str]:
     dataset['data_root'] = f'{base}/'
 
     notes = []
-    names = [*_shortened(ann_file, base), *(pattern.format(split=split) for pattern in _ANNOTATIONS)]
+    names = [*_shortened(ann_file, base), *_common(_ANNOTATIONS, split)]
     found = next((name for name in names if (base / name).is_file()), None)
     if found is None:  # nothing of an old folder stays, also where the split is not needed
         dataset['ann_file'] = names[0]
@@ -141,7 +147,7 @@ def _fit_layout(source: Source, root: Path) -> list[str]:
     dataset['ann_file'] = found
     first = next(iter(read_annotations(base / found)['images']), {}).get('file_name')
     if folder is not None and isinstance(first, str):
-        names = [*_shortened(folder, base), *(pattern.format(split=split) for pattern in _IMAGES)]
+        names = [*_shortened(folder, base), *_common(_IMAGES, split)]
         images = next((name for name in names if (base / name / first).is_file()), None)
         if images is None:
             dataset['data_prefix'] = dict(dataset['data_prefix'], img=names[0])
@@ -153,6 +159,22 @@ def _fit_layout(source: Source, root: Path) -> list[str]:
             notes.append(f'{split}: images {images or "./"} (the config says {folder})')
         dataset['data_prefix'] = dict(dataset['data_prefix'], img=images)
     return notes
+
+
+def _common(patterns: tuple[str, ...], split: str) -> list[str]:
+    return [pattern.format(split=split) for pattern in patterns if split == 'val' or not pattern.startswith('valid/')]
+
+
+def _require_names(content: dict, path: str) -> None:
+    if not content['categories']:
+        raise DataRootError(f'{path} has no categories; list every class as dict(id=1, name=...)')
+    names = [category.get('name') for category in content['categories']]
+    bad = next((i for i, name in enumerate(names) if not is_id(name)), None)
+    if bad is not None:
+        raise DataRootError(f'{path}: category {bad} of the list has no name, but {names[bad]!r:.60}; write a text')
+    twice = next((name for name, number in Counter(names).items() if number > 1), None)
+    if twice is not None:
+        raise DataRootError(f'{path} has two categories of the name {twice}; every category needs one of its own')
 
 
 def _shortened(path: str, base: Path) -> list[str]:

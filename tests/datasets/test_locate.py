@@ -44,6 +44,7 @@ def read_back(cfg, split):
         ('annotations/{split}.json', 'images'),
         ('annotations/instances_{split}.json', 'images/{split}'),
         ('{split}.json', '.'),
+        ('{split}/_annotations.coco.json', '{split}'),
     ],
 )
 def test_paths_follow_common_layouts_and_classes_follow_the_annotations(tmp_path, config, annotations, images):
@@ -224,3 +225,32 @@ def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     cfg = Config.fromfile(DEMO)
     use_data_root(cfg, '~/a')
     assert read_back(cfg, 'val')[0].is_file()
+
+
+def test_roboflow_calls_val_valid(tmp_path):
+    write_folder(tmp_path, '{split}/_annotations.coco.json', '{split}', ('cat', 'dog'))
+    (tmp_path / 'val').rename(tmp_path / 'valid')
+    cfg = Config.fromfile(DEMO)
+    use_data_root(cfg, str(tmp_path))
+    ann, folder = read_back(cfg, 'val')
+    assert ann == tmp_path / 'valid' / '_annotations.coco.json' and (folder / 'val.jpg').is_file()
+    (tmp_path / 'train').rename(tmp_path / 'gone')
+    with pytest.raises(DataRootError, match='no annotations for train'):  # those of val are none
+        use_data_root(Config.fromfile(DEMO), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ('categories', 'said'),
+    [
+        ([], 'has no categories'),
+        ([dict(id=1)], 'category 0 of the list has no name, but None'),
+        ([dict(id=1, name='a'), dict(id=2, name=['b'])], r"category 1 of the list has no name, but \['b'\]"),
+        ([dict(id=1, name='a'), dict(id=2, name='a')], 'two categories of the name a'),
+    ],
+)
+def test_categories_without_names_are_one_message(tmp_path, categories, said):
+    write_folder(tmp_path, '{split}.json', '.', ('cat', 'dog'))
+    path = tmp_path / 'train.json'
+    path.write_text(json.dumps(dict(json.loads(path.read_text()), categories=categories)))
+    with pytest.raises(DataRootError, match=said):
+        use_data_root(Config.fromfile(DEMO), str(tmp_path))
