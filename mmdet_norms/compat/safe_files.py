@@ -65,12 +65,28 @@ def _before_train(hook: CheckpointHook, runner: Runner) -> None:
     # what lies in another folder, where this run was moved, copied or resumed from, is not its own to delete
     if getattr(hook, 'best_ckpt_path', None):
         hook.best_ckpt_path = _here(hook, hook.best_ckpt_path)
+    _forget_best_of_another_metric(hook, runner)
     for key, path in (getattr(hook, 'best_ckpt_path_dict', None) or {}).items():
         hook.best_ckpt_path_dict[key] = path and _here(hook, path)
     last = runner.message_hub.runtime_info.get('last_ckpt')
     hook.last_ckpt = last and _here(hook, last)
     if hook.last_ckpt is not None:
         _delete_outdated(hook, runner)
+
+
+def _forget_best_of_another_metric(hook: CheckpointHook, runner: Runner) -> None:
+    """A score is kept without the name of its metric, which only the name of the file has."""
+    known, keys = runner.message_hub.runtime_info, getattr(hook, 'key_indicators', None) or []
+    if len(keys) != 1 or keys[0] == 'auto' or 'best_ckpt' not in known:
+        return
+    name = Path(known['best_ckpt']).name
+    if name.startswith('best_') and not name.startswith(f'best_{keys[0]}_'.replace('/', '_')):
+        runner.logger.warning(
+            f'{name}, the best checkpoint until now, is not of save_best={keys[0]}, which begins anew'
+        )
+        for key in ('best_ckpt', 'best_score'):
+            known.pop(key, None)
+        hook.best_ckpt_path = None
 
 
 def _save_checkpoint_with_step(hook: CheckpointHook, runner: Runner, step: int, meta: dict) -> None:

@@ -215,6 +215,14 @@ def test_several_best_checkpoints_are_kept_apart(tmp_path):
     assert checkpoints_in(tmp_path) == ['best_acc_epoch_4.pth', 'best_loss_epoch_1.pth', 'epoch_4.pth', 'epoch_5.pth']
 
 
+def test_a_score_of_another_metric_is_not_the_best_of_this_one(tmp_path):
+    """The best loss, 0.1 of the first epoch, is better than any accuracy to come."""
+    assert in_a_child(run_and_be_killed, tmp_path, 26, save_best='loss', rule='less') == -signal.SIGKILL
+    run(tmp_path, resume=True, save_best='acc', rule='less')
+    best = [name for name in checkpoints_in(tmp_path) if name.startswith('best')]
+    assert best == ['best_acc_epoch_5.pth', 'best_loss_epoch_1.pth']  # of epochs 4 and 5, which are yet to come
+
+
 @pytest.mark.parametrize('kind', ['copied', 'moved', 'resumed elsewhere'])
 def test_the_best_checkpoint_of_another_folder_is_not_deleted(tmp_path, kind):
     """Its path is in the checkpoint, as an absolute one."""
