@@ -139,8 +139,13 @@ def read_coco_detections(path: str | Path, ids: Sequence[int], images: Sequence[
 def is_detections(path: Path) -> bool:
     """Does the file begin as one that ``--out`` writes (a pickle, a list in JSON)? It is not read further."""
     with path.open('rb') as file:
-        start = file.read(1)
-    return start in (b'', b'\x80' if path.suffix != '.json' else b'[')
+        start = file.read(4096)
+    if path.suffix == '.json':
+        text = b''.join(start.split())
+        return text in (b'', b'[]') or (text.startswith(b'[{') and b'"image_id"' in text)
+    known = (b'img_id', b'img_path', b'ori_shape', b'pred_instances')
+    no_detections = len(start) < 16 and b']' in start
+    return not start or (start[:1] == b'\x80' and (no_detections or any(word in start for word in known)))
 
 
 def _plain(rle: dict) -> dict:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mmdet_norms.compat import pickles
+from mmdet_norms.engine.coco_detections import is_detections
 from mmdet_norms.engine.detections import read_detections
 from mmdet_norms.errors import UserError
 
@@ -197,3 +198,23 @@ def test_every_instruction_of_pickle_is_known_or_refused():
     """A canary: a new Python may bring instructions that nobody has thought about."""
     assert sys.version_info < (3, 15), 'look at the instructions of this Python first'
     assert {opcode.code for opcode in pickletools.opcodes} >= {chr(code) for code in pickles._Plain.dispatch}
+
+
+def test_what_out_may_replace_are_detections_only(tmp_path):
+    ours = {
+        'a.pkl': pickle.dumps([dict(img_id=1, ori_shape=(4, 4), pred_instances={})]),
+        'b.pkl': pickle.dumps([]),
+        'c.json': b'[{"image_id": 1, "bbox": [0, 0, 1, 1]}]',
+        'd.json': b'[ ]\n',
+        'e.json': b'',
+    }
+    others = {
+        'f.pkl': pickle.dumps([dict(mine=1)]),
+        'g.pkl': pickle.dumps(dict(weights=[1.0] * 9)),
+        'h.json': b'[1, 2, 3]',
+        'i.json': b'[{"name": "mine"}]',
+        'j.json': b'{"images": [], "image_id": 1}',
+    }
+    for name, content in {**ours, **others}.items():
+        (tmp_path / name).write_bytes(content)
+        assert is_detections(tmp_path / name) == (name in ours), name
