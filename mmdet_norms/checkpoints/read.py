@@ -46,10 +46,13 @@ class Checkpoint:
         """Raise unless training can go on from it: weights alone are a start, not a state.
 
         Raises:
-            CheckpointError: it has no epoch, iteration or optimizer.
+            CheckpointError: it has no epoch, iteration, optimizer or log.
         """
-        absent = [f'meta.{key}' for key in ('epoch', 'iter') if type(self.meta.get(key)) is not int]
+        counts = {key: self.meta.get(key) for key in ('epoch', 'iter')}
+        absent = [f'meta.{key}' for key, count in counts.items() if type(count) is not int or count < 0]
         absent += [] if isinstance(self.content.get('optimizer'), Mapping) else ['optimizer']
+        hub = self.content.get('message_hub')
+        absent += [] if isinstance(hub, Mapping) and {'log_scalars', 'runtime_info'} <= hub.keys() else ['message_hub']
         if absent:
             raise CheckpointError(
                 f'{self.name} is not a state of training: it has no {" and no ".join(absent)}. To start from its '

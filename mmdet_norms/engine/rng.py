@@ -125,6 +125,8 @@ class RandomStateHook(Hook):
         """Restore the states; what is in the way of it."""
         if self._loaded is None:
             return 'the checkpoint has no random states (it was saved without RandomStateHook)'
+        if not _is_whole(self._loaded):
+            return 'the random states of the checkpoint are of another form'
         processes = self._loaded['processes']
         if len(processes) != get_world_size():
             return f'it was saved by {len(processes)} processes, and this run has {get_world_size()}'
@@ -328,6 +330,23 @@ def unpack(packed: dict) -> tuple:
 
 def _model(runner: Runner) -> nn.Module:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _is_whole(states: object) -> bool:
+    """Whether these are states as :meth:`RandomStateHook.before_saving` makes them, not of another program."""
+    processes = states.get('processes') if isinstance(states, dict) and states.get('version') == 1 else None
+    if not isinstance(processes, list):
+        return False
+    keys = {'rng', 'images', 'gradients', 'sizes'}
+    return all(isinstance(mine, dict) and keys <= mine.keys() and _can_unpack(mine['rng']) for mine in processes)
+
+
+def _can_unpack(packed: object) -> bool:
+    try:
+        unpack(packed)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _sampler(batches: NumberedBatches) -> object:

@@ -53,7 +53,8 @@ def model_cfg(config, norm=None, **backbone):
 
 def save(path, state, **more):
     meta = {**dict(epoch=1, iter=2), **CLASSES, **more.pop('meta', {})}
-    torch.save(dict(meta=meta, state_dict=state, optimizer=dict(state={}, param_groups=[]), **more), path)
+    rest = dict(optimizer=dict(state={}, param_groups=[]), message_hub=dict(log_scalars={}, runtime_info={}))
+    torch.save(dict(meta=meta, state_dict=state, **rest, **more), path)
     return str(path)
 
 

@@ -95,6 +95,24 @@ def test_weights_are_found_where_trainers_put_them(tmp_path, make):
         found.require_resumable()
 
 
+@pytest.mark.parametrize(
+    'change, said',
+    [
+        (dict(message_hub={}), 'no message_hub'),
+        (dict(message_hub=None), 'no message_hub'),
+        (dict(meta=dict(epoch=1, iter=-3)), 'no meta.iter'),
+    ],
+)
+def test_a_state_without_a_part_that_the_runner_reads_is_none(tmp_path, change, said):
+    hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
+    state = dict(meta=dict(epoch=1, iter=2), state_dict=weights(), optimizer={}, message_hub=hub)
+    torch.save(state, tmp_path / 'a.pth')
+    read_checkpoint(tmp_path / 'a.pth').require_resumable()
+    torch.save({**state, **change}, tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match=f'not a state of training: it has {said}'):
+        read_checkpoint(tmp_path / 'a.pth').require_resumable()
+
+
 BYTES = {
     'empty': (b'', 'is empty (0 bytes)'),
     'html': (b'<html>404 not found</html>\n', 'a web page'),

@@ -330,6 +330,20 @@ def test_every_image_of_every_batch_process_and_seed_draws_numbers_of_its_own():
     assert len(drawn) == 24 and all(len(set(numbers)) == 24 for numbers in zip(*drawn))
 
 
+@pytest.mark.parametrize(
+    'states',
+    ['x', {}, dict(version=2, processes=[]), dict(version=1, processes=[{}]),
+     dict(version=1, processes=[dict(rng={}, images={}, gradients={}, sizes={})])],
+)  # fmt: skip
+def test_states_of_another_form_are_not_taken(states, tmp_path):
+    run(tmp_path / 'whole', ema=False)
+    path = tmp_path / 'whole' / 'epoch_2.pth'
+    torch.save({**torch.load(path), rng.KEY: states}, path)
+    run(tmp_path / 'rest', ema=False, resume=str(path))
+    log = ''.join(path.read_text() for path in (tmp_path / 'rest').glob('*/*.log'))
+    assert 'not bit by bit' in log and 'are of another form' in log
+
+
 def test_loading_a_batch_leaves_the_generators_as_they_were_even_if_it_fails():
     def state():
         return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
