@@ -13,6 +13,8 @@ from mmdet_norms.engine.results import COLUMNS, coco_kinds, format_ap
 
 from .common import UserError, command
 
+_MOST = 10**300  # a larger whole number is no float
+_PARTIAL = ('started_anew', 'weights')
 _ORIGIN = ('split', 'config', 'checkpoint', 'epoch', 'iter')  # in results.json beside the numbers
 
 
@@ -34,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, result in results.items():
         if not coco_kinds(result) and not _others(result):
             console.print(f'{as_text(name)}: the evaluation gave no results')
+        partial = result.get('partial_checkpoint')
+        if partial:
+            anew, weights = (partial.get(key, '?') if isinstance(partial, dict) else '?' for key in _PARTIAL)
+            console.print(as_text(f'{name}: --allow-partial, {anew} of {weights} weights are not of the checkpoint'))
 
 
 def _table(kind: str, results: dict[str, dict]) -> Table:
@@ -79,7 +85,7 @@ def read(name: str) -> dict:
     path = Path(name)
     path = path / 'results.json' if path.is_dir() else path
     try:
-        result = json.loads(path.read_text(encoding='utf-8'))
+        result = json.loads(path.read_text(encoding='utf-8-sig'))
     except FileNotFoundError:
         raise UserError(f'there is no {path}; tools/train.py and tools/test.py write it into the work dir') from None
     except OSError as error:
@@ -88,6 +94,9 @@ def read(name: str) -> dict:
         raise UserError(f'{path} is not a results.json ({error})') from error
     if not isinstance(result, dict):
         raise UserError(f'{path} is not a results.json (it holds a {type(result).__name__}, not an object)')
+    huge = next((key for key, value in result.items() if type(value) is int and abs(value) > _MOST), None)
+    if huge is not None:
+        raise UserError(f'{path} is not a results.json (in {huge}, a number of {len(str(result[huge]))} digits)')
     for kind in coco_kinds(result):
         for key in COLUMNS.values():
             value = result.get(f'{kind}_{key}')

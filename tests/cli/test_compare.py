@@ -50,3 +50,24 @@ def test_json_that_is_no_result_is_one_message(content, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         compare.main([str(tmp_path)])
     assert end.value.code == 2 and 'is not a results.json' in capsys.readouterr().err
+
+
+def test_numbers_of_a_checkpoint_that_did_not_fit_are_marked(tmp_path, capsys):
+    partial = dict(checkpoint='[/b].pth', weights=7, started_anew=3)
+    (tmp_path / 'results.json').write_text(json.dumps(dict(bbox_mAP=0.4, partial_checkpoint=partial)))
+    compare.main([str(tmp_path)])
+    assert '--allow-partial, 3 of 7 weights are not of the checkpoint' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('key', ['bbox_mAP', 'accuracy'])
+def test_a_number_that_is_no_float_is_one_message(key, tmp_path, capsys):
+    (tmp_path / 'results.json').write_text(f'{{"{key}": {"9" * 400}}}')
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path)])
+    assert f'(in {key}, a number of 400 digits)' in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path, capsys):
+    (tmp_path / 'results.json').write_text('{"bbox_mAP": 0.4}', encoding='utf-8-sig')
+    compare.main([str(tmp_path)])
+    assert '0.400' in capsys.readouterr().out
