@@ -226,9 +226,12 @@ def _inner_prefix(found: Fit, part: nn.Module, state: Mapping) -> list[str]:
 
 
 def _advice(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[str]:
-    names = [] if is_fused(checkpoint.content) else list(_fitting_norms(cfg, args, checkpoint))
+    fused = is_fused(checkpoint.content)
+    names = [] if fused else list(_fitting_norms(cfg, args, checkpoint))
     if names:
-        yield f'It would fit with {" or ".join(names)}'
+        yield f'It would fit {" or ".join(names)}'
+    if fused:
+        yield 'It is a fused model: give the config, and the --norm if any, that it was exported with'
     yield from _prefixes(cfg, checkpoint)
     yield from _trained_with(checkpoint)
     classes, ours = checkpoint.classes(), _classes(cfg)
@@ -250,14 +253,14 @@ def _fitting_norms(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint
         written.merge_from_dict(getattr(args, 'cfg_options', None) or {})
         plain = written.model
         if _fits(plain, cfg, checkpoint):
-            yield f'no --norm {args.norm}'
+            yield f'without --norm {args.norm}'
     for name in PLACEMENTS:
         try:
             model_cfg = apply_norm(copy.deepcopy(plain), name)
         except (KeyError, TypeError, ValueError):
             continue
         if _fits(model_cfg, cfg, checkpoint):
-            yield f'--norm {name}'
+            yield f'with --norm {name}'
 
 
 def _prefixes(cfg: Config, checkpoint: Checkpoint) -> Iterator[str]:

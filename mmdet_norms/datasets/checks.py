@@ -669,7 +669,10 @@ class AnnotationFile:
         if broken:
             i, why = broken[0]
             yield self._files(
-                'error', broken, f'{len(broken):,} images{of} cannot be used: {self._file(source, i)} {why}'
+                'error',
+                broken,
+                f'{len(broken):,} images{of} cannot be used: {self._file(source, i)} {why}',
+                'Copy them again, or take their entries and annotations out of the file',
             )
         if sizes:
             i, header = sizes[0]

@@ -40,7 +40,7 @@ def read_detections(path: str | os.PathLike) -> list[dict]:
             f'any code; {write_anew}'
         ) from error
     except Exception as error:  # damaged bytes raise anything
-        what = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        what = f'{type(error).__name__}: {error}'.splitlines()[0][:120]
         raise UserError(f'{path} is no file of results, or a damaged one ({what}); {write_anew}') from error
     wrong = _what_is_wrong(content)
     if wrong:

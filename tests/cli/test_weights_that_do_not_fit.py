@@ -94,7 +94,7 @@ def refused(*arguments):
 MISFITS = {
     'norm bnet in bn': (dict(norm='bnet3'), [], '--norm bnet3'),
     'norm bnet of another kernel': (dict(norm='bnet5'), ['--norm', 'bnet3'], 'with --norm bnet5\n'),
-    'norm bn in sn': ({}, ['--norm', 'sn'], 'no --norm sn or --norm bn'),
+    'norm bn in sn': ({}, ['--norm', 'sn'], 'It would fit without --norm sn or with --norm bn'),
     'norm sn in bn': (dict(norm='sn'), [], '--norm sn'),
     'norm mabn in bn': (dict(norm='mabn'), [], '--norm mabn'),
     'norm an in bn': (dict(norm='an'), [], '--norm an'),
@@ -272,6 +272,7 @@ def test_a_fused_checkpoint_fits_its_own_norm_only(models, config, tmp_path):
         ask('test', config, str(tmp_path / 'fused.pth'), '--norm', norm)
         message = refused('test', config, str(tmp_path / 'fused.pth'), '--norm', other)
         assert 'trained with has the norms BNET(kernel_size=3)' in message
+        assert 'the config, and the --norm if any, that it was exported with' in message
 
 
 def test_the_averages_of_a_run_with_ema_are_what_is_tested(models, config, tmp_path):

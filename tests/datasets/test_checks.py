@@ -223,7 +223,7 @@ def test_missing_and_unnamed_files_are_named(tmp_path):
 def test_broken_images_are_named(tmp_path, split, data, why):
     check(tmp_path)
     (tmp_path / split / f'{split}02.png').write_bytes(data)
-    assert re.search(rf'{split}02\.png {why}', texts(check_config(small.config(tmp_path))))
+    assert re.search(rf'{split}02\.png {why}.*Copy them again', texts(check_config(small.config(tmp_path))))
 
 
 def test_full_decodes_every_image(tmp_path):

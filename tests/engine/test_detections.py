@@ -143,7 +143,7 @@ def test_a_tensor_cannot_look_beyond_its_numbers(tmp_path):
     'content, said',
     [
         (b'', 'is empty'),
-        (b'<html>404</html>', 'no file of results, or a damaged one'),
+        (b'<html>404</html>', 'no file of results, or a damaged one (KeyError: 60)'),
         (b'[{"image_id": 1}]', 'no file of results, or a damaged one'),
         (dict(a=1), 'it is a dict, not a list'),
         ([3], 'entry 0 is a int'),
