@@ -79,13 +79,17 @@ def check_data(
     Args:
         cfg: read, and changed where it has to read a copy.
         splits: those that the run reads.
-        allow_faults: say them as warnings; None where there is no such option.
+        allow_faults: say them as warnings, but those that would end the run; None where there is no such option.
         folder: where copies go; ``annotations`` in the work dir by default.
     """
     report = check_config(cfg, splits)
     errors = report.of('error')
+    fatal = [finding for finding in errors if finding.fatal]
+    if fatal and allow_faults:
+        raise UserError(_refusal(fatal, '; --allow-data-faults cannot help, the run would end in an error'))
     if errors and not allow_faults:
-        raise UserError(_refusal(errors, can_be_allowed=allow_faults is not None))
+        allowable = allow_faults is not None and not fatal
+        raise UserError(_refusal(errors, '; --allow-data-faults goes on nevertheless' if allowable else ''))
     speaks = all(os.environ.get(name, '0') == '0' for name in _RANKS)
     for finding in [*errors, *report.of('warning')] if speaks else []:
         print(f'warning: {finding}', file=sys.stderr)
@@ -93,8 +97,7 @@ def check_data(
     forget()
 
 
-def _refusal(errors: list[Finding], can_be_allowed: bool) -> str:
-    option = '; --allow-data-faults goes on nevertheless' if can_be_allowed else ''
+def _refusal(errors: list[Finding], option: str) -> str:
     if len(errors) == 1:
         return f'{errors[0]}{option}'
     listed = '\n'.join(f'  {finding}' for finding in errors)

@@ -93,7 +93,8 @@ def add_check_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--allow-data-faults',
         action='store_true',
-        help='go on although the data have faults that make results wrong; they are shown as warnings (docs/data.md)',
+        help='go on although the data have faults that make results wrong but do not end the run; they are shown as '
+        'warnings (docs/data.md)',
     )
 
 

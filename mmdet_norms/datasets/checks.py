@@ -36,6 +36,7 @@ class Finding:
         what: what is wrong.
         do: what to do about it.
         ids: of the images, annotations or categories concerned.
+        fatal: an error that would end the run, so that going on nevertheless is of no use.
     """
 
     level: str
@@ -43,6 +44,7 @@ class Finding:
     what: str
     do: str = ''
     ids: tuple = ()
+    fatal: bool = False
 
     def __str__(self) -> str:
         shown = ', '.join(f'{value}' for value in self.ids[:5])
@@ -169,6 +171,7 @@ def _heads(model: Any, found: list[Source]) -> Iterator[Finding]:
                 key,
                 f'is {count}, but the data have {len(classes[0])} classes',
                 f'Set it to {len(classes[0])} (--cfg-options {key}={len(classes[0])})' + unnamed,
+                fatal=count < len(classes[0]) and any(source.split == 'train' for source in found),
             )
 
 
@@ -200,6 +203,7 @@ def _check_file(cfg: Config, path: str, group: list[Source], sound: list[Source]
         segm=any(wants_masks(metric) for metric in metrics if not metric.get('format_only')),
         evaluated=bool(metrics),
         objects=graded or any(_trained_on(source, sound) for source in group),
+        filtered=any(source.filter_cfg.get('filter_empty_gt') for source in group),
     )
     try:
         content = read_annotations(path)
@@ -277,8 +281,8 @@ class AnnotationFile:
         self.width = numbers([image.get('width') for image in self.images])
         self.height = numbers([image.get('height') for image in self.images])
 
-    def _finding(self, level: str, what: str, do: str = '', ids: Sequence = ()) -> Finding:
-        return Finding(level, self.path, what, do, tuple(map(str, ids)))
+    def _finding(self, level: str, what: str, do: str = '', ids: Sequence = (), fatal: bool = False) -> Finding:
+        return Finding(level, self.path, what, do, tuple(map(str, ids)), fatal)
 
     def _of(self, rows: np.ndarray) -> tuple:
         return tuple(self.ids[i] for i in np.flatnonzero(rows)[:6])
@@ -304,7 +308,8 @@ class AnnotationFile:
             yield self._finding('error', 'lists no images', 'Give a file with images')
         bad = [i for i, image in enumerate(self.images) if not is_id(image.get('id'))]
         if bad:
-            yield self._finding('error', f'{len(bad):,} images have no id, the first at {bad[0]} of the list')
+            what = f'{len(bad):,} images have no id, the first at {bad[0]} of the list'
+            yield self._finding('error', what, fatal=True)
         ids = [image['id'] for image in self.images if is_id(image.get('id'))]
         if len(set(ids)) < len(ids):
             seen: set = set()
@@ -324,6 +329,7 @@ class AnnotationFile:
                 f'{len(names):,} images have no file_name',
                 'Name the file of each',
                 [i.get('id') for i in names],
+                fatal=True,
             )
         no_size = ~((self.width > 0) & (self.height > 0))
         if no_size.any():
@@ -332,13 +338,16 @@ class AnnotationFile:
                 f'{no_size.sum():,} images have no width and height, and their files could not be read to fill them in',
                 'Write both as numbers',
                 [self.images[i].get('id') for i in np.flatnonzero(no_size)[:6]],
+                fatal=True,
             )
 
     def _check_annotations(self) -> Iterator[Finding]:
         total = len(self.annotations)
         if not total:
             if self.needs.objects:
-                yield self._finding('error', 'has no annotations', 'Give a file with objects')
+                yield self._finding(
+                    'error', 'has no annotations', 'Give a file with objects', fatal=self.needs.filtered
+                )
             return
         yield from self._check_references()
         yield from self._check_boxes()
@@ -365,9 +374,8 @@ class AnnotationFile:
         ):
             none = np.array([not is_id(value) for value in ids])
             if none.any():
-                yield self._finding(
-                    'error', f'{none.sum():,} annotations have no {key}', f'Give each its {key}', self._of(none)
-                )
+                what = f'{none.sum():,} annotations have no {key}'
+                yield self._finding('error', what, f'Give each its {key}', self._of(none), fatal=True)
             unknown = (rows < 0) & ~none
             if unknown.any():
                 kind = 'images' if key == 'image_id' else 'categories'
@@ -428,6 +436,7 @@ class AnnotationFile:
                 f'{bad.sum():,} annotations have a bbox like {first!r:.60}',
                 'Write four finite numbers: [x, y, width, height] in pixels',
                 self._of(bad),
+                fatal=True,
             )
         x, y, w, h = self.box.T
         good = ~bad
@@ -491,6 +500,7 @@ class AnnotationFile:
                 'Add the masks, or take a config without: for boxes alone, with_mask=False in LoadAnnotations and '
                 "metric='bbox' in the evaluator, and no mask head",
                 self._of(none),
+                fatal=self.needs.segm or bool(none.all()),
             )
         if invalid.any():
             yield self._finding(
@@ -499,6 +509,7 @@ class AnnotationFile:
                 f'{masks[int(np.flatnonzero(invalid)[0])]!r:.60}',
                 'Write polygons of three points or more, or run lengths dict(size=[height, width], counts=...)',
                 self._of(invalid),
+                fatal=self.needs.segm,
             )
         yield from self._check_agreement(masks)
         wrong, sums = np.zeros(total, bool), np.zeros(total, bool)
@@ -528,6 +539,7 @@ class AnnotationFile:
                 f'{(sums & ~wrong).sum():,} masks in run lengths do not add up to their size',
                 'Encode them again',
                 self._of(sums & ~wrong),
+                fatal=True,  # pycocotools decodes them to whatever is in memory
             )
 
     def _check_agreement(self, masks: list) -> Iterator[Finding]:
@@ -608,6 +620,7 @@ class AnnotationFile:
                 'error',
                 f'no object is left for {source.key}: of {len(left):,}, {why}',
                 'Correct what leaves them out',
+                fatal=not self._kept_images(source).any(),
             )
             return
         with_objects = np.zeros(len(self.images), bool)
@@ -619,6 +632,7 @@ class AnnotationFile:
                 f'no image is left for {source.key} after filter_cfg={dict(source.filter_cfg)}: '
                 f'{len(kept):,} images, {with_objects.sum():,} with objects',
                 'Loosen filter_cfg, or give other data',
+                fatal=True,
             )
         elif not kept.all() and source.split != 'train' and self.needs.evaluated:
             yield self._finding(
@@ -673,6 +687,7 @@ class AnnotationFile:
                 broken,
                 f'{len(broken):,} images{of} cannot be used: {self._file(source, i)} {why}',
                 'Copy them again, or take their entries and annotations out of the file',
+                fatal=True,
             )
         if sizes:
             i, header = sizes[0]
@@ -733,13 +748,14 @@ class AnnotationFile:
             [(i, None) for i in rows],
             f'{len(rows):,} of {total:,} image files are not there: {self._file(source, rows[0])}',
             hint,
+            fatal=True,
         )
 
     def _file(self, source: Source, row: int) -> str:
         return os.path.join(source.images, self.images[row]['file_name'])
 
-    def _files(self, level: str, rows: list, what: str, do: str = '') -> Finding:
-        return self._finding(level, what, do, [self.images[i].get('id') for i, _ in rows])
+    def _files(self, level: str, rows: list, what: str, do: str = '', fatal: bool = False) -> Finding:
+        return self._finding(level, what, do, [self.images[i].get('id') for i, _ in rows], fatal)
 
 
 def _check_evaluators(cfg: Config, split: str, found: list[Source], report: Report) -> None:

@@ -22,12 +22,14 @@ class Needs:
         segm: a metric compares masks.
         evaluated: a COCO metric reads the file.
         objects: it is trained on or evaluated, so that it must have objects.
+        filtered: images without objects are left out of a data set.
     """
 
     masks: bool = False
     segm: bool = False
     evaluated: bool = False
     objects: bool = True
+    filtered: bool = False
 
 
 def complete(content: dict, needs: Needs, size: Callable[[dict], tuple[int, int] | None]) -> list[str]:

@@ -74,6 +74,47 @@ def test_faults_may_be_allowed_and_are_warnings_then(config, folder, capsys):
     assert 'warning: ' in (said := capsys.readouterr().err) and 'another order' in said
 
 
+def lose_an_image(content):
+    content['images'][0]['file_name'] = 'nosuch.png'
+
+
+FATAL = {
+    'box': ('train', lambda c: c['annotations'][0].update(bbox=[1, 2])),
+    'image of train': ('train', lose_an_image),
+    'image of val': ('val', lose_an_image),
+    'no objects': ('train', lambda c: c.update(annotations=[])),
+    'none of the classes': ('train', lambda c: [x.update(name=x['name'].title()) for x in c['categories']]),
+    'a mask that is evaluated': ('val', lambda c: c['annotations'][0].update(segmentation=[[1, 2, 3, 4]])),
+    'no mask that is evaluated': ('val', lambda c: [a.pop('segmentation') for a in c['annotations']]),
+    'no mask that is trained on': ('train', lambda c: [a.pop('segmentation') for a in c['annotations']]),
+    'short run lengths': (
+        'train',
+        lambda c: c['annotations'][0].update(segmentation=dict(size=[small.HEIGHT, small.WIDTH], counts=[5, 6])),
+    ),
+    'no category': ('train', lambda c: c['annotations'][0].pop('category_id') and None),
+}
+
+
+@pytest.mark.parametrize('name', FATAL)
+def test_faults_that_would_end_the_run_are_not_offered_and_not_allowed(config, folder, name):
+    edit(folder, *FATAL[name])
+    with pytest.raises(UserError) as found:
+        train_config(config)
+    assert 'allow-data-faults' not in str(found.value)
+    annotations.forget()
+    with pytest.raises(UserError, match='--allow-data-faults cannot help, the run would end in an error'):
+        train_config(config, '--allow-data-faults')
+
+
+def test_too_few_classes_end_a_training_and_too_many_do_not(config, folder):
+    few, many = (['--cfg-options', f'model.roi_head.bbox_head.num_classes={n}'] for n in (1, 9))
+    with pytest.raises(UserError, match='cannot help'):
+        train_config(config, '--allow-data-faults', *few)
+    train_config(config, '--allow-data-faults', *many)
+    with pytest.raises(UserError, match='goes on nevertheless'):
+        train_config(config, *many)
+
+
 @pytest.mark.parametrize('split, found', [('train', False), ('val', True)])
 def test_a_test_checks_the_data_that_it_reads(config, folder, tmp_path, split, found):
     edit(folder, split, lambda c: c['annotations'][0].update(bbox=[1, 2]))

@@ -136,6 +136,8 @@ def test_a_packaged_config_can_be_named_directly(tmp_path):
     tiny.write_dataset(tmp_path)
     options = ['train_dataloader.dataset.data_root=' + f'{tmp_path}/']
     options += ['train_dataloader.dataset.ann_file=annotations.json', 'val_dataloader=None']
+    options += ['train_dataloader.dataset.data_prefix.img=images/']
+    options += ['train_dataloader.dataset.filter_cfg.filter_empty_gt=False']  # no image has a class of COCO
     cfg = options_of(train, name, '--norm', 'bnet3', '--allow-data-faults', '--cfg-options', *options)
     assert cfg.model.backbone.norm_at.last.kernel_size == 3
     assert cfg.work_dir == './work_dirs/retinanet_r50_fpn_1x_coco_bnet3'
