@@ -66,6 +66,7 @@ def test_norm_eval_and_frozen_stages_over_a_method_they_defeat_are_named(norm, c
     messages = defeated(detector(norm_eval=True, frozen_stages=1))
     assert f'norm_eval=True freezes batch norm statistics, but {norm} keep' in messages[0]
     assert 'frozen_stages=1' in messages[1]
+    assert 'frozen_stages=0' in defeated(detector(norm_eval=False, frozen_stages=0))[0]  # the stem
     assert defeated(detector(norm_eval=False)) == []
 
 

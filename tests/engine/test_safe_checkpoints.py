@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
 import mmdet_norms  # noqa: F401
-from mmdet_norms.engine.safe_checkpoints import CheckpointFolder, newest_checkpoint
+from mmdet_norms.engine.safe_checkpoints import CheckpointFolder, _is_due, newest_checkpoint
 from mmdet_norms.errors import UserError
 
 
@@ -192,3 +193,17 @@ def test_the_stock_runner_asks_the_same_question(run, capsys):
     halve(run / 'epoch_5.pth')
     assert runner.find_latest_checkpoint(str(run)) == str(run / 'epoch_4.pth')
     assert 'epoch_5.pth' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('kind, now, end', [
+    (EpochBasedTrainLoop, '_epoch', '_max_epochs'), (IterBasedTrainLoop, '_iter', '_max_iters'),
+])  # fmt: skip
+def test_a_validation_is_due_where_the_loops_have_one(kind, now, end):
+    loop = kind.__new__(kind)
+    loop.val_begin, loop.dynamic_milestones, loop.dynamic_intervals = 2, [0, 7], [3, 2]
+    setattr(loop, end, 11)
+    due = []
+    for position in range(1, 12):
+        setattr(loop, now, position)
+        due += [position] if _is_due(loop) else []
+    assert due == [3, 6, 8, 10, 11]

@@ -158,7 +158,7 @@ NOT_MADE = [
 ]
 
 
-def test_overwrite_deletes_what_a_run_made_and_nothing_else(tmp_path):
+def test_overwrite_deletes_what_a_run_made_and_nothing_else(tmp_path, monkeypatch):
     for name in [*MADE, *NOT_MADE, 'last_checkpoint', 'results.json', 'finished.json']:
         (tmp_path / name).touch()
     (tmp_path / 'epoch_9.pth').mkdir()
@@ -167,8 +167,12 @@ def test_overwrite_deletes_what_a_run_made_and_nothing_else(tmp_path):
     assert sorted(path.name for path in folder.all()) == sorted(MADE)
     with pytest.raises(UserError, match=r'holds 5 checkpoints .*--resume.*--overwrite.*--work-dir'):
         work_dir.require_fresh(folder)
-    with pytest.raises(UserError, match=r'--overwrite deletes .*epoch_1.pth, from which load_from starts'):
-        work_dir.require_replaceable(folder, dict(load_from=str(tmp_path / '.' / 'epoch_1.pth')))
+    (tmp_path / 'link.pth').symlink_to(tmp_path / 'epoch_1.pth')
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / 'epoch_1.pth'), './epoch_1.pth', 'link.pth'):
+        with pytest.raises(UserError, match=r'--overwrite deletes .*\.pth, from which load_from starts'):
+            work_dir.require_replaceable(folder, dict(load_from=name))
+    (tmp_path / 'link.pth').unlink()
     work_dir.require_replaceable(folder, dict(load_from=str(tmp_path / 'pretrained.pth')))
     work_dir.remove_earlier_run(folder)
     assert sorted(os.listdir(tmp_path)) == sorted([*NOT_MADE, 'epoch_9.pth', '20260101_000000'])
