@@ -185,7 +185,7 @@ def test_workers_without_shared_memory_are_told_before_the_start(trained, tmp_pa
     if disk == 'gone':
         monkeypatch.setattr(shared_memory, 'SHARED', tmp_path / 'nowhere')
     elif disk == 'small':
-        monkeypatch.setattr(shared_memory.shutil, 'disk_usage', lambda path: (65536, 0, 16384))
+        monkeypatch.setattr(shared_memory.shutil, 'disk_usage', lambda path: (10**12, 0, 16384))
     else:
         monkeypatch.setattr(shared_memory.os, 'access', lambda path, mode: path != shared_memory.SHARED)
     workers = {'train_dataloader.num_workers': 2}
