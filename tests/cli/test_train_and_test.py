@@ -235,6 +235,7 @@ def test_a_mistake_in_training_is_one_message(config, tmp_path, capsys, monkeypa
         (['CONFIG', 'missing.pth'], 'missing.pth'),
         (['CONFIG', 'EMPTY', '--out', 'results.txt'], '.pkl'),
         (['CONFIG', 'EMPTY', '--out', 'w/results.json', '--work-dir', 'w'], 'the metrics are written there'),
+        (['CONFIG', 'EMPTY', '--out', 'w/results.json', '--work-dir', './v/../w'], 'the metrics are written there'),
         (['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', 'EMPTY', '--eval', 'bbox', 'segm'], '--eval bbox;'),
         (['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', 'EMPTY', '--eval', 'segm'], '--eval bbox,'),
         (['mmdet::pascal_voc/retinanet_r50_fpn_1x_voc0712.py', 'EMPTY', '--eval', 'bbox'], 'VOCMetric'),
