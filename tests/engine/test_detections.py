@@ -113,6 +113,12 @@ def test_code_in_a_results_file_does_not_run(tmp_path, name, where):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize('code', ['O', 'O8', '|O', 'V8', 'S3', 'U2', 'M8[s]', 'f8,f8', '(2,)f8', 8, None, object])
+def test_only_kinds_of_numbers_are_dtypes(code):
+    with pytest.raises(pickles.UnsafePickleError, match='is no kind of number'):
+        pickles.PlainDtype(code)
+
+
 def test_a_file_leaves_no_mark_on_the_functions_that_read_it(tmp_path):
     assert 'it creates objects' in refused(tmp_path / 'evil.pkl', b"c_codecs\nencode\n}S'mark'\nK\x01sb.")
     assert not any(hasattr(function, 'mark') for function in pickles._NAMES.values())
