@@ -1,7 +1,7 @@
 """The rooms of the package: imports run downwards only, so a line's place says what it may know."""
 
 import ast
-from collections import defaultdict
+from collections import Counter, defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -41,3 +41,8 @@ def test_no_import_runs_upwards():
         raise AssertionError(f'rooms that import each other: {" -> ".join(reversed(error.args[1]))}') from None
     assert floors.index('layers') < floors.index('placement') < floors.index('cli')
     assert needs['layers'] <= {'kernels'} and 'cli' not in set().union(*needs.values())
+
+
+def test_files_of_tests_have_names_of_their_own():
+    names = Counter(path.name for path in Path(__file__).parent.rglob('test_*.py'))
+    assert {name for name, count in names.items() if count > 1} == set()  # pytest would import the first for both

@@ -718,7 +718,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
     save = torch.save
 
     def half_of_it(content, file, **kwargs):
-        Path(file).write_bytes(b'half')
+        file.write(b'half')
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(torch, 'save', half_of_it)

@@ -35,8 +35,7 @@ def write_images(root, names):
 
 
 def show(paths, folder):
-    if not DetLocalVisualizer.check_instance_created('visualizer'):
-        DetLocalVisualizer.get_instance('visualizer')
+    DetLocalVisualizer.get_instance('visualizer')
     hook = PicturesHook(draw=True, test_out_dir=str(folder))
     runner = SimpleNamespace(test_dataloader=SimpleNamespace(dataset=Images(paths)), rank=0)
     hook.before_test(runner)
