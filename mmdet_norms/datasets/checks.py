@@ -321,7 +321,8 @@ class AnnotationFile:
                 list(dict.fromkeys(twice)),
             )
         if len({type(value) is str for value in ids}) > 1:
-            yield self._finding('error', 'some image ids are text, others numbers', 'Write all in one way')
+            what = 'some image ids are text, others numbers'
+            yield self._finding('error', what, 'Write all in one way', fatal=self.needs.evaluated)
         names = [i for i in self.images if not isinstance(i.get('file_name'), str) or not i['file_name']]
         if names:
             yield self._finding(
@@ -355,7 +356,11 @@ class AnnotationFile:
         if odd.any():
             first = self.annotations[int(np.flatnonzero(odd)[0])]['iscrowd']
             yield self._finding(
-                'error', f'{odd.sum():,} annotations have an iscrowd like {first!r:.40}', 'Write 0 or 1', self._of(odd)
+                'error',
+                f'{odd.sum():,} annotations have an iscrowd like {first!r:.40}',
+                'Write 0 or 1',
+                self._of(odd),
+                fatal=self.needs.evaluated,
             )
         if self.crowd.all():
             yield self._finding(

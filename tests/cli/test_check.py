@@ -91,6 +91,8 @@ FATAL = {
         'train',
         lambda c: c['annotations'][0].update(segmentation=dict(size=[small.HEIGHT, small.WIDTH], counts=[5, 6])),
     ),
+    'image ids of two kinds': ('val', lambda c: c['images'].append(dict(c['images'][0], id='a'))),
+    'odd crowd': ('val', lambda c: c['annotations'][0].update(iscrowd='maybe')),
     'no category': ('train', lambda c: c['annotations'][0].pop('category_id') and None),
 }
 
