@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mmdet.registry import MODELS
+from mmengine.registry import init_default_scope
 
 from mmdet_norms.layers import AN, GN
 
@@ -12,6 +13,11 @@ BOX = dict(
     bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
 )  # fmt: skip
 MASK = dict(type='NormFCNMaskHead', num_convs=2, in_channels=8, conv_out_channels=8, num_classes=3)
+
+
+@pytest.fixture(autouse=True)
+def in_mmdet():  # whatever a runner of other tests left
+    init_default_scope('mmdet')
 
 
 def an(k):
