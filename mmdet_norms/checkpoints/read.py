@@ -78,7 +78,10 @@ def read_checkpoint(name: str | os.PathLike, map_location: object = 'cpu') -> Ch
         raise CheckpointError(f'{name}: {error} is none {known}') from error
     except ImportError as error:
         what = f'needs the package {error.name}' if error.name else f'cannot be read: {error}'.rstrip('.')
-        raise CheckpointError(f'{name} {what}; or name the file itself') from error
+        raise CheckpointError(
+            f'{name} {what}; put that right, or give the path of a file in its place (a backbone: --cfg-options '
+            'model.backbone.init_cfg.checkpoint=FILE, or model.backbone.init_cfg=None to start from nothing)'
+        ) from error
     except OSError as error:
         raise CheckpointError(f'{name} cannot be read: {error}') from error
     return _checkpoint(name, content)

@@ -39,7 +39,8 @@ from .options import add_option_arguments, merge_options
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
     """Make ``main(argv)`` end with status 2 and one message on a :class:`UserError` or a :class:`ConfigError`.
 
-    Anything else keeps its traceback: it is a bug, and the traceback says where.
+    Ctrl-C ends it with status 130 and one message. Anything else keeps its traceback: it is a bug, and the traceback
+    says where.
     """
 
     @functools.wraps(main)
@@ -48,6 +49,10 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
         warnings.filterwarnings('ignore', message='pkg_resources is deprecated', category=UserWarning)
         try:
             main(argv)
+        except KeyboardInterrupt:
+            if os.environ.get('RANK', '0') == '0':
+                print('stopped; what was written stays, and a training goes on with --resume', file=sys.stderr)
+            sys.exit(130)
         except (UserError, ConfigError) as error:
             if os.environ.get('RANK', '0') == '0' or not getattr(error, 'everywhere', False):
                 print(f'error: {error}', file=sys.stderr)

@@ -117,7 +117,12 @@ def read_coco_detections(path: str | Path, ids: Sequence[int], images: Sequence[
     labels = {category: label for label, category in enumerate(ids)}
     empty = dict(bboxes=[], scores=[], labels=[], masks=[])
     found = {image: {key: list(values) for key, values in empty.items()} for image in images}
-    for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+    if not isinstance(entries, list):
+        raise UserError(
+            f'{path} does not hold detections in COCO format, which are a list; tools/test.py CONFIG CKPT --out '
+            'detections.json writes them (results.json of a work dir has the metrics)'
+        )
+    for i, entry in enumerate(entries):
         try:
             x, y, width, height = (float(value) for value in entry['bbox'])
             score, image, category = float(entry['score']), entry['image_id'], entry['category_id']

@@ -94,6 +94,7 @@ def test_names_of_classes_may_be_anything(made, names, tmp_path):
     [
         ('{', 'does not hold detections'),
         ('[1]', 'entry 0'),
+        ('{"bbox_mAP": 0.5}', 'results.json of a work dir has the metrics'),
         ('[{"bbox": [1, 2, 3], "score": 1, "image_id": 1, "category_id": 1}]', 'entry 0'),
         ('[{"bbox": [1, 2, 3, 4], "score": "high", "image_id": 1, "category_id": 1}]', 'entry 0'),
         ('[{"bbox": [1, 2, 3, 4], "score": 1, "image_id": 99, "category_id": 1}]', 'not of the test data'),

@@ -48,3 +48,12 @@ def test_torch_still_refuses_in_a_function_of_that_name():
     with pytest.raises(ValueError) as caught:
         nn.BatchNorm2d(2)(torch.zeros(1, 2, 1, 1))
     assert '(BatchNorm2d)' in explain_one_value(caught.value)
+
+
+def test_the_keyboard_ends_a_command_with_one_message(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        command(main)([])
+    assert end.value.code == 130 and '--resume' in capsys.readouterr().err
