@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmdet_norms.console import as_text
-from mmdet_norms.engine.coco_detections import read_coco_detections
+from mmdet_norms.engine.coco_detections import category_ids, read_coco_detections
 from mmdet_norms.engine.detections import read_detections
 from mmdet_norms.engine.picture import (
     FORMATS,
@@ -43,11 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with TemporaryDirectory() as folder:  # for a completed copy of the annotations, which building reads as a whole
         check_data(cfg, ('test',), folder=folder)
         dataset = _build_dataset(cfg)
-    results = _read_results(args.results, dataset)
+    truth = {info['img_id']: info for info in (dataset.get_data_info(i) for i in range(len(dataset)))}
+    if os.path.realpath(args.out) in {os.path.realpath(info['img_path']) for info in truth.values()}:
+        raise UserError(f'--out {args.out}: is a test image; choose another name')
+    results = _read_results(args.results, dataset, list(truth))
     classes = dataset.metainfo['classes']
     palette = dataset.metainfo.get('palette') or ()
     colours = class_colours(classes, palette if len(palette) == len(classes) else None)
-    pairs = make_pairs(dataset, results, colours, args.num, args.score_thr, args.out)
+    pairs = make_pairs(truth, results, colours, args.num, args.score_thr)
     title = as_text(f'{Path(args.config).stem}, {len(pairs)} of {len(results)} images')
     legend = colours if any(pair.truth or pair.detections for pair in pairs) else []
     save_sheet(draw_sheet(pairs, title, args.score_thr, legend), Path(args.out))
@@ -69,9 +72,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_pairs(dataset, results: list[dict], colours: Colours, num: int, score_thr: float, out: str = '') -> list[Pair]:
-    """``num`` images, evenly spread over the results, each with its ground truth and detections."""
-    truth = {info['img_id']: info for info in (dataset.get_data_info(i) for i in range(len(dataset)))}
+def make_pairs(truth: dict, results: list[dict], colours: Colours, num: int, score_thr: float) -> list[Pair]:
+    """``num`` images, evenly spread over the results, each with its ground truth (by image id) and detections."""
     unknown = [result['img_id'] for result in results if result['img_id'] not in truth]
     if unknown:
         raise UserError(f"the results are of other data: the config's test data have no image {unknown[0]}")
@@ -79,8 +81,6 @@ def make_pairs(dataset, results: list[dict], colours: Colours, num: int, score_t
     pairs = []
     for result in (results[i] for i in chosen):
         info = truth[result['img_id']]
-        if out and os.path.realpath(out) == os.path.realpath(info['img_path']):
-            raise UserError(f'--out {out}: is a test image; choose another name')
         try:
             image = read_image(info['img_path'])
         except FileNotFoundError as error:
@@ -145,13 +145,12 @@ def _check_out(args: argparse.Namespace) -> None:
         raise UserError(f'--out {args.out}: is there and no picture sheet; choose another name, or add --overwrite')
 
 
-def _read_results(path: str, dataset) -> list[dict]:
+def _read_results(path: str, dataset, images: list) -> list[dict]:
     """The detections of each image, from either format of ``tools/test.py --out``."""
     if not Path(path).is_file():
         raise UserError(f'there is no results file {path}; tools/test.py CONFIG CKPT --out {path} writes it')
     if path.endswith('.json'):
-        images = {info['img_id']: info for info in (dataset.get_data_info(i) for i in range(len(dataset)))}
-        return read_coco_detections(path, dataset.cat_ids, list(images))
+        return read_coco_detections(path, category_ids(dataset, path), images)
     return read_detections(path)
 
 

@@ -114,14 +114,13 @@ def read_coco_detections(path: str | Path, ids: Sequence[int], images: Sequence[
         entries = json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{path} does not hold detections in COCO format ({error})') from error
-    labels = {category: label for label, category in enumerate(ids)}
-    empty = dict(bboxes=[], scores=[], labels=[], masks=[])
-    found = {image: {key: list(values) for key, values in empty.items()} for image in images}
     if not isinstance(entries, list):
         raise UserError(
             f'{path} does not hold detections in COCO format, which are a list; tools/test.py CONFIG CKPT --out '
             'detections.json writes them (results.json of a work dir has the metrics)'
         )
+    labels = {category: label for label, category in enumerate(ids)}
+    found = {image: dict(bboxes=[], scores=[], labels=[], masks=[]) for image in images}
     for i, entry in enumerate(entries):
         try:
             x, y, width, height = (float(value) for value in entry['bbox'])
@@ -132,8 +131,9 @@ def read_coco_detections(path: str | Path, ids: Sequence[int], images: Sequence[
         if not known:
             raise UserError(f'{path}: entry {i} is of image {image!r} and category {category!r}, not of the test data')
         of_image = found[image]
-        for key, value in dict(bboxes=[x, y, x + width, y + height], scores=score, labels=labels[category]).items():
-            of_image[key].append(value)
+        of_image['bboxes'].append([x, y, x + width, y + height])
+        of_image['scores'].append(score)
+        of_image['labels'].append(labels[category])
         of_image['masks'].append(mask)
     for of_image in found.values():
         if not any(of_image['masks']):

@@ -69,10 +69,11 @@ def test_nothing_but_a_sheet_is_replaced(made, tmp_path, capsys):
     assert is_sheet(mine)
 
 
-def test_a_test_image_is_not_replaced_even_if_asked(made, tmp_path, capsys):
-    image = tmp_path / 'data' / 'images' / '000.png'
+@pytest.mark.parametrize('name', ['000.png', '002.png'])  # the sheet shows the first only
+def test_a_test_image_is_not_replaced_even_if_asked(made, name, tmp_path, capsys):
+    image = tmp_path / 'data' / 'images' / name
     before = image.read_bytes()
-    assert 'is a test image' in refused(capsys, made, image, '--overwrite')
+    assert 'is a test image' in refused(capsys, made, image, '--overwrite', '--num', 1)
     assert image.read_bytes() == before
 
 
