@@ -16,6 +16,9 @@ import torch
 from torch.autograd import gradcheck
 
 from mmdet_norms.compat import mmcv_ops
+from mmdet_norms.compat.mmcv_ops import in_torch
+from mmdet_norms.compat.mmcv_ops import nms as nms_in_torch
+from mmdet_norms.compat.mmcv_ops import roi_align as roi_align_in_torch
 
 ACTIVE = mmcv_ops.install()
 import mmcv.ops  # noqa: E402  (needs the ops in place)
@@ -35,7 +38,7 @@ GEOMETRIES = [(0, True), (0, False), (1, True), (1, False), (3, True), (3, False
 def wrappers_call_the_pytorch_ops(monkeypatch):
     for name in ('nms', 'roi_align', 'focal_loss', 'deform_conv', 'modulated_deform_conv'):
         # By sys.modules: the package attributes of these names are the functions.
-        monkeypatch.setattr(sys.modules[f'mmcv.ops.{name}'], 'ext_module', mmcv_ops)
+        monkeypatch.setattr(sys.modules[f'mmcv.ops.{name}'], 'ext_module', in_torch)
 
 
 def random_boxes(count, seed, size=100.0, dtype=torch.float32):
@@ -57,7 +60,7 @@ def random_rois(count, images, size, seed, dtype=torch.float32):
     return torch.cat((image, xy, xy + wh), 1)
 
 
-def roi_align(features, rois, bins, scale=1.0, sampling_ratio=0, aligned=True, ops=mmcv_ops):
+def roi_align(features, rois, bins, scale=1.0, sampling_ratio=0, aligned=True, ops=in_torch):
     output = features.new_full((len(rois), features.shape[1], *bins), float('nan'))
     unused = features.new_zeros(0)
     ops.roi_align_forward(
@@ -76,7 +79,7 @@ def roi_align(features, rois, bins, scale=1.0, sampling_ratio=0, aligned=True, o
     return output
 
 
-def roi_align_grad(grad, rois, shape, scale=1.0, sampling_ratio=0, aligned=True, ops=mmcv_ops):
+def roi_align_grad(grad, rois, shape, scale=1.0, sampling_ratio=0, aligned=True, ops=in_torch):
     grad_input = grad.new_zeros(shape)
     unused = grad.new_zeros(0)
     ops.roi_align_backward(
@@ -175,37 +178,37 @@ def test_nms_equals_a_literal_loop(threshold, offset):
     for seed in range(5):
         boxes, scores = random_boxes(60, seed, dtype=torch.float64)
         expected = loop_nms(boxes.tolist(), scores.tolist(), threshold, offset)
-        assert mmcv_ops.nms(boxes, scores, threshold, offset).tolist() == expected
+        assert in_torch.nms(boxes, scores, threshold, offset).tolist() == expected
 
 
 @pytest.mark.parametrize('block', [1, 2, 7, 64])
 def test_nms_does_not_depend_on_the_block_size(monkeypatch, block):
-    monkeypatch.setattr(mmcv_ops, 'NMS_BLOCK', block)
+    monkeypatch.setattr(nms_in_torch, 'NMS_BLOCK', block)
     boxes, scores = random_boxes(150, 0, dtype=torch.float64)
     expected = loop_nms(boxes.tolist(), scores.tolist(), 0.3, 0)
-    assert mmcv_ops.nms(boxes, scores, 0.3).tolist() == expected
+    assert in_torch.nms(boxes, scores, 0.3).tolist() == expected
 
 
 def test_nms_settles_a_chain_in_which_each_box_overlaps_only_its_neighbours():
     # Every second box survives, and each decision hangs on the one before.
     x = torch.arange(300.0) * 4
     boxes = torch.stack((x, torch.zeros(300), x + 10, torch.full((300,), 10.0)), 1)
-    assert mmcv_ops.nms(boxes, -x, 0.3).tolist() == list(range(0, 300, 2))
+    assert in_torch.nms(boxes, -x, 0.3).tolist() == list(range(0, 300, 2))
 
 
 @pytest.mark.parametrize('block', [1, 128])
 def test_nms_prefers_the_first_of_equal_scores_and_needs_more_than_the_threshold(monkeypatch, block):
-    monkeypatch.setattr(mmcv_ops, 'NMS_BLOCK', block)
+    monkeypatch.setattr(nms_in_torch, 'NMS_BLOCK', block)
     boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 1], [0, 0, 2, 2]])
     scores = torch.ones(3)
-    assert mmcv_ops.nms(boxes, scores, 0.5).tolist() == [0, 1]
-    assert mmcv_ops.nms(boxes, scores, 0.49).tolist() == [0]
+    assert in_torch.nms(boxes, scores, 0.5).tolist() == [0, 1]
+    assert in_torch.nms(boxes, scores, 0.49).tolist() == [0]
     apart = torch.arange(1000.0)[:, None] * 3 + torch.tensor([0.0, 0, 2, 2])
-    assert mmcv_ops.nms(apart, torch.ones(1000), 0.5).tolist() == list(range(1000))
+    assert in_torch.nms(apart, torch.ones(1000), 0.5).tolist() == list(range(1000))
 
 
 def test_nms_of_nothing_is_nothing():
-    kept = mmcv_ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
+    kept = in_torch.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
     assert kept.shape == (0,) and kept.dtype == torch.int64
     dets, kept = mmcv.ops.batched_nms(
         torch.zeros(3, 4), torch.zeros(3), torch.zeros(3), dict(type='nms', iou_threshold=0.5, score_threshold=0.1)
@@ -214,7 +217,7 @@ def test_nms_of_nothing_is_nothing():
 
 
 def test_nms_keeps_empty_boxes_whose_overlap_is_undefined():
-    assert mmcv_ops.nms(torch.ones(3, 4), torch.arange(3.0), 0.5).tolist() == [2, 1, 0]
+    assert in_torch.nms(torch.ones(3, 4), torch.arange(3.0), 0.5).tolist() == [2, 1, 0]
 
 
 @pytest.mark.parametrize('split_thr', [10000, 10])
@@ -279,7 +282,7 @@ def test_roi_align_does_not_depend_on_the_chunk_size(monkeypatch):
     features, rois = torch.randn(2, 3, 20, 20).double(), random_rois(30, 2, 20, 3).double()
     grad = torch.randn(30, 3, 4, 4).double()
     whole = roi_align(features, rois, (4, 4)), roi_align_grad(grad, rois, features.shape)
-    monkeypatch.setattr(mmcv_ops, 'ROI_ALIGN_BUDGET', 300)
+    monkeypatch.setattr(roi_align_in_torch, 'ROI_ALIGN_BUDGET', 300)
     torch.testing.assert_close(roi_align(features, rois, (4, 4)), whole[0])
     torch.testing.assert_close(roi_align_grad(grad, rois, features.shape), whole[1])
 
@@ -673,7 +676,7 @@ def test_nms_equals_compiled_mmcv(offset):
         assert len(scores.unique()) == 2000
         for threshold in (0.3, 0.7):
             assert torch.equal(
-                mmcv_ops.nms(boxes, scores, threshold, offset), compiled.nms(boxes, scores, threshold, offset)
+                in_torch.nms(boxes, scores, threshold, offset), compiled.nms(boxes, scores, threshold, offset)
             )
 
 
@@ -687,7 +690,7 @@ def test_soft_nms_equals_compiled_mmcv_also_among_equal_scores(method):
         scores = (scores * 20).round() / 20
         dets = torch.zeros(2, 200, 5)
         settings = dict(iou_threshold=0.3, sigma=0.5, min_score=0.05, method=method, offset=0)
-        inds = mmcv_ops.softnms(boxes, scores, dets[0], **settings)
+        inds = in_torch.softnms(boxes, scores, dets[0], **settings)
         expected = compiled.softnms(boxes, scores, dets[1], **settings)
         assert inds.tolist() == expected.tolist()
         torch.testing.assert_close(dets[0, : len(inds)], dets[1, : len(inds)], rtol=1e-5, atol=1e-6)
@@ -701,7 +704,7 @@ def test_deformable_convolutions_and_their_gradients_equal_compiled_mmcv(case, m
     x, offset, mask, weight, grad = deformable(*case, dtype=torch.float32)
     bias = torch.randn(8)
     found = []
-    for ops in (mmcv_ops, compiled):
+    for ops in (in_torch, compiled):
         for name in ('deform_conv', 'modulated_deform_conv'):
             monkeypatch.setattr(sys.modules[f'mmcv.ops.{name}'], 'ext_module', ops)
         found.append(
