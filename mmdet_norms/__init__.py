@@ -5,30 +5,27 @@ Importing the package registers everything and does nothing else; in a config::
     custom_imports = dict(imports=['mmdet_norms'], allow_failed_imports=False)
 """
 
-from .compat import mmcv_ops
-from .compat.checkpoints import allow_own_checkpoints
-from .compat.loading import load_when_asked
-from .compat.reading import serve_mmengine
-from .compat.safe_files import resume_by, write_whole_files
+import sys
+
+from mmdet_norms_start import doctor_is_asked_for
+from mmdet_norms_start.requirements import why_no_import
+
 from .version import __version__
 
-# First, because mmdet's models import mmcv's compiled ops, which mmcv-lite lacks.
-mmcv_ops.install()
-allow_own_checkpoints()
-load_when_asked()
-write_whole_files()
-serve_mmengine()
-
-from . import checkpoints, engine, models  # noqa: E402, F401  (registers hooks and backbones)
-from .compat import recalls  # noqa: E402
-from .deploy import fuse  # noqa: E402
-from .engine import recompute_statistics  # noqa: E402
-from .norm_cfg import replace_norm_cfg  # noqa: E402
-from .placement import PLACEMENTS, apply_norm  # noqa: E402
-from .registry import NORM_LAYERS, register_norm_layers  # noqa: E402
-
-register_norm_layers()
-resume_by(engine.safe_checkpoints.newest_checkpoint)
-recalls.install()
-
 __all__ = ['NORM_LAYERS', 'PLACEMENTS', '__version__', 'apply_norm', 'fuse', 'recompute_statistics', 'replace_norm_cfg']
+
+if not doctor_is_asked_for(sys.orig_argv):  # python -m mmdet_norms.check_env is there for when all this fails
+    try:
+        from .everything import (
+            NORM_LAYERS,
+            PLACEMENTS,
+            apply_norm,
+            fuse,
+            recompute_statistics,
+            replace_norm_cfg,
+        )
+    except (ImportError, AssertionError, OSError) as error:  # of mmdet at a version of mmcv; of torch's libraries
+        said = why_no_import(error)
+        if said is None:
+            raise
+        raise ImportError(said, name=getattr(error, 'name', None)) from error

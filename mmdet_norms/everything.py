@@ -1,0 +1,28 @@
+"""All of the package, imported and registered in the order that this needs: by ``import mmdet_norms``."""
+
+from .compat import mmcv_ops
+from .compat.checkpoints import allow_own_checkpoints
+from .compat.loading import load_when_asked
+from .compat.reading import serve_mmengine
+from .compat.safe_files import resume_by, write_whole_files
+
+# First, because mmdet's models import mmcv's compiled ops, which mmcv-lite lacks.
+mmcv_ops.install()
+allow_own_checkpoints()
+load_when_asked()
+write_whole_files()
+serve_mmengine()
+
+from . import checkpoints, engine, models  # noqa: E402, F401  (registers hooks and backbones)
+from .compat import recalls  # noqa: E402
+from .deploy import fuse  # noqa: E402
+from .engine import recompute_statistics  # noqa: E402
+from .norm_cfg import replace_norm_cfg  # noqa: E402
+from .placement import PLACEMENTS, apply_norm  # noqa: E402
+from .registry import NORM_LAYERS, register_norm_layers  # noqa: E402
+
+register_norm_layers()
+resume_by(engine.safe_checkpoints.newest_checkpoint)
+recalls.install()
+
+__all__ = ['NORM_LAYERS', 'PLACEMENTS', 'apply_norm', 'fuse', 'recompute_statistics', 'replace_norm_cfg']
