@@ -1,13 +1,66 @@
 """Install mmdet_norms. Which mmcv to install beside it: README, section "Install"."""
 
+import os
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools < 70.1
+    from wheel.bdist_wheel import bdist_wheel
 
 here = Path(__file__).parent
 version = {}
 exec((here / 'mmdet_norms' / 'version.py').read_text(), version)
 onnx = ['onnx', 'onnxscript', 'onnxruntime']  # tools/export.py to ONNX
+
+
+class Package(build_py):
+    """The modules, ``mmdet_norms.pth`` and, where mmengine and mim look for them, configs and model index.
+
+    An editable install gets no copies of these, which would age: ``mmdet_norms/compat`` finds those of the checkout.
+    """
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)  # an earlier build may hold what is gone since
+        super().run()
+        # Of an editable install, what lies in this folder goes into its site-packages.
+        site_packages = self.get_finalized_command('install').install_lib if self.editable_mode else self.build_lib
+        shutil.copy('mmdet_norms.pth', site_packages)
+        if not self.editable_mode:
+            mim = Path(self.build_lib, 'mmdet_norms', '.mim')
+            shutil.copytree('configs', mim / 'configs', ignore=shutil.ignore_patterns('__pycache__', '*.pyc'))
+            shutil.copy('model-index.yml', mim)
+
+
+class Library(build_ext):
+    """A library for ctypes: without the name of one Python's ABI, and without that ABI's entry point."""
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split('.')) + ('.pyd' if os.name == 'nt' else '.so')
+
+    def get_export_symbols(self, ext):
+        return ext.export_symbols
+
+
+class Wheel(bdist_wheel):
+    """Tagged ``py3-none-PLATFORM``, or ``py3-none-any`` where the library could not be built."""
+
+    def run(self):
+        self.run_command('build')
+        if not any(map(os.path.isfile, self.get_finalized_command('build_ext').get_outputs())):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
+
+    def get_tag(self):
+        return ('py3', 'none', super().get_tag()[2])
+
 
 setup(
     name='mmdet_norms',
@@ -17,7 +70,9 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     license_files=['LICENSE'],
-    packages=find_packages(include=['mmdet_norms', 'mmdet_norms.*']),
+    packages=find_packages(include=['mmdet_norms', 'mmdet_norms.*', 'mmdet_norms_start']),
+    package_data={'mmdet_norms': ['py.typed']},
+    cmdclass={'build_py': Package, 'build_ext': Library, 'bdist_wheel': Wheel},
     # A plain library for ctypes (mmdet_norms/kernels/compiled.py); without a C compiler the package does without it.
     ext_modules=[
         Extension(

@@ -38,7 +38,9 @@ def library() -> ctypes.CDLL | None:
     if wanted == '0':
         return None
     folder = Path(__file__).parent
-    path = next((p for s in importlib.machinery.EXTENSION_SUFFIXES if (p := folder / f'_cpu{s}').exists()), None)
+    # The last suffix is the plain one, which setup.py gives it; older checkouts hold one that names a Python's ABI.
+    suffixes = reversed(importlib.machinery.EXTENSION_SUFFIXES)
+    path = next((p for s in suffixes if (p := folder / f'_cpu{s}').exists()), None)
     return None if path is None else _load(path)
 
 
