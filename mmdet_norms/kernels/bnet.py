@@ -4,10 +4,11 @@ Backward needs no reduction for the second term of batch norm, because per chann
 ``sum(grad_xhat * xhat) = sum over the taps of (taps * grad_taps)``. Two ways to compute it:
 
 * compiled (``csrc/bnet.h``): channel by channel, so that the map is read once forward and once backward;
-* in torch, for installations without a C compiler. There, the convolution sees ``x - mean`` and
-  ``1 / std`` is multiplied into its taps: zero padding means the same in both spaces, and statistics cost a sum and a
-  norm instead of torch's slow variance. oneDNN has a fast weight gradient for depthwise kernels up to three columns
-  wide, ten times faster per tap than its wider ones, so the taps' gradient is computed a few columns at a time.
+* in torch, for installations without a C compiler, a few channels at a time, so that what is computed of them stays in
+  the cache. There, the convolution sees ``x - mean`` and ``1 / std`` is multiplied into its taps: zero padding means
+  the same in both spaces, and statistics cost a sum and a norm instead of torch's slow variance. oneDNN has a fast
+  weight gradient for depthwise kernels up to three columns wide, ten times faster per tap than its wider ones, so the
+  taps' gradient is computed a few columns at a time.
 
 On a GPU, :mod:`.triton` has a third.
 """
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from . import compiled, pointers, second, triton
 
 _CHANNEL = (1, -1, 1, 1)
+_IN_CACHE = 1 << 19  # values a thread: what is computed of them, some maps as large, fits into the last cache
 
 
 def normalize_and_convolve(
@@ -161,9 +163,19 @@ class _InTorch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, mean, var):
         ctx.of_batch, ctx.eps = mean is None, eps
-        mean, centred, var = _centre(x) if ctx.of_batch else (mean, x - mean.view(_CHANNEL), var)
-        rstd = torch.rsqrt(var + eps)
-        y = _depthwise(centred, weight * rstd.view(-1, 1, 1, 1), bias)
+        if ctx.of_batch:
+            mean, var = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+        y = torch.empty_like(x, memory_format=_layout(x))
+        rstd = torch.empty_like(mean)
+        for part in _parts(x):
+            piece = x[:, part]
+            if ctx.of_batch:
+                mean[part] = _sum(piece) / (x.numel() // x.shape[1])
+            centred = _dense(piece - mean[part].view(_CHANNEL), x)
+            if ctx.of_batch:
+                var[part] = _mean_square(centred)
+            rstd[part] = torch.rsqrt(var[part] + eps)
+            y[:, part] = _depthwise(centred, weight[part] * rstd[part].view(-1, 1, 1, 1), bias[part])
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
@@ -173,22 +185,28 @@ class _InTorch(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         if second.is_wanted(grad):
             return _second(ctx, grad, x, weight, mean, rstd)
-        grad = grad.contiguous(memory_format=_layout(x))
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_bias = _sum(grad) if needs_bias else None
-        grad_weight = grad_x = None
-        if needs_weight or (needs_x and ctx.of_batch):
-            grad_weight = _taps_gradient(grad, x, mean, weight) * rstd.view(-1, 1, 1, 1)
-        if needs_x:
-            scaled = weight * rstd.view(-1, 1, 1, 1)
-            grad_x = _depthwise(grad, scaled.flip(2, 3), None)
-            if ctx.of_batch:
-                count = x.numel() // x.shape[1]
-                projection = (weight * grad_weight).sum((1, 2, 3)) * rstd.square() / count
-                average = _sum(grad_x) / count
-                centred = x - mean.view(_CHANNEL)
-                grad_x.addcmul_(centred, projection.view(_CHANNEL), value=-1).sub_(average.view(_CHANNEL))
-        return grad_x, grad_weight if needs_weight else None, grad_bias, None, None, None
+        grad_x = torch.empty_like(x, memory_format=_layout(x)) if needs_x else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        grad_bias = torch.empty_like(mean) if needs_bias else None
+        for part in _parts(x):
+            taps, of_y = weight[part], _dense(grad[:, part], x)
+            if needs_bias:
+                grad_bias[part] = _sum(of_y)
+            if needs_weight or (needs_x and ctx.of_batch):
+                centred, of_taps = _centred_and_taps_gradient(of_y, x[:, part], mean[part], taps)
+                of_taps *= rstd[part].view(-1, 1, 1, 1)
+            if needs_weight:
+                grad_weight[part] = of_taps
+            if needs_x:
+                of_x = _depthwise(of_y, (taps * rstd[part].view(-1, 1, 1, 1)).flip(2, 3), None)
+                if ctx.of_batch:
+                    count = x.numel() // x.shape[1]
+                    projection = (taps * of_taps).sum((1, 2, 3)) * rstd[part].square() / count
+                    average = _sum(of_x) / count
+                    of_x.addcmul_(centred, projection.view(_CHANNEL), value=-1).sub_(average.view(_CHANNEL))
+                grad_x[:, part] = of_x
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def _second(ctx, grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple:
@@ -206,31 +224,48 @@ def _sum(x: Tensor) -> Tensor:
     return x.sum((0, 2, 3))
 
 
-def _centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, ``x - mean`` and biased variance. From deviations, as ``E[x^2] - E[x]^2`` cancels for large means."""
-    count = x.numel() // x.shape[1]
-    mean = _sum(x) / count
-    centred = x - mean.view(_CHANNEL)
-    if _layout(x) == torch.channels_last:  # a norm is slow there
-        return mean, centred, _sum(centred.square()) / count
-    squares = torch.linalg.vector_norm(centred, dim=(2, 3)).square().sum(0)
-    return mean, centred, squares / count
+def _mean_square(centred: Tensor) -> Tensor:
+    """The biased variance. From deviations, as ``E[x^2] - E[x]^2`` cancels for large means."""
+    count = centred.numel() // centred.shape[1]
+    if _layout(centred) == torch.channels_last:  # a norm is slow there
+        return _sum(centred.square()) / count
+    return torch.linalg.vector_norm(centred, dim=(2, 3)).square().sum(0) / count
+
+
+def _parts(x: Tensor) -> list[slice]:
+    """Channels that are computed together: so few that what is computed of them stays in the cache.
+
+    Multiples of 16, as oneDNN pads to that; channels-last, of 32, as a pixel's are read together.
+    """
+    values = max(1, x.numel() // x.shape[1])
+    least = 32 if _layout(x) == torch.channels_last else 16
+    step = max(1, _IN_CACHE * torch.get_num_threads() // values // least) * least
+    return [slice(first, first + step) for first in range(0, x.shape[1], step)]
+
+
+def _dense(piece: Tensor, x: Tensor) -> Tensor:
+    return piece.contiguous(memory_format=_layout(x))
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, 1, weight.shape[-1] // 2, 1, weight.shape[0])
 
 
-def _taps_gradient(grad: Tensor, x: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the taps of a depthwise convolution of ``x - mean``, at most three columns of taps at a time."""
+def _centred_and_taps_gradient(grad: Tensor, x: Tensor, mean: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``x - mean``, and the gradient of the taps of its depthwise convolution: at most three columns at a time."""
     channels, _, size, _ = weight.shape
-    half, mean = size // 2, mean.view(_CHANNEL)
+    n, c, h, w = x.shape
+    half = size // 2
+    padded = grad.new_empty((n, c, h, w + 2 * half)).contiguous(memory_format=_layout(grad))
+    padded[..., :half] = 0
+    padded[..., half + w :] = 0
+    centred = torch.sub(x, mean.view(_CHANNEL), out=padded[..., half : half + w])
     parts = []
     for first, columns in _column_groups(size):
-        shifted = _shifted(x, mean, first - half, columns - 1)
+        shifted = _dense(padded[..., first : first + w + columns - 1], grad)
         taps = weight.new_empty(channels, 1, size, columns)
         parts.append(_convolution_weight_gradient(grad, shifted, taps, half))
-    return torch.cat(parts, 3) if len(parts) > 1 else parts[0]
+    return centred, torch.cat(parts, 3) if len(parts) > 1 else parts[0]
 
 
 def _column_groups(size: int) -> list[tuple[int, int]]:
@@ -242,19 +277,6 @@ def _column_groups(size: int) -> list[tuple[int, int]]:
         groups.append((first, min(columns, left)))
         first += columns
     return groups
-
-
-def _shifted(x: Tensor, mean: Tensor, start: int, more: int) -> Tensor:
-    """Columns ``start .. start + W + more`` of ``x - mean`` with zeros outside the map."""
-    n, c, h, w = x.shape
-    out = torch.empty((n, c, h, w + more), dtype=x.dtype, memory_format=_layout(x))
-    begin, end = max(0, -start), min(w + more, w - start)
-    if begin >= end:
-        return out.zero_()
-    out[..., :begin].zero_()
-    out[..., end:].zero_()
-    torch.sub(x[..., begin + start : end + start], mean, out=out[..., begin:end])
-    return out
 
 
 def _convolution_weight_gradient(grad: Tensor, x: Tensor, taps: Tensor, half: int) -> Tensor:

@@ -54,6 +54,28 @@ def test_output_and_gradients_are_those_of_the_two_modules(way, given, layout, d
             assert error < tolerance, (name, shape, error)
 
 
+@pytest.mark.parametrize('given', [False, True], ids=['batch statistics', 'given statistics'])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('size', [1, 3, 7])
+def test_a_few_channels_at_a_time_are_what_all_at_once_are(monkeypatch, size, layout, given):
+    """What fits into the cache is all that is computed at once, the last time fewer channels than before."""
+    x = torch.randn(2, 75, 6, 7, dtype=torch.float64).contiguous(memory_format=layout)
+    weight, bias = torch.randn(75, 1, size, size).double(), torch.randn(75).double()
+    stats = (torch.randn(75).double(), torch.rand(75).double() + 0.5) if given else (None, None)
+    results, parts = [], []
+    for values in (1, 1 << 30):
+        monkeypatch.setattr(bnet, '_IN_CACHE', values)
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        outputs = bnet._InTorch.apply(*leaves, 1e-5, *stats)
+        outputs[0].square().sum().backward()
+        results.append([*outputs, *(leaf.grad for leaf in leaves)])
+        parts.append(len(bnet._parts(x)))
+    assert parts == [3 if layout == torch.channels_last else 5, 1]
+    assert outputs[0].is_contiguous(memory_format=layout)
+    for few, all_at_once in zip(*results):
+        torch.testing.assert_close(few, all_at_once)
+
+
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_statistics_survive_a_huge_mean(way, layout):
