@@ -3,6 +3,7 @@
 from .compat import mmcv_ops
 from .compat.checkpoints import allow_own_checkpoints
 from .compat.loading import load_when_asked
+from .compat.own_configs import serve_own_configs
 from .compat.reading import serve_mmengine
 from .compat.safe_files import resume_by, write_whole_files
 
@@ -12,6 +13,7 @@ allow_own_checkpoints()
 load_when_asked()
 write_whole_files()
 serve_mmengine()
+serve_own_configs()
 
 from . import checkpoints, engine, models  # noqa: E402, F401  (registers hooks and backbones)
 from .compat import recalls  # noqa: E402

@@ -24,7 +24,9 @@ def imported(folder):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names.add(node.module)
-    tops = {name.partition('.')[0] for name in names} - set(sys.stdlib_module_names) - {'mmdet_norms', 'mmdet_norms_start'}
+    tops = (
+        {name.partition('.')[0] for name in names} - set(sys.stdlib_module_names) - {'mmdet_norms', 'mmdet_norms_start'}
+    )
     return tops - {path.stem for path in ROOT.rglob('*.py') if path.parent.parent.name == 'tests'}
 
 

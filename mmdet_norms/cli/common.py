@@ -1,6 +1,7 @@
 """What training and testing share: arguments, the config they lead to, and errors for people."""
 
 import argparse
+import difflib
 import functools
 import importlib.util
 import logging
@@ -32,6 +33,7 @@ from mmdet_norms.files import explain
 from mmdet_norms.layers import AnotherFunctionError, another_function_allowed
 from mmdet_norms.layers._args import ConfigError
 from mmdet_norms.placement import PLACEMENTS, apply_norm
+from mmdet_norms_start import own_configs
 
 from .options import add_option_arguments, merge_options
 
@@ -204,13 +206,17 @@ def _packaged_config(name: str) -> Config:
     spec = importlib.util.find_spec(package)
     if spec is None:  # mmengine would try to install it
         raise UserError(f'config {name}: the package {package} is not installed')
-    file = Path(spec.origin).parent / '.mim' / 'configs' / path
+    mim = own_configs.folder() if package == own_configs.NAME else Path(spec.origin).parent / '.mim'
+    file = mim / 'configs' / path
     if file.is_file():  # without the metafile that get_config looks up, which not every config has
         return Config.fromfile(file)
     try:
         return get_config(name)
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f'config {name}: {package} has no such config ({error})') from error
+        known = [str(file.relative_to(mim / 'configs')) for file in (mim / 'configs').glob('[!_]*/**/*.py')]
+        close = difflib.get_close_matches(path, known, n=1)
+        hint = f'; did you mean {package}::{close[0]}?' if close else f' ({error})'
+        raise UserError(f'config {name}: {package} has no such config{hint}') from error
 
 
 def _work_dir(args: argparse.Namespace, cfg: Config) -> str:
