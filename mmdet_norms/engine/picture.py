@@ -1,5 +1,6 @@
-"""A contact sheet: ground truth next to detections, for a look at what the numbers mean."""
+"""Pictures of what is in images: sheets of ground truth next to detections or alone, and single images."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ _MARK = 'mmdet_norms picture sheet'
 _GAP = 8
 _HEADER = 24
 _PAIRS_PER_ROW = 3
+_PICTURES_PER_ROW = 4
+_PLAIN_SIZE = 800  # pixels of the longer side up to which lines and letters have the size that they have in panels
 _BACKGROUND = (255, 255, 255)
 _TEXT = (30, 30, 30)
 _IGNORED = (150, 150, 150)
@@ -91,25 +94,64 @@ def draw_sheet(pairs: Sequence[Pair], title: str, score_thr: float, legend: Colo
     return sheet
 
 
-def draw_panel(image: np.ndarray, instances: Sequence[Instance], if_empty: str) -> Image.Image:
-    """One image, enlarged or reduced to the panel's size, with masks, boxes and labels."""
-    width, height = _panel_size(image)
+def draw_gallery(
+    pictures: Sequence[tuple[str, np.ndarray, Sequence[Instance]]], title: str, legend: Colours
+) -> Image.Image:
+    """A sheet of (caption, image, what is in it): a title, then rows of panels under their captions, then colours."""
+    rows = [pictures[i : i + _PICTURES_PER_ROW] for i in range(0, len(pictures), _PICTURES_PER_ROW)]
+    columns = max((len(row) for row in rows), default=1)
+    title = _shortened(title, 16, max(columns, 2) * PANEL, bold=True)
+    width = max(columns * (PANEL + 2 * _GAP), round(_font(16, bold=True).getlength(title))) + 2 * _GAP
+    heights = [max(_panel_size(image)[1] for _, image, _ in row) for row in rows]
+    legend_lines = _wrap_legend(legend, width - 4 * _GAP)
+    height = _HEADER + 2 * _GAP + sum(heights) + (_HEADER + _GAP) * len(rows) + len(legend_lines) * _HEADER + _GAP
+    sheet = Image.new('RGB', (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((2 * _GAP, _GAP), title, _TEXT, font=_font(16, bold=True))
+    top = _HEADER + 2 * _GAP
+    for row, row_height in zip(rows, heights):
+        for column, (caption, image, instances) in enumerate(row):
+            left = 2 * _GAP + column * (PANEL + 2 * _GAP)
+            draw.text((left, top), _shortened(caption, 13, PANEL), _TEXT, font=_font(13))
+            sheet.paste(draw_panel(image, instances, 'no objects'), (left, top + _HEADER))
+        top += row_height + _HEADER + _GAP
+    _draw_legend(draw, legend_lines, top)
+    return sheet
+
+
+def draw_panel(
+    image: np.ndarray, instances: Sequence[Instance], if_empty: str, longest: int | None = PANEL
+) -> Image.Image:
+    """One image with masks, boxes and labels.
+
+    Args:
+        image: RGB, uint8.
+        instances: what to draw.
+        if_empty: a text for an image with nothing to draw; none if empty.
+        longest: the longer side, to which the image is enlarged or reduced. None leaves it as it is, and draws thicker
+            lines and larger letters on a large image.
+    """
+    width, height = _panel_size(image, longest)
     scale = width / image.shape[1]
-    smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    canvas = cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=smooth)
+    zoom = 1.0 if longest else max(1.0, max(width, height) / _PLAIN_SIZE)
+    canvas = np.array(image, order='C')
+    if (height, width) != image.shape[:2]:
+        smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        canvas = cv2.resize(canvas, (width, height), interpolation=smooth)
     for instance in instances:
         if instance.mask is not None:
-            _paint_mask(canvas, instance)
+            _paint_mask(canvas, instance, round(zoom))
     panel = Image.fromarray(canvas)
     draw = ImageDraw.Draw(panel)
     # labels after all boxes, the surest last, so that nothing runs through a text
     ordered = sorted(instances, key=lambda instance: instance.score or 0)
     for instance in ordered:
-        draw.rectangle(_scaled_box(instance, scale, width, height), outline=_colour(instance), width=2)
+        box = _scaled_box(instance, scale, width, height)
+        draw.rectangle(box, outline=_colour(instance), width=round(2 * zoom))
     taken: list[tuple[float, float, float, float]] = []
     for instance in reversed(ordered):
-        _draw_label(draw, instance, _scaled_box(instance, scale, width, height), (width, height), taken)
-    if not instances:
+        _draw_label(draw, instance, _scaled_box(instance, scale, width, height), (width, height), taken, zoom)
+    if not instances and if_empty:
         _caption(draw, if_empty, height)
     return panel
 
@@ -141,8 +183,8 @@ def read_image(path: str) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def _panel_size(image: np.ndarray) -> tuple[int, int]:
-    scale = PANEL / max(image.shape[:2])
+def _panel_size(image: np.ndarray, longest: int | None = PANEL) -> tuple[int, int]:
+    scale = 1 if longest is None else longest / max(image.shape[:2])
     return max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
 
 
@@ -150,7 +192,7 @@ def _colour(instance: Instance) -> Colour:
     return _IGNORED if instance.ignored else instance.colour
 
 
-def _paint_mask(canvas: np.ndarray, instance: Instance) -> None:
+def _paint_mask(canvas: np.ndarray, instance: Instance, line: int) -> None:
     """Tint the mask and outline it; an ignored region is hatched instead."""
     height, width = canvas.shape[:2]
     mask = cv2.resize(instance.mask.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
@@ -162,7 +204,7 @@ def _paint_mask(canvas: np.ndarray, instance: Instance) -> None:
     colour = np.array(_colour(instance), np.float32)
     canvas[tint] = (0.55 * canvas[tint] + 0.45 * colour).astype(np.uint8)
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(canvas, contours, -1, _colour(instance), 1, cv2.LINE_AA)
+    cv2.drawContours(canvas, contours, -1, _colour(instance), line, cv2.LINE_AA)
 
 
 def _scaled_box(instance: Instance, scale: float, width: int, height: int) -> tuple[float, ...]:
@@ -172,13 +214,15 @@ def _scaled_box(instance: Instance, scale: float, width: int, height: int) -> tu
     return float(x1), float(y1), float(x2), float(y2)
 
 
-def _draw_label(draw: ImageDraw.ImageDraw, instance: Instance, box: tuple, size: tuple, taken: list) -> None:
+def _draw_label(
+    draw: ImageDraw.ImageDraw, instance: Instance, box: tuple, size: tuple, taken: list, zoom: float
+) -> None:
     """The name (and score) above the box, or below or inside it where that is taken or outside."""
     text = f'{instance.name} (ignored)' if instance.ignored else instance.name
     if instance.score is not None:
         text = f'{text} {instance.score:.2f}'
-    font = _font(11)
-    text_width, text_height = draw.textlength(text, font=font) + 4, 14
+    font = _font(round(11 * zoom))
+    text_width, text_height = draw.textlength(text, font=font) + 4, round(14 * zoom)
     left = min(max(0, box[0]), max(0, size[0] - text_width))
     tops = [box[1] - text_height, box[3] + 1, box[1] + 2, box[3] - text_height - 1]
     spots = [(left, top, left + text_width, top + text_height) for top in tops]
@@ -206,6 +250,16 @@ def _readable_on(colour: Colour) -> Colour:
     return (0, 0, 0) if luminance > 140 else (255, 255, 255)
 
 
+def _shortened(text: str, size: int, width: int, bold: bool = False) -> str:
+    """The end of a text that is too wide: of a path, what tells it from its neighbours."""
+    font = _font(size, bold)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength('…' + text) > width:
+        text = text[1:]
+    return '…' + text
+
+
 def _wrap_legend(legend: Colours, width: int) -> list[list[tuple[float, str, Colour]]]:
     """Lines of (x, name, colour); none for more classes than one can tell apart."""
     if len(legend) > 20:
@@ -230,6 +284,7 @@ def _draw_legend(draw: ImageDraw.ImageDraw, lines: list[list[tuple]], top: float
             draw.text((x + 19, y), name, _TEXT, font=_font(13))
 
 
+@functools.cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib and so is there on every machine."""
     properties = font_manager.FontProperties(family='DejaVu Sans', weight='bold' if bold else 'normal')

@@ -10,9 +10,10 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ..errors import UserError
+from ..files import write_bytes
 
 MARK = '.pictures-of-detections'
-"""Name of the empty file that says: the pictures in this folder were drawn by this hook and may be drawn again."""
+"""Name of the file that lists what was drawn into its folder, a path a line: these pictures may be drawn again."""
 
 
 @HOOKS.register_module()
@@ -41,8 +42,7 @@ class PicturesHook(DetVisualizationHook):
         self._places = picture_places(images, folder)
         refuse_to_draw_over(self._places, folder)
         if runner.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / MARK).touch()
+            note_pictures(self._places, folder)
 
     def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: list) -> None:
         """Draw as the stock hook does, each picture at its place."""
@@ -74,17 +74,41 @@ def picture_places(images: list[str], folder: Path) -> dict[str, Path]:
     return {path: folder / os.path.relpath(os.path.abspath(path), common) for path in images}
 
 
-def refuse_to_draw_over(places: dict[str, Path], folder: Path) -> None:
-    """Raise if one of the pictures is there already and was not drawn by this hook."""
+def refuse_to_draw_over(
+    places: dict[str, Path], folder: Path, option: str = '--show-dir', image: str = 'a test image'
+) -> None:
+    """Raise if one of the pictures is there already and was not drawn by this package.
+
+    Args:
+        places: image -> its picture.
+        folder: where the pictures go.
+        option: that names the folder.
+        image: what messages call one of the images.
+    """
     there = [place for place in places.values() if place.exists()]
     if not there:
         return
     images = {os.path.realpath(path) for path in places}
     over = next((place for place in there if os.path.realpath(place) in images), None)
     if over is not None:
-        raise UserError(f'--show-dir {folder}: {over} is a test image, and would be drawn over; name another folder')
-    if not (folder / MARK).exists():
+        raise UserError(f'{option} {folder}: {over} is {image}, and would be drawn over; name another folder')
+    drawn = _noted(folder)
+    other = next((place for place in there if place.relative_to(folder).as_posix() not in drawn), None)
+    if other is not None:
         raise UserError(
-            f'--show-dir {folder}: holds {there[0].relative_to(folder)} and would lose it, which no test has drawn; '
+            f'{option} {folder}: holds {other.relative_to(folder)} and would lose it, which no run has drawn; '
             'name another folder, or move its files away'
         )
+
+
+def note_pictures(places: dict[str, Path], folder: Path) -> None:
+    """Make ``folder``, and note in it which pictures are to be drawn there, beside those of earlier runs."""
+    names = _noted(folder) | {place.relative_to(folder).as_posix() for place in places.values()}
+    write_bytes(folder / MARK, os.fsencode(''.join(f'{name}\n' for name in sorted(names))))
+
+
+def _noted(folder: Path) -> set[str]:
+    try:
+        return set(os.fsdecode((folder / MARK).read_bytes()).split('\n')) - {''}
+    except OSError:
+        return set()
