@@ -127,7 +127,7 @@ def _require_fit(
 
 def _require_class_order(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint, option: str) -> None:
     """Label 0 is the same thing in the data as in training; names that differ otherwise may be meant."""
-    theirs, ours = checkpoint.classes(), _classes(cfg)
+    theirs, ours = checkpoint.classes(), classes_of(cfg)
     difference = other_order(theirs, ours) if theirs and ours else None
     if difference is None:
         return
@@ -234,7 +234,7 @@ def _advice(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint) -> It
         yield 'It is a fused model: give the config, and the --norm if any, that it was exported with'
     yield from _prefixes(cfg, checkpoint)
     yield from _trained_with(checkpoint)
-    classes, ours = checkpoint.classes(), _classes(cfg)
+    classes, ours = checkpoint.classes(), classes_of(cfg)
     if classes and ours and len(classes) != len(ours):
         yield (
             f'It was trained for {len(classes)} classes ({_some(classes)}), the config is for {len(ours)} '
@@ -298,7 +298,8 @@ def _trained_with(checkpoint: Checkpoint) -> Iterator[str]:
         yield f'The config that it was trained with has the norms {", ".join(found)}'
 
 
-def _classes(cfg: Config) -> tuple[str, ...] | None:
+def classes_of(cfg: Config) -> tuple[str, ...] | None:
+    """The names of the classes of a config's data, the test data's first; None if it does not say them."""
     for split in ('test_dataloader', 'val_dataloader', 'train_dataloader'):
         dataset = next(datasets((cfg.get(split) or {}).get('dataset')), None) or {}  # of several, all have the same
         known = getattr(class_of(dataset, DATASETS), 'METAINFO', None) or {}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # a quarter turn, so that width and height change places
@@ -60,6 +60,8 @@ def decode(path: str) -> Header | str:
             warnings.simplefilter('ignore')
             with Image.open(path) as image:
                 image.load()  # OpenCV fills what is missing of a cut-off file with grey and says nothing
+    except (UnidentifiedImageError, Image.DecompressionBombError):  # OpenCV has decoded it
+        return header
     except Exception as error:
         return f'cannot be decoded ({error})'
     return header

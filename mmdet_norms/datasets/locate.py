@@ -212,20 +212,20 @@ def _fit_classes(cfg: Config, source: Source, order: tuple[str, ...]) -> list[st
     dataset['metainfo'] = dict(classes=classes)
     if own:
         return [f'classes: in the order of the annotations, {", ".join(classes[:6])}{", ..." * (len(classes) > 6)}']
-    _set_num_classes(cfg.get('model'), len(known), len(classes))
+    set_num_classes(cfg.get('model'), len(known), len(classes))
     return [f'classes: {len(classes)} of the annotations (the config has {len(known)})']
 
 
-def _set_num_classes(node: object, old: int, new: int) -> None:
+def set_num_classes(node: object, old: int, new: int) -> None:
     """In every head that counted the old classes; an RPN counts none."""
     if isinstance(node, dict):
         if node.get('num_classes') == old:
             node['num_classes'] = new
         for value in node.values():
-            _set_num_classes(value, old, new)
+            set_num_classes(value, old, new)
     elif isinstance(node, (list, tuple)):
         for value in node:
-            _set_num_classes(value, old, new)
+            set_num_classes(value, old, new)
 
 
 def _fit_evaluators(cfg: Config, split: str) -> list[str]:
