@@ -1,6 +1,7 @@
 """The rooms of the package: imports run downwards only, so a line's place says what it may know."""
 
 import ast
+import re
 from collections import Counter, defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -36,11 +37,23 @@ def test_no_import_runs_upwards():
         if room(path) not in ('__init__', '__main__'):
             needs[room(path)] |= imported_rooms(path) - {'__init__'}
     try:
-        floors = list(TopologicalSorter(needs).static_order())
+        TopologicalSorter(needs).prepare()
     except CycleError as error:
         raise AssertionError(f'rooms that import each other: {" -> ".join(reversed(error.args[1]))}') from None
-    assert floors.index('layers') < floors.index('placement') < floors.index('cli')
-    assert needs['layers'] <= {'kernels'} and 'cli' not in set().union(*needs.values())
+    assert needs['kernels'] <= {'compat'} and needs['layers'] <= {'kernels', 'compat'}
+    assert 'cli' not in set().union(*needs.values())
+
+
+def test_layers_and_kernels_need_nothing_but_torch():
+    needed = {
+        name
+        for part in ('layers', 'kernels')
+        for path in (PACKAGE / part).rglob('*.py')
+        for name in re.findall(r'compat\.?(\w*) import', path.read_text())
+    }
+    assert needed == {'torch_versions'}
+    imports = re.findall(r'(?m)^\s*(?:import|from) (\S+)', (PACKAGE / 'compat' / 'torch_versions.py').read_text())
+    assert set(imports) == {'torch'}
 
 
 def test_files_of_tests_have_names_of_their_own():

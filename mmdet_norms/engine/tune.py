@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..compat.torch_versions import autocast_is_on, is_compiling
 from ..deploy.dataflow import Dataflow, may_fold
 from ..kernels.bnet import normalize_and_convolve, serves
 from ..layers import BNET, BRN, FrozenBN
@@ -292,8 +293,8 @@ class _TunedConv(_Tuned):
             and not isinstance(self.padding, str)
             and x.dim() == self.weight.dim()
             and x.dtype == self.weight.dtype
-            and not _autocast_is_on(x.device.type)
-            and not torch.compiler.is_compiling()
+            and not autocast_is_on(x.device.type)
+            and not is_compiling()
             and not torch._C._are_functorch_transforms_active()
         )
 
@@ -371,12 +372,6 @@ class _ScaledConvolution(torch.autograd.Function):
         if needs_weight:
             grad_weight = _times(grad_product, scale)
         return grad_x, grad_weight, grad_scale, grad_shift, None
-
-
-def _autocast_is_on(device: str) -> bool:
-    if hasattr(torch.amp, 'is_autocast_available'):  # torch 2.4: one question for all devices
-        return torch.is_autocast_enabled(device)
-    return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..compat.torch_versions import autocast_is_on, is_compiling
 from . import compiled, pointers, second, triton
 
 _CHANNEL = (1, -1, 1, 1)
@@ -51,8 +52,8 @@ def serves(x: Tensor, *others: Tensor) -> bool:
         and x.dim() == 4
         and x.dtype in (torch.float32, torch.float64)
         and all(t.dtype == x.dtype and t.device.type == 'cpu' for t in (x, *others))
-        and not torch.is_autocast_enabled('cpu')
-        and not torch.compiler.is_compiling()
+        and not autocast_is_on('cpu')
+        and not is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..compat.torch_versions import is_compiling
 from . import passes
 from .second import is_wanted
 
@@ -40,7 +41,7 @@ def serves(x: Tensor) -> bool:
         and x.device.type in ('cpu', 'cuda')
         and x.dim() == 4
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
     )

@@ -16,6 +16,7 @@ Compiled code gets the plain formulas, which the compiler fuses better; so do de
 import torch
 from torch import Tensor
 
+from ..compat.torch_versions import is_compiling
 from . import triton
 from .pointers import is_channels_last
 
@@ -109,11 +110,11 @@ def gradient(grad: Tensor, x: Tensor, gain: Tensor, centre: Tensor, slope: Tenso
 
 
 def _has_triton(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and triton.serves(x)
+    return not is_compiling() and triton.serves(x)
 
 
 def _has_kernels(x: Tensor) -> bool:
-    return x.device.type in ('cpu', 'cuda') and not torch.compiler.is_compiling()
+    return x.device.type in ('cpu', 'cuda') and not is_compiling()
 
 
 def _has_slow_moments(x: Tensor) -> bool:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..compat.torch_versions import is_legacy_batched
+
 _OVER = (0, 2, 3)
 
 
@@ -17,7 +19,7 @@ def is_wanted(grad: Tensor) -> bool:
     (``create_graph=True`` turns grad on, which is off in other backward passes. ``is_grads_batched=True`` and
     ``vectorize=True`` hand in tensors that kernels cannot read.)
     """
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+    return torch.is_grad_enabled() or is_legacy_batched(grad)
 
 
 def bnet_gradients(

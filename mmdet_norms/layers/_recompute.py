@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..compat.torch_versions import is_compiling
 from ._replay import is_looked_at, recall, remember
 
 
@@ -17,7 +18,7 @@ def in_backward() -> bool:
     (Or for somebody who looks at the saved tensors of a graph.) Compiled code is asked while it is traced, and traces
     every forward once: False.
     """
-    return not torch.compiler.is_compiling() and (torch._C._current_graph_task_id() != -1 or is_looked_at())
+    return not is_compiling() and (torch._C._current_graph_task_id() != -1 or is_looked_at())
 
 
 @contextmanager
@@ -62,7 +63,7 @@ def _run_guarded(norm: _BatchNorm, x: Tensor) -> Tensor:
     """``norm(x)``, whose statistics stay if they would become inf or nan."""
     # Copies are updated: autograd remembers them, and would object to a write after the forward.
     copies = copied_statistics(norm)
-    if torch.compiler.is_compiling():  # it does not follow a module that gets another buffer
+    if is_compiling():  # it does not follow a module that gets another buffer
         y = torch.func.functional_call(norm, copies, (x,))
     else:
         kept = dict(norm._buffers)
@@ -110,7 +111,7 @@ def running_statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
     Later forwards of a shared layer change them before the backward pass.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return norm.running_mean, norm.running_var
     known = recall(norm) if in_backward() else None
     if known is None:

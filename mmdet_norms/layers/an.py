@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..compat.torch_versions import autocast_is_on
 from ..kernels.instance_affine import instance_affine, serves
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._fold import InferenceOnly, batch_norm_affine, exact
@@ -59,15 +60,9 @@ def _no_autocast(x: Tensor):
 
     Entered only where it is on, so that exported graphs do not carry it; symbolic tracing has no device to ask.
     """
-    if not isinstance(x, Tensor) or not _autocast_is_on(x.device.type):
+    if not isinstance(x, Tensor) or not autocast_is_on(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
-
-
-def _autocast_is_on(device: str) -> bool:
-    if hasattr(torch.amp, 'is_autocast_available'):  # torch 2.4: one question for all devices
-        return torch.is_autocast_enabled(device)
-    return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
 class _Attention(nn.Module):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch_versions import is_compiling
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
 from ._recompute import in_backward
@@ -104,7 +105,7 @@ class BRN(WithBatchNorm):
         count = x.numel() // x.shape[1]
         with torch.no_grad():
             var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 state = bn.running_mean, bn.running_var, bn.num_batches_tracked
                 r, d = _compiled_call(mean, var, *state, self._handle, count)
             else:

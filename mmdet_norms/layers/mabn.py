@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..compat.torch_versions import is_compiling
 from ..kernels import passes
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._averaging import AveragesOnRequest
@@ -92,7 +93,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not is_compiling():
             raise RuntimeError(_NO_DERIVATIVE)
         x, weight, moment, renorm, t = ctx.saved_tensors
         buffer_gz, inverse = ctx.buffer_gz, (moment + ctx.eps).rsqrt()
@@ -242,7 +243,7 @@ class MABN(AveragesOnRequest):
             moment = self.running_var.flatten().to(_statistics_dtype(x))
             weight, bias = self.weight.to(moment.dtype), self.bias.to(moment.dtype)
             return F.batch_norm(x, torch.zeros_like(moment), moment, weight, bias, False, 0.0, self.eps)
-        if not (self._conv_checked or torch.compiler.is_compiling()) and x.grad_fn is not None:
+        if not (self._conv_checked or is_compiling()) and x.grad_fn is not None:
             self._conv_checked = True
             if _made_with_weight_as_is(x):
                 warnings.warn(
@@ -261,7 +262,7 @@ class MABN(AveragesOnRequest):
             self._average([(self.running_var, _per_channel(batch))])
             return _Call(batch, batch, torch.ones_like(batch), self.iters.clone())
         state = self.iters, self.buffer_x2, self.running_var
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return _Call(batch, *_compiled_call(batch, *state, self._handle))
         return self._call(batch, *state)
 

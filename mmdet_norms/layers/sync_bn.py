@@ -8,6 +8,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..compat.torch_versions import is_compiling
 from ._args import check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
 from ._loading import check_kind
@@ -166,7 +167,7 @@ def _served_by_torch() -> tuple[str, ...]:
 
 
 def _say_once(line: str) -> None:
-    if not torch.compiler.is_compiling() and line not in _said:
+    if not is_compiling() and line not in _said:
         _said.add(line)
         _LOG.warning(line)
 

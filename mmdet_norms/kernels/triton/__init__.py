@@ -15,6 +15,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ...compat.torch_versions import is_compiling
+
 _DEVICES = ('cuda',)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _OLDEST_GPU = (8, 0)  # compute capability that Triton supports
@@ -56,7 +58,7 @@ def normalize_and_convolve(
     """
     from . import bnet, common
 
-    x, compiling = common.dense(x), torch.compiler.is_compiling()
+    x, compiling = common.dense(x), is_compiling()
     if mean is not None:
         run = torch.ops.mmdet_norms.bnet_given if compiling else bnet.EagerBNETGiven.apply
         return run(x, weight, bias, mean, var, eps), mean, var
@@ -69,7 +71,7 @@ def bnet_inference(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | N
     """:func:`mmdet_norms.kernels.bnet.inference` on a GPU, if :func:`serves` says so; ``residual`` shaped as x."""
     from . import bnet
 
-    run = torch.ops.mmdet_norms.bnet_inference if torch.compiler.is_compiling() else bnet.bnet_inference
+    run = torch.ops.mmdet_norms.bnet_inference if is_compiling() else bnet.bnet_inference
     return run(x, weight, bias, residual, relu)
 
 

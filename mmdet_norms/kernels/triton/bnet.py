@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...compat.torch_versions import is_compiling
 from ..second import bnet_gradients, is_wanted
 from .common import dense, is_channels_last, launch, least_padding, like, pieces, power_of_two, wide
 from .passes import moments
@@ -483,7 +484,7 @@ def _backward_by(function):
     def backward(ctx, grad, *_):
         x, weight, mean, var = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        if not torch.compiler.is_compiling() and is_wanted(grad):
+        if not is_compiling() and is_wanted(grad):
             statistics = () if ctx.of_batch else (mean, (var + ctx.eps).rsqrt())
             grad_x, grad_weight, grad_bias = bnet_gradients(grad, x, weight, ctx.eps, *statistics)
         else:

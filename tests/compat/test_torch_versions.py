@@ -1,0 +1,60 @@
+"""What old torch answers by another name: both ways are asked on the torch that is installed."""
+
+import runpy
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmdet_norms.compat import torch_versions
+
+
+@pytest.fixture(params=['this torch', 'torch 2.1'])
+def ask(request, monkeypatch):
+    """The module as it is, and as it is on a torch without the newer names."""
+    if request.param == 'this torch':
+        return torch_versions
+    monkeypatch.delattr(torch.compiler, 'is_compiling', raising=False)
+    monkeypatch.delattr(torch._C._functorch, 'is_legacy_batchedtensor', raising=False)
+    monkeypatch.delattr(torch.amp, 'is_autocast_available', raising=False)
+    return SimpleNamespace(**runpy.run_path(torch_versions.__file__))
+
+
+def test_autocast(ask):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)  # the name that torch 2.1 knows
+        assert not ask.autocast_is_on('cpu')
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert ask.autocast_is_on('cpu') and not ask.autocast_is_on('cuda')
+        with torch.autocast('cpu', enabled=False):
+            assert not ask.autocast_is_on('cpu')
+
+
+def test_batched_gradients_are_seen(ask):
+    seen = []
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(ask.is_legacy_batched(grad))
+            return 2 * grad
+
+    x = torch.ones(3, requires_grad=True)
+    torch.autograd.grad(Twice.apply(x).sum(), x)
+    torch.autograd.grad(Twice.apply(x), x, torch.eye(3), is_grads_batched=True)
+    assert seen == [False, True]
+
+
+def test_compilation_is_seen():
+    def shifted(x):
+        return x + (1 if torch_versions.is_compiling() else 2)
+
+    assert not torch_versions.is_compiling()
+    torch._dynamo.reset()
+    assert torch.compile(shifted, backend='eager')(torch.zeros(1)).item() == 1
+    assert shifted(torch.zeros(1)).item() == 2
