@@ -1,4 +1,4 @@
-"""Install mmdet_norms. Which mmcv to install beside it: README, section "Install"."""
+"""Install mmdet_norms. Which mmcv to install beside it: docs/install.md."""
 
 import os
 import shutil
@@ -16,6 +16,8 @@ except ImportError:  # setuptools < 70.1
 here = Path(__file__).parent
 version = {}
 exec((here / 'mmdet_norms' / 'version.py').read_text(), version)
+table = {}
+exec((here / 'mmdet_norms_start' / 'requirements.py').read_text(), table)
 onnx = ['onnx', 'onnxscript', 'onnxruntime']  # tools/export.py to ONNX
 
 
@@ -85,23 +87,10 @@ setup(
             optional=True,
         )
     ],
-    python_requires='>=3.10',
-    install_requires=[
-        'torch>=2.1',
-        'mmengine>=0.10.3,<1',
-        'mmdet>=3.2,<4',  # mmdet 3.3.0 itself asks for mmcv>=2.0.0rc4,<2.2.0
-        'numpy',
-        'matplotlib',
-        'opencv-python',
-        'pillow',
-        'pycocotools',
-        'rich',
-        'setuptools<82',  # `_base_ = 'mmdet::...'` needs pkg_resources, which setuptools 82 removed
-    ],
+    python_requires=table['PYTHON'],
+    install_requires=table['needed'](),
     extras_require={
-        # mmcv comes in two distributions that must not be installed together, so neither is a hard requirement.
-        'lite': ['mmcv-lite>=2.0.0,<2.2.0'],
-        'mmcv': ['mmcv>=2.0.0,<2.2.0'],
+        **{stack: table['extra'](stack) for stack in table['STACKS']},
         # Triton has wheels for Linux only; on GPUs torch pins its own, and its CPU builds come without.
         'dev': [
             'hypothesis',
@@ -117,6 +106,10 @@ setup(
     },
     classifiers=[
         'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
         'Operating System :: OS Independent',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],

@@ -10,14 +10,13 @@ NEEDED = {
     'torch': '>=2.1',
     'numpy': '',
     'matplotlib': '',
-    'opencv-python': '',
     'pillow': '',
     'pycocotools': '',
     'rich': '',
-    'setuptools': '<82',  # `_base_ = 'mmdet::...'` needs pkg_resources, which setuptools 82 removed
 }
 
-# The mm* packages come in three sets, of which an environment can have one: the extras of setup.py.
+# The mm* packages come in three sets, of which an environment can have one: the extras of setup.py. No set is a hard
+# requirement, because pip would install it over another one, whose modules have the same names.
 # What is imported -> (distribution, versions).
 STACKS = {
     'lite': {
@@ -31,10 +30,17 @@ STACKS = {
         'mmdet': ('mmdet', '>=3.2,<4'),
     },
     'onedl': {
-        'mmengine': ('onedl-mmengine', '>=0.10.9'),
-        'mmcv': ('onedl-mmcv', '>=2.3.2'),
-        'mmdet': ('onedl-mmdetection', '>=3.4.5'),
+        'mmengine': ('onedl-mmengine', '>=0.10.12,<1'),
+        'mmcv': ('onedl-mmcv', '>=2.3.6,<3'),
+        'mmdet': ('onedl-mmdetection', '>=3.5.1,<4'),
     },
+}
+# What a set does not ask for itself, and needs: mmengine reads pkg_resources, which setuptools 82 removed, for
+# `_base_ = 'mmdet::...'`; its fork does not. Each mmcv brings opencv-python, for which the headless build may stand.
+STACK_NEEDS = {
+    'lite': {'setuptools': '<82'},
+    'mmcv': {'setuptools': '<82'},
+    'onedl': {},
 }
 STACK_IS = {
     'lite': 'no compiler needed; the ops are those of this package, or of torchvision on a GPU',
@@ -44,6 +50,16 @@ STACK_IS = {
 
 DOCTOR = 'python -m mmdet_norms.check_env'
 SEE_DOCTOR = f'what is installed, what does not fit and how to mend it: {DOCTOR}'
+
+
+def needed() -> list[str]:
+    """``install_requires`` of setup.py."""
+    return [name + versions for name, versions in NEEDED.items()]
+
+
+def extra(stack: str) -> list[str]:
+    """What an extra of setup.py asks for, e.g. ``extra('lite')``."""
+    return [name + versions for name, versions in (*STACKS[stack].values(), *STACK_NEEDS[stack].items())]
 
 
 def choices() -> str:

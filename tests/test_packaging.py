@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 import mmdet_norms
+from mmdet_norms_start import requirements
 
 PACKAGE = Path(mmdet_norms.__file__).parent
 ROOT = PACKAGE.parent
-# Where a distribution is not called what one imports. mmcv comes in two, of which one asks for one by an extra.
-DISTRIBUTIONS = {'cv2': 'opencv-python', 'PIL': 'pillow', 'yaml': 'PyYAML', 'mmcv': 'mmcv-lite'}
+# Where a distribution is not called what one imports.
+DISTRIBUTIONS = {'PIL': 'pillow', 'yaml': 'PyYAML'}
+# By the extras of setup.py, of which one is chosen; cv2 comes with each mmcv.
+STACK = {'mmengine', 'mmcv', 'mmdet', 'cv2'}
 
 
 def imported(folder):
@@ -37,9 +40,9 @@ def declared():
         for node in ast.walk(ast.parse((ROOT / 'setup.py').read_text()))
         if getattr(node, 'keywords', None) and any(keyword.arg == 'install_requires' for keyword in node.keywords)
     )
-    texts = {}
+    texts = dict.fromkeys(map(str.lower, requirements.NEEDED), 'install_requires')
     for keyword in call.keywords:
-        if keyword.arg in ('install_requires', 'extras_require'):
+        if keyword.arg == 'extras_require':
             for node in ast.walk(keyword.value):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     texts.setdefault(re.match(r'[\w.-]+', node.value)[0].lower(), keyword.arg)
@@ -50,11 +53,24 @@ def declared():
 def test_every_import_is_declared(folder):
     known = declared()
     known |= {'onnx': 'extras_require', 'onnxscript': 'extras_require', 'onnxruntime': 'extras_require'}
-    missing = {name for name in imported(ROOT / folder) if DISTRIBUTIONS.get(name, name).lower() not in known}
+    missing = {name for name in imported(ROOT / folder) - STACK if DISTRIBUTIONS.get(name, name).lower() not in known}
     assert not missing
+
+
+def test_no_set_of_mm_packages_is_installed_over_another():
+    """All of them are extras, whose distributions differ where the modules are not the same ones."""
+    assert not {name for name in requirements.NEEDED if 'mm' in name and name != 'mmdet_norms'}
+    by_name = [{dist for dist, _ in stack.values()} for stack in requirements.STACKS.values()]
+    upstream, forks = by_name[0] | by_name[1], by_name[2]
+    assert not upstream & forks and len(by_name) == 3
+
+
+def test_extras_are_what_pip_takes():
+    assert 'mmcv-lite>=2.0.0,<2.2.0' in requirements.extra('lite') and 'setuptools<82' in requirements.extra('lite')
+    assert requirements.extra('onedl')[1].startswith('onedl-mmcv>=') and 'torch>=2.1' in requirements.needed()
 
 
 def test_what_the_package_cannot_do_without_is_no_extra():
     known = declared()
-    for name in imported(PACKAGE) - {'mmcv', 'triton', 'onnx', 'onnxscript', 'onnxruntime'}:
+    for name in imported(PACKAGE) - STACK - {'triton', 'onnx', 'onnxscript', 'onnxruntime'}:
         assert known[DISTRIBUTIONS.get(name, name).lower()] == 'install_requires', name
