@@ -7,12 +7,16 @@ Importing the package registers everything and does nothing else; in a config::
 
 import sys
 
-from mmdet_norms_start import doctor_is_asked_for
+from mmdet_norms_start import doctor_is_asked_for, module_asked_for
+from mmdet_norms_start.commands import set_environment
 from mmdet_norms_start.requirements import why_no_import
 
 from .version import __version__
 
 __all__ = ['NORM_LAYERS', 'PLACEMENTS', '__version__', 'apply_norm', 'fuse', 'recompute_statistics', 'replace_norm_cfg']
+
+if module_asked_for(sys.orig_argv)[0] == 'mmdet_norms':  # python -m mmdet_norms train ...
+    set_environment()
 
 if not doctor_is_asked_for(sys.orig_argv):  # python -m mmdet_norms.check_env is there for when all this fails
     try:

@@ -3,18 +3,27 @@
 ``hook.py`` runs at every start of Python, from ``mmdet_norms.pth`` in site-packages: it must cost next to nothing.
 """
 
+bare = False
+"""Whether ``import mmdet_norms`` is to leave out what needs other packages: the doctor's own start sets it."""
 
-def doctor_is_asked_for(argv: list) -> bool:
-    """Whether the command line of a process (``sys.orig_argv``) is ``python -m mmdet_norms.check_env ...``.
 
-    Python imports the package before the module; what it needs may be broken, and the doctor is to say how.
-    """
+def module_asked_for(argv: list) -> tuple[str, list]:
+    """Module and arguments of a process that was started as ``python -m MODULE ...``, of its ``sys.orig_argv``."""
     words = iter(argv[1:])
     for word in words:
         if word == '-m':
-            return next(words, '') == 'mmdet_norms.check_env'
+            return next(words, ''), list(words)
         if word in ('-X', '-W'):
             next(words, '')
         elif not word.startswith('-'):
-            return False
-    return False
+            break
+    return '', []
+
+
+def doctor_is_asked_for(argv: list) -> bool:
+    """Whether ``sys.orig_argv`` is ``python -m mmdet_norms.check_env ...`` or ``python -m mmdet_norms doctor ...``.
+
+    Python imports the package before the module; what it needs may be broken, and the doctor is to say how.
+    """
+    module, arguments = module_asked_for(argv)
+    return bare or module == 'mmdet_norms.check_env' or (module == 'mmdet_norms' and arguments[:1] == ['doctor'])

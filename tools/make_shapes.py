@@ -4,10 +4,10 @@
 import sys
 from pathlib import Path
 
-# Lets the script run from a checkout in which the package is not installed.
+# lets the script run from a checkout in which the package is not installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmdet_norms.datasets.shapes import main
+from mmdet_norms_start.commands import run
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run('shapes')

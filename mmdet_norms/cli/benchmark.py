@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from mmdet_norms.benchmark import detectors, layers, measure, report
 from mmdet_norms.benchmark.groups import LAYOUTS, PRECISIONS, Group, Setting, add_triton
+from mmdet_norms.commands import runnable, typed
 from mmdet_norms.console import plain_column, plain_console
 from mmdet_norms.kernels import triton
 from mmdet_norms.placement import PLACEMENTS, apply_norm
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.cuda.set_device(args.device)
     given = sys.argv[1:] if argv is None else argv
     result = dict(
-        command=shlex.join(['python', 'tools/benchmark.py', *given]),
+        command=f'{runnable("benchmark")} {shlex.join(given)}',
         date=measure.now(),
         machine=measure.describe_machine(args.device),
         settings=vars(args),
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, and fill in what depends on other options."""
     parser = argparse.ArgumentParser(
-        prog='tools/benchmark.py',
+        prog=typed('benchmark'),
         description='Time and memory of norm layers, of convolutions with norms, and of detectors, beside batch norm. '
         'docs/benchmark.md says what the columns mean.',
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from mmdet_norms.commands import typed
 from mmdet_norms.datasets.annotations import forget, read_annotations
 from mmdet_norms.datasets.checks import Finding, Report, check_config
 from mmdet_norms.datasets.sources import SPLITS, evaluated_files, sources
@@ -48,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog='tools/check.py',
+        prog=typed('check'),
         description='Find what is wrong with the data, classes, keys and weights of a config.',
     )
     parser.add_argument('config', help='config file, or PACKAGE::path, e.g. mmdet::retinanet/...')
     parser.add_argument('checkpoint', nargs='?', help='one to test, instead of what training starts from')
     parser.add_argument('--full', action='store_true', help='decode every image, not only the headers of some')
-    parser.add_argument('--norm', metavar='NAME', help=f'as tools/train.py: {", ".join(PLACEMENTS)}')
+    parser.add_argument('--norm', metavar='NAME', help=f'as {typed("train")}: {", ".join(PLACEMENTS)}')
     parser.add_argument('--data-root', metavar='DIR', help="a folder in COCO format to read instead of the config's")
     add_option_arguments(parser)
     parser.set_defaults(work_dir=None, launcher='none', local_rank=0, allow_partial=False)
@@ -101,7 +102,7 @@ def _refusal(errors: list[Finding], option: str) -> str:
     if len(errors) == 1:
         return f'{errors[0]}{option}'
     listed = '\n'.join(f'  {finding}' for finding in errors)
-    return f'the data cannot be used as they are (tools/check.py lists all that it finds{option}):\n{listed}'
+    return f'the data cannot be used as they are ({typed("check")} lists all that it finds{option}):\n{listed}'
 
 
 def _read_completed(cfg: Config, report: Report, speaks: bool, folder: str | None) -> None:

@@ -20,6 +20,7 @@ from mmengine.hooks import LoggerHook
 from mmengine.hub import get_config
 from mmengine.runner import Runner
 
+from mmdet_norms.commands import runnable, several
 from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.compat.checkpoints import explain_refusal
 from mmdet_norms.datasets.locate import DataRootError, use_data_root
@@ -90,7 +91,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='what started the processes; tools/dist_*.sh and tools/slurm_train.sh set it',
+        help=f'what started the processes; for N of them: {several("train", "CONFIG")}',
     )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
@@ -197,7 +198,7 @@ def require_annotations(cfg: Config, dataloader: str) -> None:
         if dataset.get('ann_file') and '://' not in path and not os.path.isfile(path):
             raise UserError(
                 f'{dataloader}: there is no annotation file {path}; give the data set with '
-                '--data-root DIR (for the generated one: python tools/make_shapes.py)'
+                f'--data-root DIR (for the generated one: {runnable("shapes")})'
             )
 
 

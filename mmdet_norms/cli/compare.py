@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from mmdet_norms.commands import typed
 from mmdet_norms.console import as_text, plain_console
 from mmdet_norms.engine.results import COLUMNS, coco_kinds, format_ap
 
@@ -21,7 +22,7 @@ _ORIGIN = ('split', 'config', 'checkpoint', 'epoch', 'iter')  # in results.json 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables, and name every run that is in none."""
-    parser = argparse.ArgumentParser(prog='tools/compare.py', description='Compare the results of runs.')
+    parser = argparse.ArgumentParser(prog=typed('compare'), description='Compare the results of runs.')
     parser.add_argument('runs', nargs='+', help='work dirs, or results.json files in them')
     args = parser.parse_args(argv)
     results = {name: read(name) for name in dict.fromkeys(args.runs)}
@@ -87,7 +88,9 @@ def read(name: str) -> dict:
     try:
         result = json.loads(path.read_text(encoding='utf-8-sig'))
     except FileNotFoundError:
-        raise UserError(f'there is no {path}; tools/train.py and tools/test.py write it into the work dir') from None
+        raise UserError(
+            f'there is no {path}; {typed("train")} and {typed("test")} write it into the work dir'
+        ) from None
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror})') from error
     except (ValueError, RecursionError) as error:

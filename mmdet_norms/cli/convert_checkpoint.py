@@ -9,6 +9,7 @@ from rich.text import Text
 
 from mmdet_norms.checkpoints import LAYOUTS, Report, UntrustedCheckpointError, check_destination, convert
 from mmdet_norms.checkpoints.report import pattern
+from mmdet_norms.commands import typed
 from mmdet_norms.console import plain_console
 from mmdet_norms.files import refuse_overwriting
 
@@ -35,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     layouts = '\n'.join(f'  {name:8}{layout.title}' for name, layout in LAYOUTS.items())
     parser = argparse.ArgumentParser(
-        prog='tools/convert_checkpoint.py',
+        prog=typed('convert'),
         description='Convert a checkpoint that the authors of a norm published to mmdet 3.x.\n'
-        'A detector becomes the CHECKPOINT of tools/test.py, a backbone pretrained on ImageNet what\n'
+        f'A detector becomes the CHECKPOINT of {typed("test")}, a backbone pretrained on ImageNet what\n'
         "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=DST) loads.",
         epilog=f'layouts:\n{layouts}',
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,7 +80,7 @@ def print_report(report: Report, args: argparse.Namespace) -> None:
     part = 'model' if report.kind == 'detector' else 'model.backbone'
     compared = f'compared with {part} of {args.config}: 0 missing, 0 left over, all shapes right'
     console.print(Text(compared if report.verified else 'no --config: names and shapes were not compared with a model'))
-    use = f'tools/test.py {args.config or "CONFIG"} {args.dst}'
+    use = f'{typed("test")} {args.config or "CONFIG"} {args.dst}'
     if report.kind == 'backbone':
         use = f"model.backbone.init_cfg=dict(type='Pretrained', checkpoint={args.dst!r})"
     console.print(Text(f'wrote {args.dst}; use: {use}'))

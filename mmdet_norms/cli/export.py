@@ -13,6 +13,7 @@ from torch import nn
 
 from mmdet_norms.checkpoints.fit import fit
 from mmdet_norms.checkpoints.read import read_checkpoint
+from mmdet_norms.commands import typed
 from mmdet_norms.deploy import PARTS, export_onnx, fuse, is_fused, save_fused
 from mmdet_norms.files import refuse_overwriting, remove_unfinished, require_writable
 from mmdet_norms.placement import PLACEMENTS
@@ -34,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog='tools/export.py',
+        prog=typed('export'),
         description='Fold the norms of a detector into its convolutions, and save the model: as a checkpoint for '
-        'tools/test.py and load_fused (OUT.pth), or its convolutional part as a graph (OUT.onnx).',
+        f'{typed("test")} and load_fused (OUT.pth), or its convolutional part as a graph (OUT.onnx).',
     )
     parser.add_argument('config', help='config file, or PACKAGE::path, e.g. mmdet::retinanet/...')
     parser.add_argument('checkpoint', help='checkpoint file or URL, of the trained or of the fused model')

@@ -23,6 +23,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
+from mmdet_norms.commands import several
 from mmdet_norms.entries import class_of, parameter_of
 from mmdet_norms.errors import UserError
 
@@ -65,8 +66,8 @@ _ELSEWHERE = {
     'evaluation': 'train_cfg.val_interval or val_evaluator',
     'fp16': '--amp',
     'resume_from': '--resume CKPT',
-    'gpu_ids': 'tools/dist_train.sh',
-    'gpus': 'tools/dist_train.sh',
+    'gpu_ids': several('train', 'CONFIG'),
+    'gpus': several('train', 'CONFIG'),
     'log_config': 'default_hooks.logger',
     'checkpoint_config': 'default_hooks.checkpoint',
 }

@@ -11,6 +11,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from mmdet_norms.commands import typed
 from mmdet_norms.console import as_text
 from mmdet_norms.engine.coco_detections import category_ids, read_coco_detections
 from mmdet_norms.engine.detections import read_detections
@@ -59,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog='tools/picture_sheet.py', description='Draw detections against ground truth.')
+    parser = argparse.ArgumentParser(prog=typed('pictures'), description='Draw detections against ground truth.')
     parser.add_argument('config', help='the config that made the results; its test data are drawn')
-    parser.add_argument('results', help='what tools/test.py --out wrote, *.json or *.pkl')
+    parser.add_argument('results', help=f'what {typed("test")} --out wrote, *.json or *.pkl')
     parser.add_argument('--out', metavar='FILE.png', default='sheet.png', help='default: sheet.png')
     parser.add_argument('--overwrite', action='store_true', help='replace a file --out that is no picture sheet')
     parser.add_argument('--num', type=int, default=12, help='number of images, spread over the data set')
@@ -148,7 +149,7 @@ def _check_out(args: argparse.Namespace) -> None:
 def _read_results(path: str, dataset, images: list) -> list[dict]:
     """The detections of each image, from either format of ``tools/test.py --out``."""
     if not Path(path).is_file():
-        raise UserError(f'there is no results file {path}; tools/test.py CONFIG CKPT --out {path} writes it')
+        raise UserError(f'there is no results file {path}; {typed("test")} CONFIG CKPT --out {path} writes it')
     if path.endswith('.json'):
         return read_coco_detections(path, category_ids(dataset, path), images)
     return read_detections(path)

@@ -14,6 +14,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData, LabelData, PixelData
 
+from mmdet_norms.commands import typed
 from mmdet_norms.compat.reading import read_file
 from mmdet_norms.engine.nonfinite import image_files, replay
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog='tools/replay.py',
+        prog=typed('replay'),
         description='Compute a training step again that had NaN or inf in it, and name the first module that has.',
     )
     parser.add_argument('config', help='the config in the work dir of the run')

@@ -12,6 +12,7 @@ from mmdet.registry import HOOKS, METRICS
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from mmdet_norms.commands import typed
 from mmdet_norms.engine.coco_detections import DumpCocoDetections, category_ids, is_detections
 from mmdet_norms.engine.shared_memory import require_shared_memory
 from mmdet_norms.engine.work_dir import TESTING, claimed, require_unclaimed
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog='tools/test.py', description='Evaluate a checkpoint.')
+    parser = argparse.ArgumentParser(prog=typed('test'), description='Evaluate a checkpoint.')
     parser.add_argument('config', help='config file, or PACKAGE::path, e.g. mmdet::retinanet/...')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument(

@@ -11,6 +11,7 @@ from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import Runner
 
+from mmdet_norms.commands import typed
 from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.deploy import is_fused
 from mmdet_norms.engine import CPUAmpOptimWrapper
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog='tools/train.py', description='Train a detector.')
+    parser = argparse.ArgumentParser(prog=typed('train'), description='Train a detector.')
     parser.add_argument('config', help='config file, or PACKAGE::path, e.g. mmdet::retinanet/...')
     parser.add_argument('--amp', action='store_true', help='mixed precision (bfloat16 on a CPU)')
     parser.add_argument(

@@ -12,6 +12,7 @@ import numpy as np
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 
+from mmdet_norms.commands import runnable
 from mmdet_norms.entries import name_of, parameter_of
 
 from .annotations import DataError, class_order, no_collection, other_order, read_annotations
@@ -22,7 +23,6 @@ from .sources import SPLITS, Source, evaluated_files, sources, wants_masks
 
 LEVELS = ('error', 'warning', 'note')
 HEADERS = 2000  # read of each folder's images by the fast check; and masks compared with their boxes
-_GENERATED = 'for the generated one: python tools/make_shapes.py'
 _FEW = 0.01  # a share below which odd objects are no more than a note: COCO itself has some
 
 
@@ -229,6 +229,10 @@ def _trained_on(source: Source, found: list[Source]) -> bool:
     return source.split == 'train' and (alone or bool(source.filter_cfg.get('filter_empty_gt')))
 
 
+def _generated() -> str:
+    return f'for the generated one: {runnable("shapes")}'
+
+
 def _unreadable(path: str, error: DataError) -> Finding:
     text = str(error).removeprefix(path).lstrip(': ')
     if not os.path.exists(path):
@@ -237,7 +241,7 @@ def _unreadable(path: str, error: DataError) -> Finding:
             'error',
             path,
             text,
-            'Give the data set with --data-root DIR (the generated one: python tools/make_shapes.py)',
+            f'Give the data set with --data-root DIR ({_generated()})',
         )
     return Finding('error', path, text)
 

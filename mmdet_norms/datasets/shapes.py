@@ -37,6 +37,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from ..commands import typed
 from ..console import plain_column, plain_console
 
 __all__ = [
@@ -711,7 +712,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of ``tools/make_shapes.py``; returns the exit status."""
     defaults = ShapesConfig()
     parser = argparse.ArgumentParser(
-        prog='make_shapes',
+        prog=typed('shapes'),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description='Generate the shapes dataset (COCO format) from a seed.',
     )
@@ -727,7 +728,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.out, args.train, args.val, args.size, args.seed, overwrite=args.overwrite, progress=True
         )
     except (ShapesError, ValueError, OSError) as error:
-        print(f'make_shapes: error: {error}', file=sys.stderr)
+        print(f'error: {error}', file=sys.stderr)
         return 2
     print(f'shapes dataset in {root}')
     for split in _SPLITS:

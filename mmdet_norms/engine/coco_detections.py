@@ -12,6 +12,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import MMLogger
 from mmengine.registry import METRICS
 
+from ..commands import typed
 from ..errors import UserError
 from ..files import replacing
 
@@ -116,7 +117,7 @@ def read_coco_detections(path: str | Path, ids: Sequence[int], images: Sequence[
         raise UserError(f'{path} does not hold detections in COCO format ({error})') from error
     if not isinstance(entries, list):
         raise UserError(
-            f'{path} does not hold detections in COCO format, which are a list; tools/test.py CONFIG CKPT --out '
+            f'{path} does not hold detections in COCO format, which are a list; {typed("test")} CONFIG CKPT --out '
             'detections.json writes them (results.json of a work dir has the metrics)'
         )
     labels = {category: label for label, category in enumerate(ids)}

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..commands import typed
 from ..compat.pickles import UnsafePickleError, load_plain
 from ..errors import UserError
 
@@ -21,15 +22,15 @@ def read_detections(path: str | os.PathLike) -> list[dict]:
     path = Path(path).expanduser()
     if path.is_dir():
         raise UserError(
-            f'{path} is a folder; name the file of results that tools/test.py CONFIG CKPT --out FILE.pkl wrote'
+            f'{path} is a folder; name the file of results that {typed("test")} CONFIG CKPT --out FILE.pkl wrote'
         )
     if not path.is_file():
-        raise UserError(f'there is no results file {path}; tools/test.py CONFIG CKPT --out {path} writes it')
+        raise UserError(f'there is no results file {path}; {typed("test")} CONFIG CKPT --out {path} writes it')
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f'the results file {path} cannot be read: {error.strerror or error}') from error
-    write_anew = f'write it anew: tools/test.py CONFIG CKPT --out {path}'
+    write_anew = f'write it anew: {typed("test")} CONFIG CKPT --out {path}'
     if not data:
         raise UserError(f'the results file {path} is empty; {write_anew}')
     try:
@@ -44,7 +45,7 @@ def read_detections(path: str | os.PathLike) -> list[dict]:
         raise UserError(f'{path} is no file of results, or a damaged one ({what}); {write_anew}') from error
     wrong = _what_is_wrong(content)
     if wrong:
-        raise UserError(f'{path} does not hold detections as tools/test.py --out writes them: {wrong}; {write_anew}')
+        raise UserError(f'{path} does not hold detections as {typed("test")} --out writes them: {wrong}; {write_anew}')
     return content
 
 

@@ -21,12 +21,15 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
 from torch import nn
 
+from ..commands import several
+
 # where each launcher leaves (rank, number of processes, rank on this node)
 _LAUNCHER_ENV = {
     'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
     'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
     'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
 }
+_STARTED_BY = {'slurm': 'srun sets them; without it, ', 'mpi': 'mpirun sets them; without it, '}
 RANKS = {launcher: names[0] for launcher, names in _LAUNCHER_ENV.items()}
 """The environment variable with the number of the process, by launcher."""
 
@@ -67,8 +70,9 @@ def _export_ranks(launcher: str) -> None:
     missing = [name for name in _LAUNCHER_ENV[launcher] if name not in os.environ]
     if missing:
         raise RuntimeError(
-            f'--launcher {launcher} expects the environment variable(s) {", ".join(missing)}; start '
-            'the processes with tools/dist_train.sh, tools/dist_test.sh or tools/slurm_train.sh'
+            f'--launcher {launcher} expects the environment variable(s) {", ".join(missing)}; '
+            f'{_STARTED_BY.get(launcher, "")}start the processes so: {several("train", "CONFIG")} or '
+            f'{several("test", "CONFIG CKPT")}'
         )
     for name, source in zip(_LAUNCHER_ENV['pytorch'], _LAUNCHER_ENV[launcher]):
         os.environ[name] = os.environ[source]

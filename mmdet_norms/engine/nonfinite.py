@@ -15,6 +15,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from ..commands import runnable
 from ..compat.foreach import any_nonfinite, copy_all
 from ..errors import UserError
 from ..files import replacing
@@ -496,7 +497,7 @@ def _by_epoch(runner: Runner) -> bool:
 
 
 def _replay_command(runner: Runner, file: str) -> str:
-    return shlex.join(['python', 'tools/replay.py', _config(runner), file])
+    return f'{runnable("replay")} {shlex.join([_config(runner), file])}'
 
 
 def _config(runner: Runner) -> str:

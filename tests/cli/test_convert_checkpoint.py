@@ -131,8 +131,8 @@ def test_files_that_are_not_there_are_named(folder, tmp_path, capsys, src, confi
 
 
 def test_the_script_calls_the_command(capsys):
-    main = runpy.run_path(str(ROOT / 'tools' / 'convert_checkpoint.py'))['main']
+    run = runpy.run_path(str(ROOT / 'tools' / 'convert_checkpoint.py'))['run']
     with pytest.raises(SystemExit) as end:
-        main(['--help'])
+        run('convert', ['--help'])
     out = capsys.readouterr().out
     assert end.value.code == 0 and 'bnet,cbn,mabn,an,aognet' in out and 'run any code' in ' '.join(out.split())
