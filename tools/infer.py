@@ -1,16 +1,13 @@
 #!/usr/bin/env python
 """Detect objects in images and videos; see ``python tools/infer.py --help``."""
 
-import os
 import sys
 from pathlib import Path
 
 # lets the script run from a checkout in which the package is not installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# CPU threads that spin for long while they wait cost a factor of ten where something else uses a core
-os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
-from mmdet_norms.cli.infer import main
+from mmdet_norms_start.commands import run
 
 if __name__ == '__main__':
-    main()
+    run('infer')
