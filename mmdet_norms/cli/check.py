@@ -1,23 +1,21 @@
 """``tools/check.py``: find what is wrong with the data of a config before anything is built."""
 
 import argparse
-import hashlib
-import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from mmengine.config import Config
 
 from mmdet_norms.commands import typed
 from mmdet_norms.datasets.annotations import forget, read_annotations
 from mmdet_norms.datasets.checks import Finding, Report, check_config
+from mmdet_norms.datasets.parts import write_copy
 from mmdet_norms.datasets.sources import SPLITS, evaluated_files, sources
-from mmdet_norms.files import replacing
 from mmdet_norms.placement import PLACEMENTS
 
-from .common import UserError, command, load_config
+from .common import UserError, add_data_arguments, command, copies_folder, load_config
 from .config_checks import config_problems
 from .options import add_option_arguments
 from .weights import check_test, check_training
@@ -29,6 +27,15 @@ _RANKS = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
 def main(argv: Sequence[str] | None = None) -> None:
     """Check as the command line says; the status is 2 if there are errors."""
     args = parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:  # nothing is left of a check
+        args.copies = folder
+        errors = _check(args)
+    if errors:
+        sys.exit(2)
+
+
+def _check(args: argparse.Namespace) -> int:
+    """Print what is found; returns the number of errors."""
     cfg = load_config(args)
     problems = [*config_problems(cfg), *_weights_problems(cfg, args)]
     for problem in problems:
@@ -42,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     errors, warnings = len(problems) + len(report.of('error')), len(report.of('warning'))
     files = dict.fromkeys(source.ann_file for source in sources(cfg) if source.skipped is None)
     print(f'{args.config}: {errors} errors, {warnings} warnings in {", ".join(files) or "no file in COCO format"}')
-    if errors:
-        sys.exit(2)
+    return errors
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('checkpoint', nargs='?', help='one to test, instead of what training starts from')
     parser.add_argument('--full', action='store_true', help='decode every image, not only the headers of some')
     parser.add_argument('--norm', metavar='NAME', help=f'as {typed("train")}: {", ".join(PLACEMENTS)}')
-    parser.add_argument('--data-root', metavar='DIR', help="a folder in COCO format to read instead of the config's")
+    add_data_arguments(parser)
     add_option_arguments(parser)
     parser.set_defaults(work_dir=None, launcher='none', local_rank=0, allow_partial=False)
     return parser.parse_args(argv)
@@ -108,7 +114,7 @@ def _refusal(errors: list[Finding], option: str) -> str:
 def _read_completed(cfg: Config, report: Report, speaks: bool, folder: str | None) -> None:
     """Write what was filled in, and let data sets and evaluators read it."""
     for path, notes in report.completed.items():
-        copy = _write_copy(path, folder or os.path.join(cfg.work_dir, 'annotations'))
+        copy = write_copy(read_annotations(path), path, folder or copies_folder(cfg.work_dir))
         if speaks:
             print(f'{path}: filled in {"; ".join(notes)}; the run reads {copy}')
         for split in SPLITS:
@@ -118,23 +124,6 @@ def _read_completed(cfg: Config, report: Report, speaks: bool, folder: str | Non
         for source in sources(cfg):
             if source.ann_file and os.path.realpath(source.ann_file) == os.path.realpath(path):
                 source.entry['ann_file'] = copy
-
-
-def _write_copy(path: str, folder: str) -> str:
-    """Named after its content, so that runs at the same time and processes of one run agree."""
-    content = {key: value for key, value in read_annotations(path).items() if key != '_bom'}
-    text = json.dumps(content)
-    name = f'{Path(path).stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json'
-    copy = os.path.abspath(os.path.join(folder, name))
-    if not os.path.isfile(copy):
-        try:
-            with replacing(copy) as part:
-                part.write_text(text)
-        except OSError as error:
-            raise UserError(
-                f'{path} has to be completed, but the copy {copy} cannot be written ({error.strerror})'
-            ) from error
-    return copy
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from mmdet.registry import HOOKS, RUNNERS
 from mmdet.utils import setup_cache_size_limit_of_dynamo
@@ -80,12 +81,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='NAME',
         help=f'put these norm layers into the model: {", ".join(PLACEMENTS)}; --cfg-options refine it',
     )
-    parser.add_argument(
-        '--data-root',
-        metavar='DIR',
-        help="a folder in COCO format to read instead of the config's data_root; its file layout and classes are "
-        'taken from it',
-    )
+    add_data_arguments(parser)
     add_option_arguments(parser)
     parser.add_argument(
         '--launcher',
@@ -94,6 +90,23 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help=f'what started the processes; for N of them: {several("train", "CONFIG")}',
     )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which data are read: ``--data-root`` and ``--val-fraction``."""
+    parser.add_argument(
+        '--data-root',
+        metavar='DIR',
+        help="a folder in COCO format to read instead of the config's data_root; its file layout and classes are "
+        'taken from it (docs/data.md lists what is looked for)',
+    )
+    parser.add_argument(
+        '--val-fraction',
+        type=float,
+        metavar='F',
+        help='for a --data-root with one annotation file: hold back that part of its images, such as 0.2, to validate '
+        'and test; the same images every time',
+    )
 
 
 def add_check_argument(parser: argparse.ArgumentParser) -> None:
@@ -175,20 +188,51 @@ def read_config(name: str) -> Config:
 
 
 def move_and_merge(cfg: Config, args: argparse.Namespace) -> None:
-    """--data-root, which heeds the options that say what to read there, and --cfg-options, which have the last word."""
+    """--data-root, which heeds the options that say what to read there, and --cfg-options, which have the last word.
+
+    Args:
+        args: of the command line. Without ``val_fraction`` there is none. ``reads`` are the splits that must be there,
+            all by default. ``copies`` is the folder for annotation files that have to be written, by default that of
+            the work dir; None: none is, which is enough where only the classes are needed.
+    """
     merge_options(cfg, args)
+    fraction = getattr(args, 'val_fraction', None)
     if args.data_root is not None:
-        move_data_root(cfg, args.data_root, getattr(args, 'reads', SPLITS))
-        merge_options(cfg, args)
+        copies = args.copies if hasattr(args, 'copies') else copies_folder(_work_dir(args, cfg))
+        options = {**(getattr(args, 'cfg_options_new', None) or {}), **(args.cfg_options or {})}
+        speaks = os.environ.get(RANKS.get(getattr(args, 'launcher', 'none'), ''), '0') == '0'
+        reads = getattr(args, 'reads', SPLITS)
+        move_data_root(cfg, args.data_root, reads, speaks, val_fraction=fraction, copies=copies, options=options)
+        merge_options(cfg, args, leave=_of_data)
+    elif fraction is not None:
+        raise UserError(
+            f"--val-fraction {fraction}: divides the images of a --data-root; give that, too (it may be the config's "
+            f'own: {cfg.get("data_root") or "DIR"})'
+        )
 
 
-def move_data_root(cfg: Config, root: str, reads: tuple[str, ...] = SPLITS) -> None:
-    """``--data-root``: read another folder, which has the splits ``reads``, and say what had to be adapted to it."""
+def move_data_root(cfg: Config, root: str, reads: tuple[str, ...] = SPLITS, speaks: bool = True, **more: Any) -> None:
+    """``--data-root``: read another folder, which has the splits ``reads``, and say what had to be adapted to it.
+
+    Args:
+        more: as for :func:`mmdet_norms.datasets.locate.use_data_root`.
+    """
     try:
-        for note in use_data_root(cfg, root, reads):
-            print(f'--data-root {root}: {note}')
+        notes = use_data_root(cfg, root, reads, **more)
     except DataRootError as error:
-        raise UserError(f'--data-root: {error}') from error
+        raise UserError(str(error) if str(error).startswith('--') else f'--data-root: {error}') from error
+    for note in notes if speaks else ():
+        print(f'--data-root {root}: {note}')
+
+
+def copies_folder(work_dir: str | os.PathLike) -> str:
+    """Where a run writes annotation files that it reads instead of the user's."""
+    return os.path.join(work_dir, 'annotations')
+
+
+def _of_data(key: str) -> bool:
+    """Whether an option is about files, which --data-root has heeded."""
+    return key.partition('.')[0] in {f'{split}_{what}' for split in SPLITS for what in ('dataloader', 'evaluator')}
 
 
 def require_annotations(cfg: Config, dataloader: str) -> None:

@@ -65,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'single-stage detector, features for others',
     )
     # what load_config reads besides
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0, reads=('train',))
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0, reads=('train',), copies=None)
     return parser.parse_args(argv)
 
 

@@ -149,8 +149,8 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def merge_options(cfg: Config, args: argparse.Namespace) -> None:
-    """Change ``cfg`` as the two options say.
+def merge_options(cfg: Config, args: argparse.Namespace, leave: Callable[[str], bool] = lambda key: False) -> None:
+    """Change ``cfg`` as the two options say, but for keys that ``leave`` is true for.
 
     Raises:
         UserError: a key that nothing reads, with the nearest one; or a value where there cannot be one.
@@ -158,9 +158,10 @@ def merge_options(cfg: Config, args: argparse.Namespace) -> None:
     if getattr(args, 'work_dir', None) is not None and 'work_dir' in (args.cfg_options or {}):
         raise UserError('--cfg-options work_dir: --work-dir is given as well, and decides; leave one of them out')
     for options, is_new in ((args.cfg_options, False), (getattr(args, 'cfg_options_new', None), True)):
-        for key in options or {}:
+        options = {key: value for key, value in (options or {}).items() if not leave(key)}
+        for key in options:
             _check(cfg, key, options, is_new)
-        for key, value in sorted((options or {}).items(), key=lambda item: not item[0].endswith('_delete_')):
+        for key, value in sorted(options.items(), key=lambda item: not item[0].endswith('_delete_')):
             _set(cfg, key.split('.'), value)
 
 

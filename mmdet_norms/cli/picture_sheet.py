@@ -29,7 +29,7 @@ from mmdet_norms.engine.picture import (
 )
 
 from .check import check_data
-from .common import UserError, command, move_and_merge, read_config, require_annotations
+from .common import UserError, add_data_arguments, command, move_and_merge, read_config, require_annotations
 from .options import add_option_arguments
 
 
@@ -39,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     _check_out(args)
     cfg = read_config(args.config)
-    move_and_merge(cfg, args)
-    require_annotations(cfg, 'test_dataloader')
-    with TemporaryDirectory() as folder:  # for a completed copy of the annotations, which building reads as a whole
+    with TemporaryDirectory() as folder:  # for changed copies of the annotations, which building reads as a whole
+        args.copies = folder
+        move_and_merge(cfg, args)
+        require_annotations(cfg, 'test_dataloader')
         check_data(cfg, ('test',), folder=folder)
         dataset = _build_dataset(cfg)
     truth = {info['img_id']: info for info in (dataset.get_data_info(i) for i in range(len(dataset)))}
@@ -67,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--overwrite', action='store_true', help='replace a file --out that is no picture sheet')
     parser.add_argument('--num', type=int, default=12, help='number of images, spread over the data set')
     parser.add_argument('--score-thr', type=float, default=0.5, help='least score to draw (default: 0.5)')
-    parser.add_argument('--data-root', metavar='DIR', help="replaces the config's data_root")
+    add_data_arguments(parser)
     add_option_arguments(parser)
     parser.set_defaults(reads=('test',))
     return parser.parse_args(argv)

@@ -162,19 +162,19 @@ def test_only_the_first_process_speaks(config, folder, tmp_path, capsys, monkeyp
 def test_a_work_dir_that_cannot_be_written_is_one_message(config, folder, tmp_path):
     edit(folder, 'val', drop_areas)
     (tmp_path / 'run').write_text('a file')
-    with pytest.raises(UserError, match=r'has to be completed, but the copy \S+ cannot be written'):
+    with pytest.raises(UserError, match=r'a changed copy of \S+ is needed, but \S+ cannot be written'):
         train_config(config, '--work-dir', tmp_path / 'run')
 
 
 def test_options_say_which_files_data_root_reads(config, folder, tmp_path):
-    for name in ('train', 'val'):
-        (folder / f'annotations/{name}.json').rename(folder / f'{name}_2026.json')
-    files = [f'{split}_dataloader.dataset.ann_file={"train" if split == "train" else "val"}_2026.json'
+    for name, new in (('train', 'many'), ('val', 'few')):
+        (folder / f'annotations/{name}.json').rename(folder / f'{new}.json')
+    files = [f'{split}_dataloader.dataset.ann_file={"many" if split == "train" else "few"}.json'
              for split in ('train', 'val', 'test')]  # fmt: skip
     with pytest.raises(UserError, match=r'has no annotations for train.*--cfg-options train_dataloader\.dataset\.ann'):
         train_config(config, '--data-root', folder)
     cfg = train_config(config, '--data-root', folder, '--cfg-options', *files)
-    assert cfg.val_evaluator.ann_file == f'{folder}/val_2026.json'
+    assert cfg.val_evaluator.ann_file == f'{folder}/few.json'
 
 
 def run(capsys, *arguments):

@@ -119,7 +119,7 @@ def test_a_training_needs_no_test_split_and_leaves_none_of_the_old_one_behind(tm
     cfg.val_dataloader.dataset.update(ann_file='train.json', data_prefix=dict(img='train/'))
     cfg.test_dataloader.dataset.update(ann_file=f'{old}/val.json', data_prefix=dict(img=f'{old}/val/'))
     for name in ('val.json', 'val'):
-        (root / name).rename(root / f'moved {name}')
+        (root / name).rename(root / f'{name}.gone')
     move_data_root(cfg, str(root), train.parse_args(['CONFIG']).reads)
     assert all(path.is_relative_to(root) and not path.exists() for path in read_back(cfg, 'test'))
     assert str(old) not in str(cfg.to_dict())
