@@ -114,7 +114,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_option_arguments(parser)
     # what load_config reads besides
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0, reads=())
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0, reads=(), copies=None)
     args = parser.parse_args(argv)
     if args.no_pictures and args.no_json:
         parser.error('--no-pictures and --no-json together leave nothing to write')
