@@ -4,8 +4,8 @@ from .compat import mmcv_ops
 from .compat.checkpoints import allow_own_checkpoints
 from .compat.loading import load_when_asked
 from .compat.own_configs import serve_own_configs
-from .compat.reading import serve_mmengine
 from .compat.safe_files import resume_by, write_whole_files
+from .compat.zoo import serve_mmengine
 
 # First, because mmdet's models import mmcv's compiled ops, which mmcv-lite lacks.
 mmcv_ops.install()

@@ -24,7 +24,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / 'tests' / 'mutants.yml'
-_COPIED = ('mmdet_norms', 'configs', 'tools', 'tests', 'docs', 'requirements')
+_COPIED = ('mmdet_norms', 'mmdet_norms_start', 'configs', 'tools', 'tests', 'docs', 'requirements')
 _LIMIT_S = 900
 
 

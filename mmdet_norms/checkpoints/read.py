@@ -9,14 +9,6 @@ from torch import Tensor
 
 from ..compat.reading import CheckpointError, is_state_dict
 
-_LISTS_OF_NAMES = {
-    'torchvision://': "of torchvision's models, e.g. torchvision://resnet50",
-    'modelzoo://': "of torchvision's models, e.g. torchvision://resnet50",
-    'open-mmlab://': "of mmengine's list, e.g. open-mmlab://detectron/resnet50_caffe",
-    'openmmlab://': "of mmengine's list, e.g. open-mmlab://detectron/resnet50_caffe",
-    'mmcls://': "of mmengine's list, e.g. mmcls://mobilenet_v2",
-}
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -73,15 +65,6 @@ def read_checkpoint(name: str | os.PathLike, map_location: object = 'cpu') -> Ch
         content = CheckpointLoader.load_checkpoint(name, map_location, logger='silent')
     except CheckpointError:
         raise
-    except KeyError as error:
-        known = next((known for scheme, known in _LISTS_OF_NAMES.items() if name.startswith(scheme)), '')
-        raise CheckpointError(f'{name}: {error} is none {known}') from error
-    except ImportError as error:
-        what = f'needs the package {error.name}' if error.name else f'cannot be read: {error}'.rstrip('.')
-        raise CheckpointError(
-            f'{name} {what}; put that right, or give the path of a file in its place (a backbone: --cfg-options '
-            'model.backbone.init_cfg.checkpoint=FILE, or model.backbone.init_cfg=None to start from nothing)'
-        ) from error
     except OSError as error:
         raise CheckpointError(f'{name} cannot be read: {error}') from error
     return _checkpoint(name, content)

@@ -1,11 +1,11 @@
 """``tools/train.py``: train a detector from a config."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from mmdet.registry import HOOKS, OPTIM_WRAPPERS, WEIGHT_INITIALIZERS
+from mmdet.registry import HOOKS, OPTIM_WRAPPERS
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
@@ -44,7 +44,7 @@ from .common import (
     run_with_checkpoint,
 )
 from .config_checks import config_problems, require_none
-from .weights import add_partial_argument, check_training, fused_refusal
+from .weights import add_partial_argument, check_training, fused_refusal, pretrained_files
 
 
 @command
@@ -225,7 +225,7 @@ def guard_work_dir(cfg: Config, args: argparse.Namespace) -> None:
     folder = CheckpointFolder.of(cfg)
     if args.overwrite:
         start = {'load_from': cfg.load_from} if cfg.get('load_from') else {}
-        require_replaceable(folder, {**start, **dict(_pretrained(cfg.model, 'model'))})
+        require_replaceable(folder, {**start, **dict(pretrained_files(cfg.model))})
     elif not (cfg.get('resume') or args.resume) or (args.named and not folder.has(cfg.load_from)):
         require_fresh(folder)
 
@@ -247,7 +247,7 @@ def _require_weights(cfg: Config, config: str) -> None:
     """Raise if a local file that the run starts from is not there, or holds a fused model."""
     option = '--resume' if cfg.get('resume') else 'load_from'
     start = cfg.get('load_from')
-    pretrained = [(key, path) for key, path in _pretrained(cfg.model, 'model') if '://' not in path]
+    pretrained = [(key, path) for key, path in pretrained_files(cfg.model) if '://' not in path]
     for key, path in pretrained:
         if not Path(path).expanduser().is_file():
             raise UserError(_missing_weights(key, path, config, option if start else None))
@@ -256,18 +256,6 @@ def _require_weights(cfg: Config, config: str) -> None:
     for key, path in [*pretrained, (option, start)]:
         if path is not None and is_fused(Path(path).expanduser()):
             raise UserError(fused_refusal(key, path))
-
-
-def _pretrained(node: object, key: str) -> Iterator[tuple[str, str]]:
-    """Key and path of every file of weights that building the model reads."""
-    if isinstance(node, (list, tuple)):
-        for i, entry in enumerate(node):
-            yield from _pretrained(entry, f'{key}.{i}')
-    elif isinstance(node, dict):
-        if node.get('checkpoint') and is_a(node, 'Pretrained', WEIGHT_INITIALIZERS):
-            yield f'{key}.checkpoint', node['checkpoint']
-        for name, value in node.items():
-            yield from _pretrained(value, f'{key}.{name}')
 
 
 def _missing_weights(key: str, path: str, config: str, replaced_by: str | None) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 
 from mmdet_norms.checkpoints.fit import Fit, fit, weights_of
 from mmdet_norms.checkpoints.read import Checkpoint, read_checkpoint
+from mmdet_norms.compat.downloads import DownloadError
 from mmdet_norms.datasets.annotations import other_order
 from mmdet_norms.datasets.sources import datasets
 from mmdet_norms.deploy import fuse, is_fused
@@ -153,19 +154,31 @@ def _model_for(cfg: Config, checkpoint: Checkpoint) -> nn.Module | None:
 
 def _check_pretrained(cfg: Config, args: argparse.Namespace, replaced: bool) -> None:
     """The weights that ``init_cfg`` of the model or of parts of it names."""
-    names = {rule['checkpoint'] for rule in _rules(cfg.get('model'))}
-    if not names:
+    files = dict(pretrained_files(cfg.get('model')))
+    if not files:
         return
-    read = functools.cache(read_checkpoint)
-    for name in names:
-        read(name)
+    once = functools.cache(read_checkpoint)
+
+    def read(key: str, name: str) -> Checkpoint:
+        try:
+            return once(name)
+        except DownloadError as error:
+            init_cfg = key[: key.rindex('init_cfg') + len('init_cfg')]
+            instead = 'leave them out, since a checkpoint replaces them' if replaced else 'start without them'
+            raise UserError(
+                f'{key}: {error}; or name another file: --cfg-options {key}=FILE; or {instead}: --cfg-options '
+                f'{init_cfg}=None'
+            ) from error
+
+    for key, name in files.items():
+        read(key, name)
     model = None if replaced else built(cfg.model, cfg.get('default_scope') or 'mmdet')
     for where, part, rule in weights_of(model) if model is not None else ():
         if not is_a(rule, 'Pretrained', WEIGHT_INITIALIZERS) or _loads_by_itself(part):
             continue
-        checkpoint = read(rule['checkpoint'])
-        state, prefix = checkpoint.state_dict, rule.get('prefix')
         key = f'model.{where}.init_cfg' if where else 'model.init_cfg'
+        checkpoint = read(f'{key}.checkpoint', rule['checkpoint'])
+        state, prefix = checkpoint.state_dict, rule.get('prefix')
         if prefix:
             prefix = prefix.rstrip('.') + '.'
             state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -188,20 +201,26 @@ def _check_pretrained(cfg: Config, args: argparse.Namespace, replaced: bool) -> 
 
 def pretrained_weights(model_cfg: Mapping) -> Iterator[tuple[str, str]]:
     """What they are called in messages, and their files."""
-    for rule in _rules(model_cfg):
+    for _, rule in _rules(model_cfg, 'model'):
         yield f'the checkpoint of init_cfg ({rule["checkpoint"]})', rule['checkpoint']
 
 
-def _rules(node: object) -> Iterator[Mapping]:
-    """The entries of a config that name pretrained weights."""
+def pretrained_files(model_cfg: object) -> Iterator[tuple[str, str]]:
+    """Key and name of all pretrained weights that building the model reads."""
+    for key, rule in _rules(model_cfg, 'model'):
+        yield f'{key}.checkpoint', rule['checkpoint']
+
+
+def _rules(node: object, key: str) -> Iterator[tuple[str, Mapping]]:
+    """Where in a config the entries are that name pretrained weights, and the entries."""
     if isinstance(node, (list, tuple)):
-        for entry in node:
-            yield from _rules(entry)
+        for i, entry in enumerate(node):
+            yield from _rules(entry, f'{key}.{i}')
     elif isinstance(node, Mapping):
         if node.get('checkpoint') and is_a(node, 'Pretrained', WEIGHT_INITIALIZERS):
-            yield node
-        for value in node.values():
-            yield from _rules(value)
+            yield key, node
+        for name, value in node.items():
+            yield from _rules(value, f'{key}.{name}')
 
 
 def _loads_by_itself(part: nn.Module) -> bool:

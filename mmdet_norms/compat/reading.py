@@ -1,22 +1,17 @@
 """The one reader of checkpoint files: restricted, and able to say in one sentence what is wrong with a file.
 
-Every tool reads through :func:`read_file`, and so does mmengine (:func:`serve_mmengine`), whoever started it.
+Every tool reads through :func:`read_file`, and so does mmengine (``zoo.py``), whoever started it.
 """
 
 import os
 import pickle
 import pickletools
 import re
-import socket
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from http.client import HTTPException
+from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
-from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor
 
 from ..errors import UserError
@@ -66,7 +61,7 @@ def read_file(
     """
     path = os.path.expanduser(os.fspath(path))
     start = _first_bytes(path)
-    what = _other_kind(path, start)
+    what = other_kind(start)
     if what:
         raise CheckpointError(f'{path} is {what}')
     is_zip = start.startswith(_ZIP_START)
@@ -114,8 +109,8 @@ def _near(path: str) -> str:
     return ''
 
 
-def _other_kind(path: str, start: bytes) -> str:
-    """What the file is instead of a checkpoint, and what to do."""
+def other_kind(start: bytes) -> str:
+    """What a file that starts so is instead of a checkpoint, and what to do; nothing if it may be one."""
     if not start:
         return f'empty (0 bytes); {_AGAIN}'
     for other, what in _OTHER_FILES.items():
@@ -219,57 +214,9 @@ def _reason(error: Exception) -> str:
 _TORCH = tuple(int(part) for part in torch.__version__.split('.')[:2])
 
 
-# ------------------------------------------------------------------------------------------------------- mmengine
-
-
-def serve_mmengine() -> None:
-    """Let mmengine's loader, of whatever run, read local and downloaded files by :func:`read_file`. Idempotent."""
-    mmengine_checkpoint.load_from_local = load_from_local
-    mmengine_checkpoint.CheckpointLoader.register_scheme('', load_from_local, force=True)
-    mmengine_checkpoint.load_url = load_url  # of http://, torchvision://, openmmlab:// and mmcls://
-
-
 def load_from_local(filename: str, map_location: object) -> object:
     """In place of mmengine's, which names neither the file nor what is wrong."""
     return with_state_dict(read_file(filename, map_location, restricted=False))
-
-
-def load_url(url: str, model_dir: str | None = None, map_location: object = None, progress: bool = True) -> object:
-    """In place of torch's, which runs the code in what it downloaded: the same file, read by :func:`read_file`."""
-    folder = model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
-    try:
-        path = os.path.join(folder, os.path.basename(urlparse(url).path))
-    except ValueError as error:
-        raise CheckpointError(f'{url} is no address: {error}') from error
-    if not os.path.exists(path):
-        os.makedirs(folder, exist_ok=True)
-        print(f'Downloading: "{url}" to {path}')
-        try:
-            with _no_endless_wait():
-                torch.hub.download_url_to_file(url, path, progress=progress)
-        except (
-            OSError,
-            HTTPException,
-            ValueError,
-        ) as error:  # URLError and HTTPError are OSErrors
-            raise CheckpointError(
-                f'{url} could not be downloaded: {getattr(error, "reason", None) or error}'
-            ) from error
-    try:
-        return with_state_dict(read_file(path, map_location, restricted=False))
-    except CheckpointError as error:
-        raise type(error)(f'{error} ({path} was downloaded from {url}; delete it to download it again)') from error
-
-
-@contextmanager
-def _no_endless_wait(seconds: float = 30) -> Iterator[None]:
-    """Of a connection that says nothing: torch sets no limit."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def with_state_dict(content: object) -> object:

@@ -4,8 +4,6 @@ import gzip
 import os
 import pickle
 import random
-import shutil
-import socket
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -18,7 +16,6 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmdet_norms.checkpoints.read import read_checkpoint
-from mmdet_norms.compat import reading
 from mmdet_norms.compat.reading import CheckpointError, MissingCheckpointError, UntrustedCheckpointError, read_file
 from mmdet_norms.errors import UserError
 
@@ -287,7 +284,7 @@ def test_arrays_and_numbers_of_numpy_are_saved_again_as_numpys(tmp_path):
     )
 
 
-# --- every way in: mmengine's loader, and what it downloads ----------------------------------------------------------
+# --- mmengine's loader reads by the same reader; what it downloads: test_downloads.py --------------------------------
 
 
 def test_mmengine_reads_by_the_same_reader(tmp_path, saved):
@@ -295,47 +292,6 @@ def test_mmengine_reads_by_the_same_reader(tmp_path, saved):
     (tmp_path / 'a.pth').write_text('<html>')
     with pytest.raises(CheckpointError, match='a web page'):
         CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'), logger='silent')
-
-
-@pytest.fixture
-def web(tmp_path, monkeypatch):
-    """A folder in place of the internet; says what was downloaded."""
-    (tmp_path / 'web').mkdir()
-    asked = []
-
-    def download(url, path, *args, **kwargs):
-        asked.append(url)
-        if not (tmp_path / 'web' / os.path.basename(url)).exists():
-            raise OSError('HTTP Error 404: Not Found')
-        shutil.copy(tmp_path / 'web' / os.path.basename(url), path)
-
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
-    return tmp_path / 'web', asked
-
-
-def test_what_is_downloaded_is_read_by_the_same_reader_and_kept(web, tmp_path):
-    folder, asked = web
-    torch.save(content(), folder / 'a.pth')
-    torch.save(dict(extra=Calls(os.mkdir, str(tmp_path / 'ran'))), folder / 'evil.pth')
-    (folder / 'login.pth').write_text('<html>please log in</html>')
-    for _ in range(2):
-        assert read_checkpoint('https://example.org/x/a.pth').meta['epoch'] == 1
-    assert asked == ['https://example.org/x/a.pth'] and (tmp_path / 'hub' / 'checkpoints' / 'a.pth').is_file()
-    message = refused('https://example.org/login.pth')
-    assert 'a web page' in message and 'delete it to download it again' in message
-    assert 'more than tensors' in refused('https://example.org/evil.pth', UntrustedCheckpointError)
-    assert not (tmp_path / 'ran').exists()
-    assert 'could not be downloaded: HTTP Error 404' in refused('https://example.org/none.pth')
-
-
-def test_names_in_lists_of_models(web):
-    folder, asked = web
-    torch.save(weights(), folder / 'resnet50_caffe-788b5fa3.pth')
-    torch.save(weights(), folder / 'resnet50_msra-5891d200.pth')
-    assert read_checkpoint('open-mmlab://detectron2/resnet50_caffe').state_dict
-    assert "'resnet51' is none of mmengine's list" in refused('open-mmlab://resnet51')
-    assert len(asked) == 1
 
 
 def test_damage_anywhere_gives_the_weights_or_one_message(saved):
@@ -355,19 +311,3 @@ def test_damage_anywhere_gives_the_weights_or_one_message(saved):
         else:
             assert all(torch.equal(read.state_dict[key], value) for key, value in weights().items())
     assert noticed > 200
-
-
-@pytest.mark.parametrize(
-    'url', ['https://a b/c d.pth', 'https://[x/c.pth', 'http://localhost:9/c.pth', 'http:///c.pth']
-)
-def test_an_address_that_is_none_is_one_message(url, tmp_path):
-    with pytest.raises(CheckpointError, match=r'could not be downloaded|is no address'):
-        reading.load_url(url, model_dir=str(tmp_path))
-
-
-def test_a_server_that_says_nothing_is_not_waited_for_without_end(tmp_path, monkeypatch):
-    waits = []
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda *a, **k: waits.append(socket.getdefaulttimeout()))
-    with pytest.raises(CheckpointError):
-        reading.load_url('https://example.org/c.pth', model_dir=str(tmp_path))
-    assert waits == [30] and socket.getdefaulttimeout() is None
