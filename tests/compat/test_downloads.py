@@ -149,7 +149,8 @@ def test_torchvision_means_the_same_weights_with_and_without_its_package(monkeyp
         without.setitem(sys.modules, 'torchvision', None)
         for name, url in urls.items():
             model, _, version = name.partition('.')
-            if url and version in ('', 'imagenet1k_v1') and urls.get(model):
+            again = version and model.startswith('efficientnet')  # uploaded again under the later name
+            if url and version in ('', 'imagenet1k_v1') and urls.get(model) and not again:
                 assert zoo.address(f'torchvision://{name}') == url
     assert zoo.address('torchvision://resnet50.imagenet1k_v2') == urls['resnet50.imagenet1k_v2']
 
