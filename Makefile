@@ -14,13 +14,14 @@ JOBS ?= auto --maxprocesses=4
 # Threads that spin for long while they wait cost a factor of ten where something else uses a core.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help install data demo test bench asan lint clean
+.PHONY: help install data demo test bench asan docs lint clean
 
 help:
 	@echo 'make demo   install, generate shapes, train a small Mask R-CNN with BNET-5, test it, draw a picture sheet'
 	@echo 'make test   the whole test suite'
 	@echo 'make bench  what each norm costs beside batch norm: layers, convolutions, Faster R-CNN (docs/benchmark.md)'
 	@echo 'make asan   the tests of the C kernel under AddressSanitizer and UBSan (needs gcc)'
+	@echo 'make docs   run every command of the documentation (CONTRIBUTING.md)'
 	@echo 'make install | data | lint | clean'
 	@echo 'make test and make lint add their own packages to what the others install: pytest, ONNX, Triton, ...'
 
@@ -66,6 +67,10 @@ bench: $(STAMP)
 # Under AddressSanitizer and UBSan, of gcc or clang; docs/reliability.md.
 asan: $(DEV_STAMP)
 	@$(BIN)/python tests/kernels/asan.py
+
+# Every command of the documentation, in a copy of the checkout; CONTRIBUTING.md.
+docs: $(DEV_STAMP)
+	@$(BIN)/python tools/check_docs.py $(DOCS)
 
 lint: $(DEV_STAMP)
 	@$(BIN)/python -m ruff check .

@@ -95,6 +95,7 @@ setup(
         # Triton has wheels for Linux only; on GPUs torch pins its own, and its CPU builds come without.
         'dev': [
             'hypothesis',
+            'markdown-it-py',  # tools/check_docs.py
             'pytest',
             'pytest-timeout',
             'pytest-xdist',

@@ -13,7 +13,7 @@ from mmdet_norms_start import requirements
 PACKAGE = Path(mmdet_norms.__file__).parent
 ROOT = PACKAGE.parent
 # Where a distribution is not called what one imports.
-DISTRIBUTIONS = {'PIL': 'pillow', 'yaml': 'PyYAML'}
+DISTRIBUTIONS = {'PIL': 'pillow', 'markdown_it': 'markdown-it-py', 'yaml': 'PyYAML'}
 # By the extras of setup.py, of which one is chosen; cv2 comes with each mmcv.
 STACK = {'mmengine', 'mmcv', 'mmdet', 'cv2'}
 
