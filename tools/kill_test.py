@@ -72,6 +72,7 @@ class Run:
 
     def __init__(self, config: Path, work_dir: Path, norm: str, processes: int, kill_at: int | None = None):
         argv = [str(config), '--norm', norm, '--work-dir', str(work_dir), '--seed', '0', '--resume']
+        argv += ['--threads', '1']  # a run that is killed before its first checkpoint begins anew, as it was
         argv += ['--cfg-options', *OPTIONS[norm]] if norm in OPTIONS else []
         self.log, self._ready = work_dir.with_suffix('.log'), os.pipe()
         port = _free_port()

@@ -26,9 +26,10 @@ launch() {
     python=$(find_python)
     port=$(find_port "$python")
     if [ -z "${OMP_NUM_THREADS:-}" ] && [ "$("$python" -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
-        # torchrun would give each process one thread; on a CPU they share the cores evenly
-        local threads=$(( $(nproc) / processes ))
-        export OMP_NUM_THREADS=$(( threads > 0 ? threads : 1 ))
+        # torchrun would give each process one thread; on a CPU they share evenly the cores that others leave
+        local threads
+        threads=$("$python" -I "$here/../mmdet_norms/cores.py" "$processes")
+        export OMP_NUM_THREADS=$threads MMDET_NORMS_THREADS_MEASURED=1
         export MKL_NUM_THREADS=$OMP_NUM_THREADS
     fi
     exec "$python" -m torch.distributed.run \

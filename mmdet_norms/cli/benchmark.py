@@ -13,10 +13,10 @@ from mmdet_norms.benchmark import detectors, layers, measure, report
 from mmdet_norms.benchmark.groups import LAYOUTS, PRECISIONS, Group, Setting, add_triton
 from mmdet_norms.commands import runnable, typed
 from mmdet_norms.console import plain_column, plain_console
-from mmdet_norms.kernels import triton
+from mmdet_norms.kernels import compiled, triton
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
-from .common import UserError, command, read_config
+from .common import UserError, add_threads_argument, command, read_config, use_threads
 from .config_checks import config_problems, require_none
 from .options import add_option_arguments, merge_options
 
@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what the command line says, show it and write it down."""
     args = parse_args(argv)
     plan = list(make_plan(args))
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    chosen = use_threads(args, device=args.device)
+    for line in filter(None, (chosen, compiled.why_not() if args.device == 'cpu' else None)):
+        print(line)
     if args.device != 'cpu':
         torch.cuda.set_device(args.device)
     given = sys.argv[1:] if argv is None else argv
@@ -116,7 +117,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='fp32, or mixed precision in bf16 or fp16; default fp32',
     )
     parser.add_argument('--layout', nargs='+', choices=list(LAYOUTS), default=['nchw'], help='default nchw')
-    parser.add_argument('--threads', type=int, help='CPU threads of torch')
+    add_threads_argument(parser)
     parser.add_argument(
         '--repeats', type=int, help='timed calls of each candidate; default 20, and 5 of a detector on a CPU'
     )
@@ -157,7 +158,7 @@ def _require_triton(device: str) -> None:
 
 def _fill_in(args: argparse.Namespace) -> None:
     quick, on_cpu = args.quick, args.device == 'cpu'
-    for name in ('repeats', 'threads', 'batch'):
+    for name in ('repeats', 'batch'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f'--{name} {getattr(args, name)}: must be at least 1')
     if args.warmup is not None and args.warmup < 0:

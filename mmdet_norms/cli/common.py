@@ -17,22 +17,25 @@ from typing import Any
 from mmdet.registry import HOOKS, RUNNERS
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.hooks import LoggerHook
 from mmengine.hub import get_config
 from mmengine.runner import Runner
 
+from mmdet_norms import cores
 from mmdet_norms.commands import runnable, several
 from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.compat.checkpoints import explain_refusal
 from mmdet_norms.datasets.locate import DataRootError, use_data_root
 from mmdet_norms.datasets.sources import SPLITS, datasets
-from mmdet_norms.engine import end_processes, start_cpu_processes
-from mmdet_norms.engine.dist import RANKS
+from mmdet_norms.engine import end_processes, start_cpu_processes, threads
+from mmdet_norms.engine.dist import RANKS, processes_here
 from mmdet_norms.engine.one_value import explain_one_value
 from mmdet_norms.entries import class_of, is_a, spell_out
 from mmdet_norms.errors import UserError
 from mmdet_norms.files import explain
-from mmdet_norms.layers import AnotherFunctionError, another_function_allowed
+from mmdet_norms.kernels import compiled
+from mmdet_norms.layers import BNET, AnotherFunctionError, another_function_allowed
 from mmdet_norms.layers._args import ConfigError
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 from mmdet_norms_start import own_configs
@@ -51,6 +54,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
     def run(argv: Sequence[str] | None = None) -> None:
         # mmengine reads configs of other packages through it; setuptools is pinned for that
         warnings.filterwarnings('ignore', message='pkg_resources is deprecated', category=UserWarning)
+        cores.begin()
         try:
             main(argv)
         except KeyboardInterrupt:
@@ -83,6 +87,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_data_arguments(parser)
     add_option_arguments(parser)
+    add_threads_argument(parser)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -107,6 +112,31 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help='for a --data-root with one annotation file: hold back that part of its images, such as 0.2, to validate '
         'and test; the same images every time',
     )
+
+
+def add_threads_argument(parser: argparse.ArgumentParser) -> None:
+    """Add what everything takes that computes on a CPU; see :func:`use_threads`."""
+    parser.add_argument(
+        '--threads',
+        type=int,
+        metavar='N',
+        help='CPU threads to compute with; default: OMP_NUM_THREADS, else the cores that nothing else keeps busy',
+    )
+
+
+def use_threads(args: argparse.Namespace, dataloader: dict | None = None, device: str | None = None) -> str | None:
+    """Choose how many CPU threads to compute with, and say so in one line; None where a GPU computes.
+
+    Args:
+        args: with ``threads``, and ``launcher`` where there may be several processes.
+        dataloader: of the config, whose workers need cores, too.
+        device: where the model is; default: mmengine's choice.
+    """
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f'--threads {args.threads}: must be at least 1')
+    workers = (dataloader or {}).get('num_workers') or 0
+    chosen = threads.use_threads(args.threads, workers, processes_here(getattr(args, 'launcher', 'none')), device)
+    return None if chosen is None else str(chosen)
 
 
 def add_check_argument(parser: argparse.ArgumentParser) -> None:
@@ -137,8 +167,8 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def build_runner(cfg: Config) -> Runner:
-    """The runner for ``cfg``, with the processes it needs already connected."""
+def build_runner(cfg: Config, *notes: str | None) -> Runner:
+    """The runner for ``cfg``, with the processes it needs already connected; its log begins with ``notes``."""
     setup_cache_size_limit_of_dynamo()
     try:
         start_cpu_processes(cfg)
@@ -146,10 +176,19 @@ def build_runner(cfg: Config) -> Runner:
         raise UserError(str(error)) from error
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     mmcv_ops.announce()
+    for note in filter(None, (*notes, _without_compiler(runner))):
+        runner.logger.info(note)
     for handler in runner.logger.handlers:
         if isinstance(handler, logging.FileHandler):  # a log that cannot be written ends the run, as a checkpoint does
             handler.handleError = _raise
     return runner
+
+
+def _without_compiler(runner: Runner) -> str | None:
+    """What a run with BNET on a CPU loses where the library is not compiled."""
+    if get_device() == 'cpu' and any(isinstance(module, BNET) for module in runner.model.modules()):
+        return compiled.why_not()
+    return None
 
 
 def is_first_process(args: argparse.Namespace) -> bool:

@@ -18,7 +18,15 @@ from mmdet_norms.deploy import PARTS, export_onnx, fuse, is_fused, save_fused
 from mmdet_norms.files import refuse_overwriting, remove_unfinished, require_writable
 from mmdet_norms.placement import PLACEMENTS
 
-from .common import UserError, command, load_config, require_checkpoint, run_with_checkpoint
+from .common import (
+    UserError,
+    add_threads_argument,
+    command,
+    load_config,
+    require_checkpoint,
+    run_with_checkpoint,
+    use_threads,
+)
 from .config_checks import config_problems, require_none
 from .options import add_option_arguments
 from .weights import explain_misfit, pretrained_weights
@@ -52,6 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--force', action='store_true', help='replace OUT even if it is not what this tool wrote')
     add_option_arguments(parser)
+    add_threads_argument(parser)
     onnx = parser.add_argument_group('for OUT.onnx')
     onnx.add_argument(
         '--size', nargs=2, type=int, metavar=('H', 'W'), help='height and width of the images; default: 800 1344'
@@ -81,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
     refuse_overwriting(args.out, 'OUT', dict(pretrained_weights(cfg.model)))
     require_none(config_problems(cfg, ()))
     require_checkpoint(args.checkpoint, 'CKPT')
+    print(use_threads(args, device='cpu'))
     init_default_scope(cfg.get('default_scope') or 'mmdet')
     run_with_checkpoint(functools.partial(_export, cfg, args), args)
 

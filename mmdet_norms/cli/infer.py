@@ -44,7 +44,15 @@ from mmdet_norms.files import remove_unfinished, replacing, require_writable
 from mmdet_norms.placement import PLACEMENTS
 from mmdet_norms.version import __version__
 
-from .common import UserError, command, load_config, require_checkpoint, run_with_checkpoint
+from .common import (
+    UserError,
+    add_threads_argument,
+    command,
+    load_config,
+    require_checkpoint,
+    run_with_checkpoint,
+    use_threads,
+)
 from .config_checks import config_problems, require_none
 from .detector import load_detector
 from .options import add_option_arguments
@@ -62,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     places = _places(images, videos, Path(args.out))
     _check_out(args, places)
     device = _device(args.device)
+    threads = use_threads(args, device=device)
+    if threads is not None:
+        print(threads)
     cfg = load_config(args)
     require_none(config_problems(cfg, ()))
     require_checkpoint(args.checkpoint, 'CKPT')
@@ -95,6 +106,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--fuse', action='store_true', help='fold the norms into the convolutions first: faster')
     parser.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
+    add_threads_argument(parser)
     parser.add_argument(
         '--batch-size',
         type=int,

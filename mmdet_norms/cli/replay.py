@@ -18,7 +18,7 @@ from mmdet_norms.commands import typed
 from mmdet_norms.compat.reading import read_file
 from mmdet_norms.engine.nonfinite import image_files, replay
 
-from .common import UserError, command, read_config
+from .common import UserError, add_threads_argument, command, read_config, use_threads
 
 _PARTS = (
     DetDataSample, ReIDDataSample, TrackDataSample, InstanceData, PixelData, LabelData, HorizontalBoxes, BitmapMasks,
@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = read_config(args.config)
     content = _read(args.file)
+    threads = use_threads(args)
+    if threads is not None:
+        print(threads)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).to(get_device())
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
@@ -53,6 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('config', help='the config in the work dir of the run')
     parser.add_argument('file', help='WORK_DIR/nonfinite/iter_N.pth, which the run has written')
+    add_threads_argument(parser)
     return parser.parse_args(argv)
 
 

@@ -31,6 +31,7 @@ from .common import (
     require_annotations,
     require_checkpoint,
     run_with_checkpoint,
+    use_threads,
 )
 from .config_checks import KINDS, config_problems, predicts_masks, require_none
 from .weights import add_partial_argument, check_test
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = test_config(args)
     check_test(cfg, args)
     with _claimed(cfg, args) if is_first_process(args) else nullcontext():
-        runner = build_runner(cfg)
+        runner = build_runner(cfg, use_threads(args, cfg.get('test_dataloader')))
         if args.out is not None:
             _save_detections(runner, args.out)
         run_with_checkpoint(runner.test, args)

@@ -42,6 +42,7 @@ from .common import (
     require_annotations,
     require_checkpoint,
     run_with_checkpoint,
+    use_threads,
 )
 from .config_checks import config_problems, require_none
 from .weights import add_partial_argument, check_training, fused_refusal, pretrained_files
@@ -60,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with claimed(cfg.work_dir) if first else nullcontext():
         if first:
             guard_work_dir(cfg, args)
-        runner = build_runner(cfg)
-        for note in args.notes:
-            runner.logger.info(note)
+        runner = build_runner(cfg, *args.notes, use_threads(args, cfg.get('train_dataloader')))
         if first:
             clear_work_dir(runner, cfg, args)
         run_with_checkpoint(runner.train, args)

@@ -34,6 +34,24 @@ RANKS = {launcher: names[0] for launcher, names in _LAUNCHER_ENV.items()}
 """The environment variable with the number of the process, by launcher."""
 
 
+# where each launcher leaves the number of processes on this machine
+_PROCESSES_HERE = {
+    'pytorch': 'LOCAL_WORLD_SIZE',
+    'slurm': 'SLURM_NTASKS_PER_NODE',
+    'mpi': 'OMPI_COMM_WORLD_LOCAL_SIZE',
+}
+
+
+def processes_here(launcher: str) -> int:
+    """How many processes of this run share the cores of this machine, before they are connected."""
+    if launcher == 'none':
+        return 1
+    for name in (_PROCESSES_HERE[launcher], _LAUNCHER_ENV[launcher][1]):
+        if os.environ.get(name, '').isdigit():
+            return max(1, int(os.environ[name]))
+    return 1
+
+
 def start_cpu_processes(cfg: Config) -> None:
     """Join the other processes over gloo and make the runner's model wrapper fit for a CPU.
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from mmengine.device import get_device
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -16,6 +17,7 @@ from torch import nn
 
 from ..compat.loading import InfiniteBatches, finish_epoch, has_batches, replace_batch_sampler, set_epoch
 from .resumed import differences
+from .threads import take_threads
 from .together import announce_saving
 
 KEY = 'random_states'
@@ -34,6 +36,8 @@ class RandomStateHook(Hook):
       iteration and the place in the batch, so the number of workers does not matter, nor what they did before;
     * the states of the generators of every process, the sampler's seed and place, and gradients that are being
       accumulated are saved, under ``random_states``;
+    * so is the number of threads on a CPU, in whose order sums are formed: a resumed run computes with as many, unless
+      the user says otherwise or there are not so many cores;
     * a validation leaves the generators as they were.
 
     Skipped batches are not loaded again. The log says so where the run cannot go on identically: a checkpoint without
@@ -64,6 +68,7 @@ class RandomStateHook(Hook):
         if runner._resume:
             self._resumed, self._loaded = True, checkpoint.pop(KEY, None)
             self._differences = differences(runner, checkpoint)
+            self._take_threads(runner)
 
     def before_train(self, runner: Runner) -> None:
         """Number the batches; after a resume, go on where the checkpoint was saved."""
@@ -105,6 +110,8 @@ class RandomStateHook(Hook):
             gradients=_gradients(runner),
             sizes={name: list(m._input_size) for name, m in _sized(runner)},
         )
+        if get_device() == 'cpu':
+            mine['threads'] = torch.get_num_threads()
         if self._batches is not None:
             mine['pass'] = self._batches.place(self._pass_number(runner))
         self._states = all_gather_object(mine)
@@ -116,6 +123,17 @@ class RandomStateHook(Hook):
             if 'optimizer' not in checkpoint:  # not to be resumed from
                 states = [{**state, 'gradients': {}} for state in states]
             checkpoint[KEY] = dict(version=1, processes=states)
+
+    def _take_threads(self, runner: Runner) -> None:
+        """Compute with as many threads as the run that was stopped."""
+        processes = self._loaded['processes'] if _is_whole(self._loaded) else []
+        threads = processes[get_rank()].get('threads') if len(processes) == get_world_size() else None
+        if get_device() == 'cpu' and isinstance(threads, int) and 0 < threads != torch.get_num_threads():
+            told = take_threads(threads)
+            if told is None:
+                runner.logger.info(f'CPU threads: {threads}, as in the run that was stopped')
+            else:
+                self._differences.append(told)
 
     def _pass_number(self, runner: Runner) -> int:
         iterator = getattr(runner.train_loop, 'dataloader_iterator', None)

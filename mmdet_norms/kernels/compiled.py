@@ -44,6 +44,19 @@ def library() -> ctypes.CDLL | None:
     return None if path is None else _load(path)
 
 
+def why_not() -> str | None:
+    """One sentence where there is no library: what that costs, and what to do about it."""
+    if library() is not None:
+        return None
+    cost = 'a training step of BNET takes up to twice as long on a CPU'
+    if os.environ.get('MMDET_NORMS_COMPILED') == '0':
+        return f'MMDET_NORMS_COMPILED=0 leaves out the compiled kernels: {cost}'
+    return (
+        f'The kernels of mmdet_norms are not compiled: {cost}. With a C compiler (gcc or clang), install the package '
+        'again: make install, or pip install -e .'
+    )
+
+
 def _load(path: Path) -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(path))
