@@ -1,5 +1,7 @@
 """All of the package, imported and registered in the order that this needs: by ``import mmdet_norms``."""
 
+from mmdet_norms_start.ops import step_aside
+
 from .compat import mmcv_ops
 from .compat.checkpoints import allow_own_checkpoints
 from .compat.loading import load_when_asked
@@ -8,6 +10,7 @@ from .compat.safe_files import resume_by, write_whole_files
 from .compat.zoo import serve_mmengine
 
 # First, because mmdet's models import mmcv's compiled ops, which mmcv-lite lacks.
+step_aside()
 mmcv_ops.install()
 allow_own_checkpoints()
 load_when_asked()

@@ -44,10 +44,25 @@ class Finder:
         return spec
 
 
+class MissingOps:
+    """Finds ``mmcv._ext`` where nothing else does: beside mmcv-lite, or an mmcv that was installed without its ops."""
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        """What ``sys.meta_path`` asks; None for every other module."""
+        if name != 'mmcv._ext':
+            return None
+        from . import ops
+
+        return ops.ModuleSpec(name, ops.Loader)
+
+
 def install() -> None:
-    """Ask :class:`Finder` first, from now on. Safe to call again."""
+    """Ask :class:`Finder` first and :class:`MissingOps` last, from now on. Safe to call again."""
     if Finder not in sys.meta_path:
         sys.meta_path.insert(0, Finder)
+    if MissingOps not in sys.meta_path and 'mmdet_norms.compat' not in sys.modules:
+        sys.meta_path.append(MissingOps)
 
 
 install()
