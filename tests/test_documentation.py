@@ -42,6 +42,8 @@ def problems(text, others=()):
         ('    python tools/train.py configs/bnet/no_such.py', 'configs/bnet/no_such.py does not exist'),
         ('    tools/dist_train.sh configs/bnet/no_such.py 8', 'configs/bnet/no_such.py does not exist'),
         ('    python tools/train.py mmdet::retinanet/no_such.py', 'no_such.py'),
+        ('    python tools/train.py CONFIG --norm bnt5', "norm 'bnt5' is unknown"),
+        ('    python tools/train.py CONFIG --cfg-options model.bakbone.depth=5', 'bakbone'),
         ('    mmdet-norms trian CONFIG', 'no command trian'),
         ('    make everything', 'the Makefile has no everything'),
         ('    pytest tests/layers/test_no_such.py', 'test_no_such.py does not exist'),

@@ -16,6 +16,7 @@ import argparse
 import ast
 import builtins
 import contextlib
+import copy
 import functools
 import io
 import itertools
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +40,7 @@ from markdown_it import MarkdownIt
 # lets the script run from a checkout in which the package is not installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import mmdet_norms_start.commands
 from mmdet_norms_start.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +67,7 @@ PLACEHOLDERS = {
     'CKPT': 'work_dirs/demo/epoch_1.pth',
     'CFG': DEMO,
     'WORK_DIR': 'work_dirs/demo',
-    'IMAGE': 'data/shapes/val/000000.jpg',
+    'IMAGE': 'data/shapes/val/000000.png',
     'DIR': 'data/shapes',
     'OUT': 'work_dirs/out',
     'SRC.pth': 'work_dirs/demo/epoch_1.pth',
@@ -82,7 +85,7 @@ GIVEN = {
     f"model = init_detector({DEMO!r}, {PLACEHOLDERS['CHECKPOINT']!r}, device='cpu')",
     'batches': f'import mmdet_norms\nfrom mmengine.config import Config\nfrom mmengine.runner import Runner\n'
     f'batches = Runner.build_dataloader(Config.fromfile({DEMO!r}).val_dataloader)',
-    'CHECKPOINT': f'CHECKPOINT = {PLACEHOLDERS["CHECKPOINT"]!r}',
+    **{name: f'{name} = {PLACEHOLDERS[name]!r}' for name in ('CHECKPOINT', 'CONFIG', 'IMAGE')},
 }  # fmt: skip
 
 _SHELL = {'bash', 'sh', 'shell'}
@@ -297,7 +300,7 @@ def _word_problems(root: Path, words: list[str]) -> Iterator[str]:
         if isinstance(said, str):
             yield f'{text}: {said}'
         elif isinstance(config := getattr(said, 'config', None), str) and ('::' in config or (root / config).exists()):
-            problem = _config_problem(root, config)
+            problem = _config_problem(root, said)
             if problem:
                 yield f'{text}: {problem}'
 
@@ -357,6 +360,23 @@ def _reads_options(root: Path, tool: str) -> bool:
     return path.exists() and bool(re.search(door, path.read_text(encoding='utf-8'), re.MULTILINE))
 
 
+@contextlib.contextmanager
+def _in(root: Path) -> Iterator[io.StringIO]:
+    """Work in ``root``, quietly, and leave the process as it was: environment, arguments, how commands are called."""
+    said = io.StringIO()
+    folder = os.getcwd()
+    before = dict(os.environ), sys.argv, mmdet_norms_start.commands._started_as, mmdet_norms_start.bare
+    os.chdir(root)
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            yield said
+    finally:
+        os.chdir(folder)
+        environment, sys.argv, mmdet_norms_start.commands._started_as, mmdet_norms_start.bare = before
+        os.environ.clear()
+        os.environ.update(environment)
+
+
 class _ParsedError(BaseException):
     """Carries what a tool's command line was read as out of the tool."""
 
@@ -384,29 +404,30 @@ def _stopped(root: Path, tool: str, arguments: tuple[str, ...]):
         raise _ParsedError(original(self, list(arguments), namespace))
 
     argparse.ArgumentParser.parse_args = parse_args
-    errors = io.StringIO()
-    argv, sys.argv = sys.argv, [tool, *arguments]
     try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors), contextlib.chdir(root):
+        with _in(root) as said:
+            sys.argv = [tool, *arguments]
             runpy.run_path(str(root / tool), run_name='__main__')
         return None, f'{tool} reads no options'
     except _ParsedError as parsed:
         return seen[0], parsed.args[0]
     except SystemExit:
-        return (seen[0] if seen else None), errors.getvalue().strip().splitlines()[-1]
+        return (seen[0] if seen else None), said.getvalue().strip().splitlines()[-1]
     finally:
         argparse.ArgumentParser.parse_args = original
-        sys.argv = argv
 
 
-@functools.cache
-def _config_problem(root: Path, name: str) -> str | None:
-    """Why a config cannot be read, if it cannot."""
-    from mmdet_norms.cli.common import read_config
+def _config_problem(root: Path, args: argparse.Namespace) -> str | None:
+    """Why the config cannot be read, or not be changed as ``--norm`` and ``--cfg-options`` say, if it cannot."""
+    from mmdet_norms.cli.common import load_config, read_config
 
     try:
-        with contextlib.chdir(root), contextlib.redirect_stderr(io.StringIO()):
-            read_config(name)
+        with _in(root), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            if hasattr(args, 'launcher') and not args.data_root:  # what asks for data needs a folder of them
+                load_config(copy.deepcopy(args))
+            else:
+                read_config(args.config)
     except Exception as error:
         return str(error)
     return None
