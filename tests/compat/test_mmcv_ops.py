@@ -1,7 +1,7 @@
 """The PyTorch ops against literal loops, gradcheck, mmdet's models and, if present, compiled mmcv.
 
-Wrappers of ``mmcv.ops`` are pointed at the PyTorch ops, so these tests mean the same whether or
-not the installed mmcv is compiled.
+Wrappers of ``mmcv.ops`` are pointed at the PyTorch ops, so these tests mean the same whether or not the installed mmcv
+is compiled. With MMDET_NORMS_OPS=torchvision, they are about torchvision's.
 """
 
 import math
@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -16,11 +17,14 @@ import torch
 from torch.autograd import gradcheck
 
 from mmdet_norms.compat import mmcv_ops
-from mmdet_norms.compat.mmcv_ops import in_torch
+from mmdet_norms.compat.mmcv_ops import extension, in_torch
 from mmdet_norms.compat.mmcv_ops import nms as nms_in_torch
 from mmdet_norms.compat.mmcv_ops import roi_align as roi_align_in_torch
 
 ACTIVE = mmcv_ops.install()
+KIND = os.environ.get('MMDET_NORMS_OPS', 'torch')
+# As in the stand-in: what torchvision does not know is computed by PyTorch.
+OPS = types.SimpleNamespace(**{name: extension.operator(name) for name in in_torch.OPS})
 import mmcv.ops  # noqa: E402  (needs the ops in place)
 
 needs_compiled = pytest.mark.skipif(
@@ -30,15 +34,19 @@ needs_lite = pytest.mark.skipif(
     ACTIVE != 'pytorch', reason='the installed mmcv is compiled, so the stand-in is not used'
 )
 
+# As mmcv has them, with nothing around.
+COMPILED = types.SimpleNamespace(**{name: getattr(mmcv._ext, name).own for name in in_torch.OPS})
+
 # sampling_ratio, aligned
 GEOMETRIES = [(0, True), (0, False), (1, True), (1, False), (3, True), (3, False)]
 
 
 @pytest.fixture(autouse=True)
 def wrappers_call_the_pytorch_ops(monkeypatch):
+    monkeypatch.setenv('MMDET_NORMS_OPS', KIND)
     for name in ('nms', 'roi_align', 'focal_loss', 'deform_conv', 'modulated_deform_conv'):
         # By sys.modules: the package attributes of these names are the functions.
-        monkeypatch.setattr(sys.modules[f'mmcv.ops.{name}'], 'ext_module', in_torch)
+        monkeypatch.setattr(sys.modules[f'mmcv.ops.{name}'], 'ext_module', OPS)
 
 
 def random_boxes(count, seed, size=100.0, dtype=torch.float32):
@@ -60,7 +68,7 @@ def random_rois(count, images, size, seed, dtype=torch.float32):
     return torch.cat((image, xy, xy + wh), 1)
 
 
-def roi_align(features, rois, bins, scale=1.0, sampling_ratio=0, aligned=True, ops=in_torch):
+def roi_align(features, rois, bins, scale=1.0, sampling_ratio=0, aligned=True, ops=OPS):
     output = features.new_full((len(rois), features.shape[1], *bins), float('nan'))
     unused = features.new_zeros(0)
     ops.roi_align_forward(
@@ -79,7 +87,7 @@ def roi_align(features, rois, bins, scale=1.0, sampling_ratio=0, aligned=True, o
     return output
 
 
-def roi_align_grad(grad, rois, shape, scale=1.0, sampling_ratio=0, aligned=True, ops=in_torch):
+def roi_align_grad(grad, rois, shape, scale=1.0, sampling_ratio=0, aligned=True, ops=OPS):
     grad_input = grad.new_zeros(shape)
     unused = grad.new_zeros(0)
     ops.roi_align_backward(
@@ -178,7 +186,7 @@ def test_nms_equals_a_literal_loop(threshold, offset):
     for seed in range(5):
         boxes, scores = random_boxes(60, seed, dtype=torch.float64)
         expected = loop_nms(boxes.tolist(), scores.tolist(), threshold, offset)
-        assert in_torch.nms(boxes, scores, threshold, offset).tolist() == expected
+        assert OPS.nms(boxes, scores, threshold, offset).tolist() == expected
 
 
 @pytest.mark.parametrize('block', [1, 2, 7, 64])
@@ -186,14 +194,14 @@ def test_nms_does_not_depend_on_the_block_size(monkeypatch, block):
     monkeypatch.setattr(nms_in_torch, 'NMS_BLOCK', block)
     boxes, scores = random_boxes(150, 0, dtype=torch.float64)
     expected = loop_nms(boxes.tolist(), scores.tolist(), 0.3, 0)
-    assert in_torch.nms(boxes, scores, 0.3).tolist() == expected
+    assert OPS.nms(boxes, scores, 0.3).tolist() == expected
 
 
 def test_nms_settles_a_chain_in_which_each_box_overlaps_only_its_neighbours():
     # Every second box survives, and each decision hangs on the one before.
     x = torch.arange(300.0) * 4
     boxes = torch.stack((x, torch.zeros(300), x + 10, torch.full((300,), 10.0)), 1)
-    assert in_torch.nms(boxes, -x, 0.3).tolist() == list(range(0, 300, 2))
+    assert OPS.nms(boxes, -x, 0.3).tolist() == list(range(0, 300, 2))
 
 
 @pytest.mark.parametrize('block', [1, 128])
@@ -201,14 +209,14 @@ def test_nms_prefers_the_first_of_equal_scores_and_needs_more_than_the_threshold
     monkeypatch.setattr(nms_in_torch, 'NMS_BLOCK', block)
     boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 1], [0, 0, 2, 2]])
     scores = torch.ones(3)
-    assert in_torch.nms(boxes, scores, 0.5).tolist() == [0, 1]
-    assert in_torch.nms(boxes, scores, 0.49).tolist() == [0]
+    assert OPS.nms(boxes, scores, 0.5).tolist() == [0, 1]
+    assert OPS.nms(boxes, scores, 0.49).tolist() == [0]
     apart = torch.arange(1000.0)[:, None] * 3 + torch.tensor([0.0, 0, 2, 2])
-    assert in_torch.nms(apart, torch.ones(1000), 0.5).tolist() == list(range(1000))
+    assert OPS.nms(apart, torch.ones(1000), 0.5).tolist() == list(range(1000))
 
 
 def test_nms_of_nothing_is_nothing():
-    kept = in_torch.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
+    kept = OPS.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)
     assert kept.shape == (0,) and kept.dtype == torch.int64
     dets, kept = mmcv.ops.batched_nms(
         torch.zeros(3, 4), torch.zeros(3), torch.zeros(3), dict(type='nms', iou_threshold=0.5, score_threshold=0.1)
@@ -217,7 +225,7 @@ def test_nms_of_nothing_is_nothing():
 
 
 def test_nms_keeps_empty_boxes_whose_overlap_is_undefined():
-    assert in_torch.nms(torch.ones(3, 4), torch.arange(3.0), 0.5).tolist() == [2, 1, 0]
+    assert OPS.nms(torch.ones(3, 4), torch.arange(3.0), 0.5).tolist() == [2, 1, 0]
 
 
 @pytest.mark.parametrize('split_thr', [10000, 10])
@@ -558,7 +566,8 @@ def test_the_stand_in_behaves_as_a_module():
     assert not mmcv_full_available()
 
 
-def test_install_is_idempotent_and_says_what_is_active():
+def test_install_is_idempotent_and_says_what_is_active(monkeypatch):
+    monkeypatch.delenv('MMDET_NORMS_OPS')
     before = sys.modules.get('mmcv._ext')
     assert mmcv_ops.install() == mmcv_ops.install() == mmcv_ops.active() == ACTIVE
     assert sys.modules.get('mmcv._ext') is before
@@ -576,7 +585,7 @@ def test_one_line_is_logged_on_first_use_and_not_on_import(rank, lines):
     )
     out = subprocess.run(
         [sys.executable, '-c', script],
-        env={**os.environ, 'RANK': rank},
+        env={**os.environ, 'RANK': rank, 'MMDET_NORMS_OPS': 'torch'},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -646,20 +655,18 @@ def test_a_detector_takes_a_training_step_and_predicts(config):
 @needs_compiled
 @pytest.mark.parametrize(('sampling_ratio', 'aligned'), GEOMETRIES)
 def test_roi_align_equals_compiled_mmcv(sampling_ratio, aligned):
-    import mmcv._ext as compiled
-
     features, rois = torch.randn(2, 8, 40, 60), random_rois(200, 2, 400, seed=5)
     grad = torch.randn(200, 8, 7, 7)
     geometry = (0.125, sampling_ratio, aligned)
     torch.testing.assert_close(
         roi_align(features, rois, (7, 7), *geometry),
-        roi_align(features, rois, (7, 7), *geometry, ops=compiled),
+        roi_align(features, rois, (7, 7), *geometry, ops=COMPILED),
         rtol=0,
         atol=2e-5,
     )
     torch.testing.assert_close(
         roi_align_grad(grad, rois, features.shape, *geometry),
-        roi_align_grad(grad, rois, features.shape, *geometry, ops=compiled),
+        roi_align_grad(grad, rois, features.shape, *geometry, ops=COMPILED),
         rtol=0,
         atol=2e-4,
     )
@@ -669,29 +676,25 @@ def test_roi_align_equals_compiled_mmcv(sampling_ratio, aligned):
 @pytest.mark.parametrize('offset', [0, 1])
 def test_nms_equals_compiled_mmcv(offset):
     # With distinct scores: the compiled op sorts equal ones in no particular order.
-    import mmcv._ext as compiled
-
     for seed in range(5):
         boxes, scores = random_boxes(2000, seed, size=300.0)
         assert len(scores.unique()) == 2000
         for threshold in (0.3, 0.7):
             assert torch.equal(
-                in_torch.nms(boxes, scores, threshold, offset), compiled.nms(boxes, scores, threshold, offset)
+                OPS.nms(boxes, scores, threshold, offset), COMPILED.nms(boxes, scores, threshold, offset)
             )
 
 
 @needs_compiled
 @pytest.mark.parametrize('method', [0, 1, 2])
 def test_soft_nms_equals_compiled_mmcv_also_among_equal_scores(method):
-    import mmcv._ext as compiled
-
     for seed in range(5):
         boxes, scores = random_boxes(200, seed)
         scores = (scores * 20).round() / 20
         dets = torch.zeros(2, 200, 5)
         settings = dict(iou_threshold=0.3, sigma=0.5, min_score=0.05, method=method, offset=0)
-        inds = in_torch.softnms(boxes, scores, dets[0], **settings)
-        expected = compiled.softnms(boxes, scores, dets[1], **settings)
+        inds = OPS.softnms(boxes, scores, dets[0], **settings)
+        expected = COMPILED.softnms(boxes, scores, dets[1], **settings)
         assert inds.tolist() == expected.tolist()
         torch.testing.assert_close(dets[0, : len(inds)], dets[1, : len(inds)], rtol=1e-5, atol=1e-6)
 
@@ -699,12 +702,10 @@ def test_soft_nms_equals_compiled_mmcv_also_among_equal_scores(method):
 @needs_compiled
 @pytest.mark.parametrize('case', DEFORMABLE)
 def test_deformable_convolutions_and_their_gradients_equal_compiled_mmcv(case, monkeypatch):
-    import mmcv._ext as compiled
-
     x, offset, mask, weight, grad = deformable(*case, dtype=torch.float32)
     bias = torch.randn(8)
     found = []
-    for ops in (in_torch, compiled):
+    for ops in (OPS, COMPILED):
         for name in ('deform_conv', 'modulated_deform_conv'):
             monkeypatch.setattr(sys.modules[f'mmcv.ops.{name}'], 'ext_module', ops)
         found.append(

@@ -1,11 +1,10 @@
-"""The ops of ``mmcv.ops``, for each device from the best that is installed: compiled mmcv or plain PyTorch.
+"""The ops of ``mmcv.ops``, for each device from the best that is installed. docs/ops.md says which come from where.
 
-``mmcv-lite`` installs without a compiler but has no ``mmcv._ext``, so ``mmcv.ops`` and with it
-``mmdet.models`` do not import. :func:`install` puts a stand-in for ``mmcv._ext`` in place. It
-supplies the ops of Faster, Mask, Cascade and Cascade Mask R-CNN and RetinaNet, and deformable
-convolution (see :data:`.in_torch.OPS`), on CPU and GPU; any other op raises
-:class:`NotImplementedError` when called.
-A compiled mmcv, where there is one, is left alone and used.
+``mmcv-lite`` installs without a compiler but has no ``mmcv._ext``, so ``mmcv.ops`` and with it ``mmdet.models`` do not
+import. :func:`install` puts a stand-in in place, with the ops of Faster, Mask, Cascade and Cascade Mask R-CNN and
+RetinaNet, and deformable convolution: in PyTorch (:mod:`.in_torch`) and on a GPU, where it is installed, by torchvision
+(:mod:`.in_torchvision`). Any other op raises :class:`NotImplementedError` when called. A compiled mmcv goes first, and
+gets tensors in the layout that it takes them for (:mod:`.compiled`).
 """
 
 try:

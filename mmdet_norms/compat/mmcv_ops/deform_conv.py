@@ -1,4 +1,4 @@
-"""Deformable convolution in plain PyTorch, with the signatures of mmcv's compiled ops."""
+"""Deformable convolution in plain PyTorch."""
 
 from typing import NamedTuple
 
@@ -6,18 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .deform_signatures import Computation, Deform, check_deform, deformable_convolutions
 from .sparse import at_least_fp32, sparse_matmul
-
-
-class _Deform(NamedTuple):
-    """Settings of a deformable convolution; pairs are (vertical, horizontal)."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    deform_groups: int
 
 
 class _Reads(NamedTuple):
@@ -50,7 +40,7 @@ def _neighbours(at: Tensor, inside: Tensor, size: int) -> tuple[Tensor, Tensor, 
     return pixel.clamp_(0, size - 1), weight, torch.stack((-one, one), -1) * there
 
 
-def _deform_reads(image: Tensor, offset: Tensor, how: _Deform) -> _Reads:
+def _deform_reads(image: Tensor, offset: Tensor, how: Deform) -> _Reads:
     """Bilinear reads of all taps: tap i at place p reads at ``p * stride - padding + i * dilation + offset``.
 
     As compiled, a place counts if it is less than one pixel off the image, and the derivative at a pixel is that to
@@ -80,26 +70,26 @@ def _deform_reads(image: Tensor, offset: Tensor, how: _Deform) -> _Reads:
     return _Reads(pixels, index.view(-1, 4), weight, tuple(slopes))
 
 
-def _by_read(values: Tensor, how: _Deform) -> Tensor:
+def _by_read(values: Tensor, how: Deform) -> Tensor:
     """Offsets or factors of one image, (deform_groups * taps * M, H_out, W_out), as (R, M)."""
     taps = how.kernel[0] * how.kernel[1]
     return values.reshape(how.deform_groups, taps, -1, *values.shape[1:]).permute(3, 4, 1, 0, 2).flatten(0, 3)
 
 
-def _by_channel(values: Tensor, how: _Deform, shape: torch.Size) -> Tensor:
+def _by_channel(values: Tensor, how: Deform, shape: torch.Size) -> Tensor:
     """The inverse of :func:`_by_read`, whose argument had this shape."""
     taps = how.kernel[0] * how.kernel[1]
     return values.view(*shape[1:], taps, how.deform_groups, -1).permute(3, 2, 4, 0, 1).reshape(shape)
 
 
-def _columns(reads: Tensor, how: _Deform) -> Tensor:
+def _columns(reads: Tensor, how: Deform) -> Tensor:
     """(R, C / deform_groups) as the matrices (groups, places, taps * C / groups) that meet the filters."""
     taps = how.kernel[0] * how.kernel[1]
     channels = reads.shape[1] * how.deform_groups // how.groups
     return reads.view(-1, taps, how.groups, channels).permute(2, 0, 1, 3).flatten(2)
 
 
-def _reads_of_columns(columns: Tensor, how: _Deform) -> Tensor:
+def _reads_of_columns(columns: Tensor, how: Deform) -> Tensor:
     """The inverse of :func:`_columns`."""
     taps = how.kernel[0] * how.kernel[1]
     channels = columns.shape[2] // taps * how.groups // how.deform_groups
@@ -111,28 +101,11 @@ def _filters(weight: Tensor, groups: int) -> Tensor:
     return at_least_fp32(weight).flatten(2).transpose(1, 2).flatten(1).unflatten(0, (groups, -1))
 
 
-def _check_deform(input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, how: _Deform) -> None:
-    channels, taps = input.shape[1], how.kernel[0] * how.kernel[1]
-    if channels != weight.shape[1] * how.groups or len(weight) % how.groups or channels % how.deform_groups:
-        raise ValueError(
-            f'deformable convolution: a weight of shape {tuple(weight.shape)} with groups={how.groups} and '
-            f'deform_groups={how.deform_groups} does not fit {channels} channels'
-        )
-    places = [
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, padding, dilation in zip(input.shape[2:], *how[:4])
-    ]
-    for name, values, each in (('offset', offset, 2), ('mask', mask, 1)):
-        expected = (len(input), how.deform_groups * taps * each, *places)
-        if values is not None and tuple(values.shape) != expected:
-            raise ValueError(f'deformable convolution: {name} has shape {tuple(values.shape)}, but needs {expected}')
-
-
-def _deform_forward(
+def deform_forward(
     input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, output: Tensor,
-    how: _Deform,
+    how: Deform,
 ) -> None:  # fmt: skip
-    _check_deform(input, offset, mask, weight, how)
+    check_deform(input, offset, mask, weight, how)
     filters = _filters(weight, how.groups)
     with torch.autocast(input.device.type, enabled=False):
         for n in range(len(input)):
@@ -143,12 +116,12 @@ def _deform_forward(
             output[n].copy_(out if bias is None else out + bias[:, None, None])
 
 
-def _deform_backward(
-    input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, grad_output: Tensor, how: _Deform,
+def deform_backward(
+    input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, grad_output: Tensor, how: Deform,
     grad_input: Tensor | None, grad_offset: Tensor | None, grad_mask: Tensor | None, grad_weight: Tensor | None,
 ) -> None:  # fmt: skip
     """Write the gradients asked for."""
-    _check_deform(input, offset, mask, weight, how)
+    check_deform(input, offset, mask, weight, how)
     filters = _filters(weight, how.groups)
     grad_filters = torch.zeros_like(filters)
     with torch.autocast(input.device.type, enabled=False):
@@ -173,163 +146,4 @@ def _deform_backward(
         grad_weight.copy_(grad_filters.view(out_channels, *kernel, in_channels).permute(0, 3, 1, 2))
 
 
-@torch.no_grad()
-def deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
-) -> None:
-    """Deformable convolution: every tap reads the input bilinearly, at its place plus an offset of its own.
-
-    A place less than one pixel off the image is interpolated with zeros; further off, and where an offset is not a
-    number, 0 is read. Half precision is computed in fp32 and rounded once. All reads of one image are in memory at a
-    time: H_out * W_out * kH * kW * C numbers.
-
-    Args:
-        input: (N, C, H, W). ``weight``: (C_out, C / group, kH, kW).
-        offset: (N, deformable_group * kH * kW * 2, H_out, W_out), last y and x.
-        output: (N, C_out, H_out, W_out), written in place.
-        columns, ones, im2col_step: Of the compiled op; unused.
-        dW, dH: Stride.
-
-    Raises:
-        ValueError: The shapes do not fit each other.
-    """
-    how = _Deform((kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
-    _deform_forward(input, offset, None, weight, None, output, how)
-
-
-@torch.no_grad()
-def deform_conv_backward_input(
-    input: Tensor,
-    offset: Tensor,
-    grad_output: Tensor,
-    grad_input: Tensor,
-    grad_offset: Tensor,
-    weight: Tensor,
-    columns: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
-) -> None:
-    """Gradients of :func:`deform_conv_forward` by ``input`` and ``offset``, written in place."""
-    how = _Deform((kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
-    _deform_backward(input, offset, None, weight, grad_output, how, grad_input, grad_offset, None, None)
-
-
-@torch.no_grad()
-def deform_conv_backward_parameters(
-    input: Tensor,
-    offset: Tensor,
-    grad_output: Tensor,
-    grad_weight: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    scale: float,
-    im2col_step: int,
-) -> None:
-    """Gradient of :func:`deform_conv_forward` by ``weight``, times ``scale``, written in place."""
-    how = _Deform((kH, kW), (dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
-    _deform_backward(input, offset, None, grad_weight, scale * grad_output, how, None, None, None, grad_weight)
-
-
-@torch.no_grad()
-def modulated_deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
-    with_bias: bool,
-) -> None:
-    """:func:`deform_conv_forward` with a factor for everything that is read, and a bias.
-
-    Args:
-        mask: The factors, (N, deformable_group * kernel_h * kernel_w, H_out, W_out).
-        bias: (C_out,), used if ``with_bias``.
-    """
-    how = _Deform(
-        (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
-    )
-    _deform_forward(input, offset, mask, weight, bias if with_bias else None, output, how)
-
-
-@torch.no_grad()
-def modulated_deform_conv_backward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    columns: Tensor,
-    grad_input: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    grad_offset: Tensor,
-    grad_mask: Tensor,
-    grad_output: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
-    with_bias: bool,
-) -> None:
-    """Gradients of :func:`modulated_deform_conv_forward`, written in place."""
-    how = _Deform(
-        (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
-    )
-    _deform_backward(input, offset, mask, weight, grad_output, how, grad_input, grad_offset, grad_mask, grad_weight)
-    if with_bias:
-        grad_bias.copy_(at_least_fp32(grad_output).sum((0, 2, 3)))
+OPS = deformable_convolutions(Computation(deform_forward, deform_backward))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .remedy import REMEDY
+from .remedy import remedy
 from .sparse import at_least_fp32, expand, sparse_matmul
 
 # Non-zeros of the RoIAlign matrix held at a time; one takes about 100 bytes in temporaries.
@@ -106,7 +106,7 @@ def _check_pool_mode(pool_mode: int) -> None:
     if pool_mode != 1:
         raise NotImplementedError(
             "roi_align with pool_mode='max' is not among the PyTorch ops of mmdet_norms, which "
-            f"know pool_mode='avg'. {REMEDY}"
+            f"know pool_mode='avg'. {remedy()}"
         )
 
 
