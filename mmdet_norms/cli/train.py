@@ -12,7 +12,6 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import Runner
 
 from mmdet_norms.commands import typed
-from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.deploy import is_fused
 from mmdet_norms.engine import CPUAmpOptimWrapper
 from mmdet_norms.engine.safe_checkpoints import LAST, CheckpointFolder
@@ -154,11 +153,6 @@ def _use_mixed_precision(cfg: Config) -> None:
             "leave --amp out, or set optim_wrapper.type='OptimWrapper'"
         )
     if get_device() == 'cpu':
-        if mmcv_ops.active() == 'compiled':
-            raise UserError(
-                '--amp: compiled mmcv has no bfloat16 RoIAlign on a CPU; leave --amp out, or use mmcv-lite, whose ops '
-                'this package supplies'
-            )
         cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
         for key in ('loss_scale', 'dtype'):  # bfloat16 is all a CPU has, and it needs no scaling
             cfg.optim_wrapper.pop(key, None)
