@@ -6,15 +6,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from mmdet_norms.checkpoints.fit import fit
 from mmdet_norms.checkpoints.read import read_checkpoint
 from mmdet_norms.commands import typed
-from mmdet_norms.deploy import PARTS, export_onnx, fuse, is_fused, save_fused
+from mmdet_norms.deploy import PARTS, export_onnx, is_fused, require_onnx, save_fused
 from mmdet_norms.files import refuse_overwriting, remove_unfinished, require_writable
 from mmdet_norms.placement import PLACEMENTS
 
@@ -28,10 +26,11 @@ from .common import (
     use_threads,
 )
 from .config_checks import config_problems, require_none
+from .detector import load_detector
 from .options import add_option_arguments
-from .weights import explain_misfit, pretrained_weights
+from .weights import pretrained_weights
 
-_ONNX_ONLY = ('size', 'batch', 'dynamic', 'part')
+ONNX_ONLY = ('size', 'batch', 'dynamic', 'part')
 
 
 @command
@@ -45,22 +44,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=typed('export'),
         description='Fold the norms of a detector into its convolutions, and save the model: as a checkpoint for '
-        f'{typed("test")} and load_fused (OUT.pth), or its convolutional part as a graph (OUT.onnx).',
+        f'{typed("test")}, {typed("infer")} and load_fused (OUT.pth; {typed("fuse")} does the same), or its '
+        'convolutional part as a graph (OUT.onnx).',
     )
-    parser.add_argument('config', help='config file, or PACKAGE::path, e.g. mmdet::retinanet/...')
-    parser.add_argument('checkpoint', help='checkpoint file or URL, of the trained or of the fused model')
-    parser.add_argument('out', metavar='OUT', help='file to write: *.pth or *.onnx')
-    parser.add_argument(
-        '--norm', metavar='NAME', help=f'the norms that the model was trained with: {", ".join(PLACEMENTS)}'
-    )
-    parser.add_argument(
-        '--data-root',
-        metavar='DIR',
-        help='the data that the model was trained on, where that was given',
-    )
-    parser.add_argument('--force', action='store_true', help='replace OUT even if it is not what this tool wrote')
-    add_option_arguments(parser)
-    add_threads_argument(parser)
+    add_arguments(parser, '*.pth or *.onnx')
     onnx = parser.add_argument_group('for OUT.onnx')
     onnx.add_argument(
         '--size', nargs=2, type=int, metavar=('H', 'W'), help='height and width of the images; default: 800 1344'
@@ -73,9 +60,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='features: backbone and neck; heads: the raw maps of the dense head too. Default: heads for a '
         'single-stage detector, features for others',
     )
+    return parser.parse_args(argv)
+
+
+def add_arguments(parser: argparse.ArgumentParser, kinds: str) -> None:
+    """What every command takes that folds a checkpoint into a file of one of ``kinds``."""
+    parser.add_argument('config', help='config file, or PACKAGE::path, e.g. mmdet::retinanet/...')
+    parser.add_argument('checkpoint', help='checkpoint file or URL, of the trained or of the fused model')
+    parser.add_argument('out', metavar='OUT', help=f'file to write: {kinds}')
+    parser.add_argument(
+        '--norm', metavar='NAME', help=f'the norms that the model was trained with: {", ".join(PLACEMENTS)}'
+    )
+    parser.add_argument(
+        '--data-root',
+        metavar='DIR',
+        help='the data that the model was trained on, where that was given',
+    )
+    parser.add_argument('--force', action='store_true', help='replace OUT even if it is not what this tool wrote')
+    add_option_arguments(parser)
+    add_threads_argument(parser)
     # what load_config reads besides
     parser.set_defaults(work_dir=None, launcher='none', local_rank=0, reads=('train',), copies=None)
-    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -96,10 +101,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _export(cfg: Config, args: argparse.Namespace) -> None:
-    model, meta = _fused_model(cfg, args)
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = load_detector(cfg, args, checkpoint, fused=True)
     print(model.fuse_report)
     if Path(args.out).suffix == '.pth':
-        save_fused(model, args.out, meta)
+        save_fused(model, args.out, dict(checkpoint.meta))
         print(f'Checkpoint of the fused model written to {args.out}')
     else:
         names = _export_onnx(model, args)
@@ -110,7 +116,7 @@ def _check_out(args: argparse.Namespace) -> None:
     suffix = Path(args.out).suffix
     if suffix not in ('.pth', '.onnx'):
         raise UserError(f'OUT {args.out}: write *.pth for a checkpoint or *.onnx for a graph')
-    given = [f'--{key}' for key in _ONNX_ONLY if getattr(args, key) is not None]
+    given = [f'--{key}' for key in ONNX_ONLY if getattr(args, key) is not None]
     if suffix == '.pth' and given:
         raise UserError(f'{" and ".join(given)}: of no use for a checkpoint; write OUT as *.onnx, or leave it out')
     for key in ('size', 'batch'):
@@ -118,6 +124,13 @@ def _check_out(args: argparse.Namespace) -> None:
         numbers = [value] if isinstance(value, int) else value or []
         if any(number < 1 for number in numbers):
             raise UserError(f'--{key} {" ".join(map(str, numbers))}: must be positive')
+    if suffix == '.onnx':  # asked for before the work that would be lost
+        try:
+            require_onnx()
+        except ImportError as error:
+            raise UserError(
+                f'OUT {args.out}: {error}; a graph needs: pip install onnx onnxscript onnxruntime'
+            ) from error
 
 
 def _is_ours(out: Path) -> bool:
@@ -127,29 +140,12 @@ def _is_ours(out: Path) -> bool:
     return is_fused(out) if out.suffix == '.pth' else b'mmdet_norms' in out.read_bytes()
 
 
-def _fused_model(cfg: Config, args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    checkpoint = read_checkpoint(args.checkpoint)
-    model = MODELS.build(cfg.model)
-    already = is_fused(checkpoint.content)
-    if already:
-        model = fuse(model, inplace=True)
-    # Strictly where it counts: a detector with weights that nobody trained is not worth exporting.
-    found = fit(model, checkpoint.state_dict)
-    if not found:
-        raise UserError(explain_misfit(found, cfg, args, checkpoint, 'CKPT'))
-    if found.unused:
-        print(f'not used: {len(found.unused)} entries of the checkpoint, e.g. {found.unused[0]}')
-    return (model if already else fuse(model, inplace=True)), dict(checkpoint.meta)
-
-
 def _export_onnx(model: nn.Module, args: argparse.Namespace) -> list[str]:
     # of the exporter: that torchvision, whose operators do not occur here, is not installed
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
-    given = {key: getattr(args, key) for key in _ONNX_ONLY if getattr(args, key) is not None}
+    given = {key: getattr(args, key) for key in ONNX_ONLY if getattr(args, key) is not None}
     try:
         return export_onnx(model, args.out, **given)
-    except ImportError as error:
-        raise UserError(f'{error}; OUT.onnx needs: pip install onnx onnxscript onnxruntime') from error
     except ValueError as error:
         raise UserError(f'--part {args.part}: {error}' if args.part else str(error)) from error
 

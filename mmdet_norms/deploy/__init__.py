@@ -4,7 +4,7 @@ What a layer folds into a convolution, and what remains of the layer, is the lay
 What is known here is which convolution is in front of it (``dataflow.py``), and nothing about any method.
 """
 
-from .export import PARTS, RawMaps, export_onnx, is_fused, load_fused, save_fused
+from .export import PARTS, RawMaps, export_onnx, is_fused, load_fused, require_onnx, save_fused
 from .folding import FuseReport, fuse
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     'fuse',
     'is_fused',
     'load_fused',
+    'require_onnx',
     'save_fused',
 ]

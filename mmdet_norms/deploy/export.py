@@ -122,6 +122,16 @@ def _is_dense(head: nn.Module | None) -> bool:
     return any(cls.__name__ == 'BaseDenseHead' for cls in type(head).__mro__)
 
 
+def require_onnx() -> None:
+    """Import what :func:`export_onnx` needs, which is no requirement of the package.
+
+    Raises:
+        ImportError: onnx or onnxscript is missing.
+    """
+    import onnx  # noqa: F401
+    import onnxscript  # noqa: F401
+
+
 @torch.no_grad()
 def export_onnx(
     model: nn.Module,
@@ -152,8 +162,8 @@ def export_onnx(
         ValueError: the model has no such part.
         RuntimeError: the file's numbers are not those of the model.
     """
-    import onnx  # these two are no requirement of the package
-    import onnxscript  # noqa: F401
+    require_onnx()
+    import onnx
 
     if part is None:
         single_stage = getattr(model, 'rpn_head', None) is None

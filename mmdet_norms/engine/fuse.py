@@ -13,7 +13,7 @@ from ..deploy import fuse, is_fused
 class FuseHook(Hook):
     """Fuse the model (:func:`mmdet_norms.fuse`) for each test; recognize checkpoints of fused models.
 
-    Such a checkpoint (``tools/export.py CONFIG CKPT OUT.pth``) loads into a fused model only, so the runner's model is
+    Such a checkpoint (``tools/fuse.py CONFIG CKPT OUT.pth``) loads into a fused model only, so the runner's model is
     fused before it is loaded. ``tools/test.py`` adds the hook to every run; for mmdet's own:
     ``custom_hooks=[dict(type='FuseHook')]``.
 
