@@ -37,7 +37,7 @@ from .options import add_option_arguments
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw as the command line says."""
     args = parse_args(argv)
-    _check_out(args)
+    check_sheet(args, '--num', args.num, (args.config, args.results))
     cfg = read_config(args.config)
     with TemporaryDirectory() as folder:  # for changed copies of the annotations, which building reads as a whole
         args.copies = folder
@@ -131,16 +131,23 @@ def _detections(predicted: dict, colours: Colours, shape: tuple, score_thr: floa
     ]
 
 
-def _check_out(args: argparse.Namespace) -> None:
-    """Raise unless the sheet can be written, before anything is read."""
+def check_sheet(args: argparse.Namespace, option: str, number: int, inputs: Sequence[str]) -> None:
+    """Raise unless the sheet ``args.out`` can be written, before anything is read.
+
+    Args:
+        args: the command line.
+        option: that says how many images there are to be.
+        number: what it says.
+        inputs: files that the command reads.
+    """
     out = Path(args.out)
-    if args.num < 1:
-        raise UserError(f'--num {args.num}: must be at least 1')
+    if number < 1:
+        raise UserError(f'{option} {number}: must be at least 1')
     if out.suffix.lower() not in FORMATS:
         raise UserError(f'--out {args.out}: name the picture *.png or *.jpg')
     if out.is_dir():
         raise UserError(f'--out {args.out}: is a folder; name a file in it')
-    inputs = [name for name in (args.config, args.results) if os.path.exists(name)]
+    inputs = [name for name in inputs if os.path.exists(name)]
     if out.exists() and any(os.path.samefile(out, name) for name in inputs):
         raise UserError(f'--out {args.out}: is an input of this command; choose another name')
     if out.exists() and not args.overwrite and not is_sheet(out):
