@@ -54,7 +54,7 @@ COMMANDS = {
     'shapes': Command('make_shapes.py', 'mmdet_norms.datasets.shapes', 'write the generated data set of the demo'),
     'convert': Command('convert_checkpoint.py', 'mmdet_norms.cli.convert_checkpoint', 'load a published checkpoint'),
     'fuse': Command('fuse.py', 'mmdet_norms.cli.fuse', 'fold the norms of a checkpoint into its convolutions'),
-    'export': Command('export.py', 'mmdet_norms.cli.export', 'write the folded model, as *.onnx, *.pt2 or *.pth'),
+    'export': Command('export.py', 'mmdet_norms.cli.export', 'write the folded model, as *.onnx or *.pth'),
     'benchmark': Command('benchmark.py', 'mmdet_norms.cli.benchmark', 'measure what the norms cost'),
     'replay': Command('replay.py', 'mmdet_norms.cli.replay', 'compute a step again that was not finite'),
     'doctor': Command('doctor.py', 'mmdet_norms.check_env', 'what is installed, what does not fit, what mends it'),

@@ -25,7 +25,15 @@ from mmdet_norms.engine.picture import Colours, Instance, class_colours, draw_ga
 from mmdet_norms.entries import is_a
 
 from .check import check_data
-from .common import UserError, add_check_argument, command, move_and_merge, read_config, require_annotations
+from .common import (
+    UserError,
+    add_check_argument,
+    add_data_arguments,
+    command,
+    move_and_merge,
+    read_config,
+    require_annotations,
+)
 from .options import add_option_arguments
 from .picture_sheet import check_sheet
 
@@ -40,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out = args.out or f'work_dirs/browse-{args.split}.png'
     check_sheet(args, '--number', args.number, (args.config,))
     cfg = read_config(args.config)
-    move_and_merge(cfg, args)
     loader = f'{args.split}_dataloader'
-    if not (cfg.get(loader) or {}).get('dataset'):
-        raise UserError(f'--split {args.split}: the config has no {loader}.dataset')
-    require_annotations(cfg, loader)
-    with TemporaryDirectory() as folder:  # for a completed copy of the annotations, which building reads as a whole
+    with TemporaryDirectory() as folder:  # for changed copies of the annotations, which building reads as a whole
+        args.copies = folder
+        move_and_merge(cfg, args)
+        if not (cfg.get(loader) or {}).get('dataset'):
+            raise UserError(f'--split {args.split}: the config has no {loader}.dataset')
+        require_annotations(cfg, loader)
         check_data(cfg, (args.split,), args.allow_data_faults, folder=folder)
         init_default_scope(cfg.get('default_scope') or 'mmdet')
         dataset = DATASETS.build(cfg[loader].dataset)
@@ -75,7 +84,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0, help='which images, and how they are augmented (default: 0)')
     parser.add_argument('--out', metavar='FILE.png', help='default: work_dirs/browse-SPLIT.png')
     parser.add_argument('--overwrite', action='store_true', help='replace a file --out that is no picture sheet')
-    parser.add_argument('--data-root', metavar='DIR', help="replaces the config's data_root")
+    add_data_arguments(parser)
     add_option_arguments(parser)
     add_check_argument(parser)
     args = parser.parse_args(argv)

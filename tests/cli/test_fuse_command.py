@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 from mmdet_norms.cli import export, fuse, weights
-from mmdet_norms.commands import use_console_script
+from mmdet_norms.commands import typed
 from mmdet_norms.deploy import is_fused
 
 
@@ -47,12 +47,7 @@ def test_it_writes_what_export_writes(folder, capsys):
 
 def test_other_files_than_checkpoints_are_refused(folder, capsys):
     assert 'name the checkpoint *.pth' in fails(capsys, fuse.main, 'tiny.py', 'mine.pth', 'out.pkl')
-    assert 'tools/export.py writes graphs' in fails(capsys, fuse.main, 'tiny.py', 'mine.pth', 'out.onnx')
-    use_console_script()
-    try:
-        assert 'mmdet-norms export writes graphs' in fails(capsys, fuse.main, 'tiny.py', 'mine.pth', 'out.onnx')
-    finally:
-        use_console_script(False)
+    assert f'{typed("export")} writes graphs' in fails(capsys, fuse.main, 'tiny.py', 'mine.pth', 'out.onnx')
     assert 'is CKPT itself' in fails(capsys, fuse.main, 'tiny.py', 'mine.pth', 'mine.pth', '--force')
 
 
