@@ -62,16 +62,16 @@ LIMIT = 600  # seconds, of one block
 DEMO = 'configs/demo/mask-rcnn_r50_fpn_bnet5_shapes.py'
 # What stands for a value of the reader's, and the value that it gets here. Longer names first.
 PLACEHOLDERS = {
-    'CHECKPOINT': 'work_dirs/demo/epoch_1.pth',
+    'CHECKPOINT': 'work_dirs/demo/epoch_3.pth',
     'CONFIG': DEMO,
-    'CKPT': 'work_dirs/demo/epoch_1.pth',
+    'CKPT': 'work_dirs/demo/epoch_3.pth',
     'CFG': DEMO,
     'WORK_DIR': 'work_dirs/demo',
     'IMAGE': 'data/shapes/val/000000.png',
     'DIR': 'data/shapes',
     'OUT': 'work_dirs/out',
-    'SRC.pth': 'work_dirs/demo/epoch_1.pth',
-    'SRC': 'work_dirs/demo/epoch_1.pth',
+    'SRC.pth': 'work_dirs/demo/epoch_3.pth',
+    'SRC': 'work_dirs/demo/epoch_3.pth',
     'DST': 'work_dirs/converted.pth',
     '/datasets/coco': 'data/shapes',
 }
@@ -505,10 +505,11 @@ def prepare(root: Path, folder: Path) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, folder / name)
-    (folder / '.venv').symlink_to((root / '.venv').resolve())
+    own = root / '.venv'
+    (folder / '.venv').symlink_to(own.resolve() if own.exists() else sys.prefix)
     for command in (
         'python tools/make_shapes.py --out data/shapes --train 24 --val 8',
-        f'python tools/train.py {DEMO} --work-dir work_dirs/demo --cfg-options train_cfg.max_epochs=1',
+        f'python tools/train.py {DEMO} --work-dir work_dirs/demo',
         f'python tools/test.py {DEMO} {PLACEHOLDERS["CHECKPOINT"]} --eval bbox segm --work-dir work_dirs/demo'
         ' --out work_dirs/demo/results.pkl',
     ):
@@ -548,6 +549,7 @@ make() {
     command make -o .venv/.installed -o .venv/.installed-dev "$@"
 }
 pip() { echo 'pip is not run by this check' >&2; return 97; }
+mmdet-norms() { python -m mmdet_norms "$@"; }
 """
 
 
