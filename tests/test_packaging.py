@@ -16,6 +16,8 @@ ROOT = PACKAGE.parent
 DISTRIBUTIONS = {'PIL': 'pillow', 'markdown_it': 'markdown-it-py', 'yaml': 'PyYAML'}
 # By the extras of setup.py, of which one is chosen; cv2 comes with each mmcv.
 STACK = {'mmengine', 'mmcv', 'mmdet', 'cv2'}
+# Used where they are there.
+OPTIONAL = {'triton', 'onnx', 'onnxscript', 'onnxruntime', 'torchvision'}
 
 
 def imported(folder):
@@ -52,7 +54,7 @@ def declared():
 @pytest.mark.parametrize('folder', ['mmdet_norms', 'tools'])
 def test_every_import_is_declared(folder):
     known = declared()
-    known |= {'onnx': 'extras_require', 'onnxscript': 'extras_require', 'onnxruntime': 'extras_require'}
+    known |= dict.fromkeys(OPTIONAL, 'extras_require')
     missing = {name for name in imported(ROOT / folder) - STACK if DISTRIBUTIONS.get(name, name).lower() not in known}
     assert not missing
 
@@ -72,5 +74,5 @@ def test_extras_are_what_pip_takes():
 
 def test_what_the_package_cannot_do_without_is_no_extra():
     known = declared()
-    for name in imported(PACKAGE) - STACK - {'triton', 'onnx', 'onnxscript', 'onnxruntime'}:
+    for name in imported(PACKAGE) - STACK - OPTIONAL:
         assert known[DISTRIBUTIONS.get(name, name).lower()] == 'install_requires', name
