@@ -231,15 +231,20 @@ def _mixed(facts: Facts, stack: str) -> Problem | None:
         what = f'{said}: one overwrites files of the other'
     else:
         what = f'{", ".join(there)} are of two sets: upstream and its forks are not made for each other'
-    if stack in ('lite', 'mmcv'):
+    if len(kinds) < 2:  # so it is mmcv and mmcv-lite
         stack = 'mmcv' if facts.probes.get('mmcv ops', {}).get('there') else 'lite'
+        mend = [facts.uninstall('mmcv', 'mmcv-lite'), *_install_mmcv(facts, stack)]
+        others = (
+            'mmcv-lite, which needs no compiler' if stack == 'mmcv' else 'mmcv, whose compiled ops do not load here'
+        )
+        return Problem(f'{what}. Remove both, and install one: {STACKS[stack]["mmcv"][0]} here, or {others}', mend)
+    whole = [name for name, of in STACKS.items() if all(dist in facts.packages for dist, _ in of.values())]
+    if 'onedl' in whole and len(whole) > 1:  # the files are those of the set that was installed last
+        version = facts.probes.get('mmcv', {}).get('version') or '0'
+        stack = 'onedl' if fits(version, STACKS['onedl']['mmcv'][1]) else whole[0]
     mend = [facts.uninstall(*there), facts.install(*extra(stack))]
     if stack == 'mmcv':
-        mend = [
-            facts.uninstall(*there),
-            facts.install(*extra('lite')[0:1], *extra(stack)[2:]),
-            *_install_mmcv(facts, stack),
-        ]
+        mend = [facts.uninstall(*there), *_install_mmcv(facts, stack), facts.install(*extra(stack))]
     others = [name for name in STACKS if name != stack]
     return Problem(f'{what}. Remove them all, and install one set: [{stack}] here, or [{"], [".join(others)}]', mend)
 

@@ -106,12 +106,17 @@ def test_with_nothing_installed_it_names_all(doctor):
     ('versions', 'modules', 'what', 'mend'),
     [
         pytest.param({'mmcv': '2.1.0'}, {}, 'mmcv-lite and mmcv are both', 'uninstall', id='both'),
-        pytest.param({'mmcv': '2.1.0'}, {}, 'overwrites', "mmcv-lite>=2.0.0,<2.2.0' 'mmdet>=3", id='both, again'),
+        pytest.param({'mmcv': '2.1.0'}, {}, 'overwrites', "'mmcv-lite>=2.0.0,<2.2.0'", id='both, again'),
         pytest.param({'mmcv': '2.1.0'}, {'mmcv/_ext': 'get_compiling_cuda_version = lambda: 0'}, 'overwrites',
                      "--no-build-isolation 'mmcv>=2", id='both, with ops'),
         pytest.param(
             {'onedl-mmcv': '2.3.6', 'onedl-mmengine': '0.10.12', 'onedl-mmdetection': '3.5.1'}, {},
             'mmengine and onedl-mmengine are both', 'uninstall', id='forks over upstream',
+        ),
+        pytest.param(
+            {'onedl-mmcv': '2.3.6', 'onedl-mmengine': '0.10.12', 'onedl-mmdetection': '3.5.1'},
+            {'mmcv/__init__': "__version__ = '2.3.6'", 'mmdet': ''}, '[onedl] here', "'onedl-mmcv>=2.3.6,<3'",
+            id='forks last',
         ),
         pytest.param(
             {'mmcv-lite': None, 'onedl-mmcv': '2.3.6'}, {}, 'of two sets', 'mmcv-lite>=2.0.0', id='a fork of three'
