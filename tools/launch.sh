@@ -32,7 +32,7 @@ launch() {
         export OMP_NUM_THREADS=$threads MMDET_NORMS_THREADS_MEASURED=1
         export MKL_NUM_THREADS=$OMP_NUM_THREADS
     fi
-    exec "$python" -m torch.distributed.run \
+    exec "$python" "$here/launch.py" \
         --nnodes="${NNODES:-1}" \
         --node_rank="${NODE_RANK:-0}" \
         --master_addr="${MASTER_ADDR:-127.0.0.1}" \
