@@ -14,7 +14,7 @@ JOBS ?= auto --maxprocesses=4
 # Threads that spin for long while they wait cost a factor of ten where something else uses a core.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help install data demo test bench asan docs lint clean
+.PHONY: help install data demo test bench asan docs lint clean clean-all
 
 help:
 	@echo 'make demo   install, generate shapes, train a small Mask R-CNN with BNET-5, test it, draw a picture sheet'
@@ -22,7 +22,11 @@ help:
 	@echo 'make bench  what each norm costs beside batch norm: layers, convolutions, Faster R-CNN (docs/benchmark.md)'
 	@echo 'make asan   the tests of the C kernel under AddressSanitizer and UBSan (needs gcc)'
 	@echo 'make docs   run every command of the documentation (CONTRIBUTING.md)'
-	@echo 'make install | data | lint | clean'
+	@echo 'make lint   ruff: style and format'
+	@echo 'make install  the environment in .venv, versions from requirements/constraints.txt'
+	@echo 'make data   the generated data set of the demo, in data/shapes'
+	@echo 'make clean  delete what is made again: build products, caches, data/shapes. Trained runs stay'
+	@echo 'make clean-all  ... and, after asking, work_dirs with every trained run in it, and .venv'
 	@echo 'make test and make lint add their own packages to what the others install: pytest, ONNX, Triton, ...'
 
 install: $(STAMP)
@@ -77,4 +81,12 @@ lint: $(DEV_STAMP)
 	@$(BIN)/python -m ruff format --check --quiet .
 
 clean:
-	rm -rf work_dirs data/shapes
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis data/shapes
+	find mmdet_norms mmdet_norms_start tests tools configs -name __pycache__ -prune -exec rm -rf {} +
+
+# YES=1 answers the question.
+clean-all:
+	@test -n '$(YES)' || { printf 'delete every run in work_dirs, and .venv? [y/N] '; read -r answer && [ "$$answer" = y ]; } || \
+		{ echo 'nothing deleted'; exit 1; }
+	@$(MAKE) --no-print-directory clean
+	rm -rf work_dirs .venv

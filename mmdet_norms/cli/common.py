@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -279,10 +280,21 @@ def require_annotations(cfg: Config, dataloader: str) -> None:
     for dataset in datasets((cfg.get(dataloader) or {}).get('dataset')):
         path = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
         if dataset.get('ann_file') and '://' not in path and not os.path.isfile(path):
-            raise UserError(
-                f'{dataloader}: there is no annotation file {path}; give the data set with '
-                f'--data-root DIR (for the generated one: {runnable("shapes")})'
-            )
+            raise UserError(f'{dataloader}: there is no annotation file {path}; {_where_data_are(dataset, path)}')
+
+
+def _where_data_are(dataset: dict, path: str) -> str:
+    """What to do about annotations that are not there: the two data sets that configs of the package read are known."""
+    root = os.path.normpath(dataset.get('data_root') or os.path.dirname(path) or '.')
+    if root == os.path.join('data', 'shapes'):
+        return f'{runnable("shapes")} generates them; or give another folder with --data-root DIR'
+    given = 'name the folder with --data-root DIR'
+    if re.search(r'(train|val|test|unlabeled|test-dev)2017', os.path.basename(path)):
+        return (
+            f'COCO 2017 is to be had at https://cocodataset.org/#download: unpack it so that {root} holds '
+            f'annotations/, train2017/ and val2017/, or {given}. Any data in COCO format will do'
+        )
+    return f'{given}, or the file with --cfg-options'
 
 
 def _packaged_config(name: str) -> Config:

@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=typed('pictures'), description='Draw detections against ground truth.')
     parser.add_argument('config', help='the config that made the results; its test data are drawn')
     parser.add_argument('results', help=f'what {typed("test")} --out wrote, *.json or *.pkl')
-    parser.add_argument('--out', metavar='FILE.png', default='sheet.png', help='default: sheet.png')
+    parser.add_argument('--out', metavar='FILE.png', default='work_dirs/sheet.png', help='default: %(default)s')
     parser.add_argument('--overwrite', action='store_true', help='replace a file --out that is no picture sheet')
     parser.add_argument('--num', type=int, default=12, help='number of images, spread over the data set')
     parser.add_argument('--score-thr', type=float, default=0.5, help='least score to draw (default: 0.5)')
