@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from mmdet.registry import HOOKS, OPTIM_WRAPPERS
 from mmengine.config import Config
@@ -44,6 +45,7 @@ from .common import (
     use_threads,
 )
 from .config_checks import config_problems, require_none
+from .schedule import add_schedule_arguments, apply_schedule_options, require_order
 from .weights import add_partial_argument, check_training, fused_refusal, pretrained_files
 
 
@@ -103,6 +105,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--seed', type=int, help='seed of the run')
     parser.add_argument('--deterministic', action='store_true', help='deterministic algorithms, slower')
+    add_schedule_arguments(parser)
     add_partial_argument(parser, 'start')
     add_common_arguments(parser)
     add_check_argument(parser)
@@ -123,9 +126,13 @@ def train_config(args: argparse.Namespace) -> Config:
         _use_mixed_precision(cfg)
     if args.auto_scale_lr:
         _scale_learning_rate(cfg)
+    said = apply_schedule_options(cfg, args)
+    require_order(cfg)
+    _set_on_hook(cfg, 'ScheduleHook', 'options', args.schedule_options)
     _resume(cfg, args)
     _require_weights(cfg, args.config)
     require_shared_memory(cfg, ('train_dataloader', 'val_dataloader'))
+    args.notes = [*said, *args.notes]
     _watch_for_nonfinite(cfg, args.on_nonfinite)
     add_hook(cfg, 'RandomStateHook')
     add_hook(cfg, 'PendingValidationHook')
@@ -164,9 +171,14 @@ def _use_mixed_precision(cfg: Config) -> None:
 def _watch_for_nonfinite(cfg: Config, asked: str | None) -> None:
     add_hook(cfg, 'NonFiniteHook')
     if asked is not None:
-        hooks = [dict(hook) for hook in cfg.custom_hooks]
-        next(hook for hook in hooks if is_a(hook, 'NonFiniteHook', HOOKS))['on_nonfinite'] = asked
-        cfg.custom_hooks = hooks
+        _set_on_hook(cfg, 'NonFiniteHook', 'on_nonfinite', asked)
+
+
+def _set_on_hook(cfg: Config, name: str, key: str, value: Any) -> None:
+    add_hook(cfg, name)
+    hooks = [dict(hook) for hook in cfg.custom_hooks]
+    next(hook for hook in hooks if is_a(hook, name, HOOKS))[key] = value
+    cfg.custom_hooks = hooks
 
 
 def _scale_learning_rate(cfg: Config) -> None:

@@ -12,6 +12,7 @@ from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
 from .rng import RandomStateHook
 from .safe_checkpoints import PendingValidationHook
+from .schedule import ScheduleHook
 from .start import StartHook
 from .statistics import recompute_statistics
 from .together import SyncBuffersHook
@@ -31,6 +32,7 @@ __all__ = [
     'PicturesHook',
     'RandomStateHook',
     'ResultsHook',
+    'ScheduleHook',
     'StartHook',
     'SyncBuffersHook',
     'TimedLoggerHook',

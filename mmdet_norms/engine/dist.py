@@ -52,6 +52,12 @@ def processes_here(launcher: str) -> int:
     return 1
 
 
+def number_of_processes(launcher: str) -> int:
+    """How many the launcher started, before they are connected; 1 without one."""
+    _, name, _ = _LAUNCHER_ENV.get(launcher, ('', '', ''))
+    return max(1, int(os.environ.get(name) or 1))
+
+
 def start_cpu_processes(cfg: Config) -> None:
     """Join the other processes over gloo and make the runner's model wrapper fit for a CPU.
 
