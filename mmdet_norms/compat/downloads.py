@@ -29,7 +29,7 @@ SECONDS = 15
 # Their file names end in the first digits of the SHA-256 of the file; elsewhere, digits may be a date.
 # Torchvision checks its own names, so that a download with another hash is none; in the others one is only spoken of.
 _CHECKED = ('download.pytorch.org',)
-_WITH_HASHES = (*_CHECKED, 'download.openmmlab.com')
+_WITH_HASHES = (*_CHECKED, 'download.openmmlab.com', 'mmassets.onedl.ai')
 _HASH = re.compile(r'-([0-9a-f]{8,64})\.[a-z]+$')
 _DATE = re.compile(r'20\d{6}')
 
