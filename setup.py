@@ -1,6 +1,7 @@
 """Install mmdet_norms. Which mmcv to install beside it: docs/install.md."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,21 @@ exec((here / 'mmdet_norms' / 'version.py').read_text(), version)
 table = {}
 exec((here / 'mmdet_norms_start' / 'requirements.py').read_text(), table)
 onnx = ['onnx', 'onnxscript', 'onnxruntime']  # tools/export.py to ONNX
+# Where the repository is published: links of the package's page lead there. GitHub's own builds say it by themselves.
+home = os.environ.get('MMDET_NORMS_HOME') or '/'.join(
+    filter(None, map(os.environ.get, ('GITHUB_SERVER_URL', 'GITHUB_REPOSITORY')))
+)
+
+
+def page():
+    """README.md for a place where no other file of the repository is: its links lead home, or are no links."""
+    text = (here / 'README.md').read_text(encoding='utf-8')
+    relative = r'(?!\w+:|#)([^)\s"]+)'
+    if home:
+        text = re.sub(rf'(!\[[^]]*\]\(|\bsrc="){relative}', rf'\1{home}/raw/HEAD/\2', text)
+        return re.sub(rf'(?<!!)(\[[^]]*\]\(|\bhref="){relative}', rf'\1{home}/blob/HEAD/\2', text)
+    text = re.sub(rf'!\[[^]]*\]\({relative}\)|<img [^>]*\bsrc="{relative}"[^>]*>', '', text)
+    return re.sub(rf'\[([^]]*)\]\({relative}\)', r'\1', text)
 
 
 class Package(build_py):
@@ -38,6 +54,9 @@ class Package(build_py):
             mim = Path(self.build_lib, 'mmdet_norms', '.mim')
             shutil.copytree('configs', mim / 'configs', ignore=shutil.ignore_patterns('__pycache__', '*.pyc'))
             shutil.copy('model-index.yml', mim)
+            (mim / 'tools').mkdir()
+            for tool in ('train.py', 'test.py'):  # which mim train and mim test start
+                shutil.copy(f'tools/{tool}', mim / 'tools')
 
 
 class Library(build_ext):
@@ -68,8 +87,17 @@ setup(
     name='mmdet_norms',
     version=version['__version__'],
     description='Normalization layers (BNET-k, CBN, MABN, AN) for object detectors, by name, on stock mmdetection 3.x',
-    long_description=(here / 'README.md').read_text(encoding='utf-8'),
+    long_description=page(),
     long_description_content_type='text/markdown',
+    url=home or None,
+    project_urls={
+        **({'Documentation': f'{home}/tree/HEAD/docs', 'Issues': f'{home}/issues'} if home else {}),
+        'Paper (BNET)': 'https://arxiv.org/abs/2011.14150',
+        'Paper (CBN)': 'https://arxiv.org/abs/2002.05712',
+        'Paper (MABN)': 'https://arxiv.org/abs/2001.06838',
+        'Paper (AN)': 'https://arxiv.org/abs/1908.01259',
+    },
+    keywords='normalization batch-norm object-detection instance-segmentation mmdetection pytorch bnet cbn mabn',
     license='Apache-2.0',
     license_files=['LICENSE'],
     packages=find_packages(include=['mmdet_norms', 'mmdet_norms.*', 'mmdet_norms_start']),
@@ -82,7 +110,7 @@ setup(
             'mmdet_norms.kernels._cpu',
             ['mmdet_norms/kernels/csrc/cpu.c'],
             depends=['mmdet_norms/kernels/csrc/bnet.h'],
-            extra_compile_args=['-O3', '-ffp-contract=fast', '-fvisibility=hidden'],
+            extra_compile_args=['-O3', '-g0', '-ffp-contract=fast', '-fvisibility=hidden'],
             extra_link_args=['-pthread'],
             libraries=['m'],
             optional=True,
@@ -112,7 +140,16 @@ setup(
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
         'Programming Language :: Python :: 3.13',
+        'Programming Language :: Python :: Implementation :: CPython',
+        'Programming Language :: C',
         'Operating System :: OS Independent',
+        'Development Status :: 4 - Beta',
+        'Environment :: Console',
+        'Environment :: GPU :: NVIDIA CUDA',
+        'Intended Audience :: Science/Research',
+        'Intended Audience :: Developers',
+        'Topic :: Scientific/Engineering :: Image Recognition',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
     ],
 )

@@ -1,6 +1,6 @@
 """``python -m mmdet_norms COMMAND [arguments]``: the commands; and scripts of stock mmdet.
 
-``torchrun --nproc-per-node 2 -m mmdet_norms train CONFIG --launcher pytorch`` starts several processes.
+``torchrun --standalone --nproc-per-node 2 -m mmdet_norms train CONFIG --launcher pytorch`` starts several processes.
 
 ``python -m mmdet_norms SCRIPT.py [arguments]`` runs a script with this package imported first. Beside a compiled mmcv
 no script needs this. With mmcv-lite, some of mmdet's scripts (``tools/test.py``) import mmcv's ops before they read the

@@ -91,7 +91,7 @@ def several(name: str, arguments: str) -> str:
     """
     if _started_as == TOOLS:
         return f'tools/dist_{name}.sh {arguments} GPUS'
-    return f'torchrun --nproc-per-node GPUS -m mmdet_norms {name} {arguments} --launcher pytorch'
+    return f'torchrun --standalone --nproc-per-node GPUS -m mmdet_norms {name} {arguments} --launcher pytorch'
 
 
 def set_environment(name: str | None = None) -> None:
@@ -104,15 +104,13 @@ def set_environment(name: str | None = None) -> None:
         os.environ.setdefault(variable, value)
 
 
-def run(name: str, argv: Sequence[str] | None = None, how: str = TOOLS) -> None:
+def run(name: str, argv: Sequence[str] | None = None) -> None:
     """Run a command and end the process with its status.
 
     Args:
         name: of the command.
         argv: its arguments; default: those of the process.
-        how: see :func:`started_as`.
     """
-    started_as(how)
     set_environment(name)
     mmdet_norms_start.bare = name == 'doctor'
     try:
@@ -137,7 +135,7 @@ def main(argv: Sequence[str] | None = None, how: str = SCRIPT) -> None:
     given = list(sys.argv[1:] if argv is None else argv)
     first = given[0] if given else ''
     if first in COMMANDS:
-        run(first, given[1:], how)
+        run(first, given[1:])
     elif first in ('-h', '--help', 'help'):
         print(_help(how))
     elif first in ('-V', '--version'):

@@ -130,7 +130,7 @@ def train_config(args: argparse.Namespace) -> Config:
     require_order(cfg)
     _set_on_hook(cfg, 'ScheduleHook', 'options', args.schedule_options)
     _resume(cfg, args)
-    _require_weights(cfg, args.config)
+    _require_weights(cfg, cfg.filename or args.config)
     require_shared_memory(cfg, ('train_dataloader', 'val_dataloader'))
     args.notes = [*said, *args.notes]
     _watch_for_nonfinite(cfg, args.on_nonfinite)

@@ -39,7 +39,9 @@ def test_names():
     assert typed('convert') == 'tools/convert_checkpoint.py' and runnable('train') == 'python tools/train.py'
     commands.started_as(commands.SCRIPT)
     assert typed('convert') == runnable('convert') == 'mmdet-norms convert'
-    assert several('train', 'CONFIG').startswith('torchrun --nproc-per-node GPUS -m mmdet_norms train CONFIG ')
+    assert several('train', 'CONFIG').startswith(
+        'torchrun --standalone --nproc-per-node GPUS -m mmdet_norms train CONFIG '
+    )
     commands.started_as(commands.MODULE)
     assert typed('shapes') == runnable('shapes') == 'python -m mmdet_norms shapes'
 
