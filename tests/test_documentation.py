@@ -142,6 +142,12 @@ def test_published_numbers_of_the_front_page():
         assert cells[3].split(' <sup>')[0] == cited, cells[0]
 
 
+def test_every_room_of_the_package_is_named():
+    named = set(re.findall(r'[\w-]+(?=/`|\.py`)', (ROOT / 'CONTRIBUTING.md').read_text()))
+    rooms = {path.stem for path in (ROOT / 'mmdet_norms').iterdir() if path.suffix == '.py' or any(path.glob('*.py'))}
+    assert {room for room in rooms - named if not room.startswith('__')} == set()
+
+
 def test_versions_that_stand_in_two_files():
     citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
     assert citation['version'] == mmdet_norms.__version__
