@@ -7,6 +7,7 @@ tools/dist_train.sh and tools/dist_test.sh use it. torchrun itself shows where i
 has failed, below the one message that says what to do; and a traceback for SIGTERM, which is how Slurm ends a job.
 """
 
+import logging
 import signal
 import sys
 
@@ -25,6 +26,7 @@ def run() -> int:
     Returns:
         The status to end with: theirs, or 128 and the number of the signal that ended this process.
     """
+    logging.getLogger('torch.distributed.elastic.multiprocessing.api').setLevel(logging.CRITICAL)
     try:
         main()
     except SignalException as stopped:

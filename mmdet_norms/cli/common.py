@@ -80,7 +80,11 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what train and test both take."""
-    parser.add_argument('--work-dir', help='where logs, checkpoints and results.json go')
+    parser.add_argument(
+        '--work-dir',
+        metavar='DIR',
+        help='where logs, checkpoints and results.json go; default: work_dirs/, and the names of the config and --norm',
+    )
     parser.add_argument(
         '--norm',
         metavar='NAME',

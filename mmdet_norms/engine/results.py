@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import re
 from numbers import Real
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from rich import box
 from rich.table import Table
 
 from ..console import as_text, plain_console
-from ..files import replacing
+from ..files import replacing, write_bytes
 from .start import StartHook
 
 KINDS = ('bbox', 'segm')
@@ -31,6 +33,7 @@ COLUMNS = {
     'APl': 'mAP_l',
 }
 _PER_CLASS_SUFFIX = '_precision'
+_KEPT = re.compile(r'results-(val|test).*\.json')
 _TABLE_WIDTH = 100  # fixed, and ASCII lines, so that any log file reads like the terminal
 
 
@@ -40,7 +43,8 @@ class ResultsHook(Hook):
 
     The file lies in the run's work dir (not in the dated folder below it), is replaced in one step and
     always holds the latest evaluation: ``bbox_mAP``, ``bbox_mAP_50``, ..., ``segm_mAP``, ..., other
-    scalar metrics under their own names, and which config, checkpoint and epoch they belong to.
+    scalar metrics under their own names, and which config, checkpoint and epoch they belong to. Results of a test of
+    another checkpoint that are replaced go on as ``results-test-CHECKPOINT.json``.
 
     Args:
         filename: the file's name within the work dir.
@@ -67,7 +71,11 @@ class ResultsHook(Hook):
         if not results and _only_formats(runner, split):
             runner.logger.info(f'format_only: nothing was evaluated; {path} is left as it was')
             return
-        write_json(path, {**results, **_origin(runner, split)})
+        origin = _origin(runner, split)
+        kept = keep_earlier(path, origin)
+        if kept is not None:
+            runner.logger.info(f'The results that {path} had ({describe(read_json(kept))}) are now in {kept}')
+        write_json(path, {**results, **origin})
         if results:
             text = results_table(results, title=_title(runner, split))
             runner.logger.info(f'{text}Results written to {path}')
@@ -124,6 +132,68 @@ def write_json(path: Path, content: dict) -> None:
     text = json.dumps(content, indent=2) + '\n'  # before any file exists: this is what can fail
     with replacing(path) as part:
         part.write_text(text, encoding='utf-8')
+
+
+def read_json(path: Path) -> dict:
+    """What :func:`write_json` wrote; nothing if it cannot be read or is something else."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def describe(result: dict) -> str:
+    """Of what the numbers are: ``'val, epoch 3'``, ``'test, epoch_3.pth'``; empty if the file does not say it."""
+    split, checkpoint = result.get('split'), result.get('checkpoint')
+    if split == 'test':
+        return f'test, {os.path.basename(str(checkpoint))}' if checkpoint else 'test'
+    when = next((f'{key} {result[key]}' for key in ('epoch', 'iter') if result.get(key) is not None), None)
+    return ', '.join(str(part) for part in (split, when) if part)
+
+
+def keep_earlier(path: Path, origin: dict) -> Path | None:
+    """Copy the results at ``path`` to a name of their own if those of ``origin`` are of something else.
+
+    A validation that is replaced by the next one, or by a test of the checkpoint that it judged, is not kept, nor is a
+    test that is run again.
+
+    Returns:
+        The copy's path, if one was made.
+    """
+    old = read_json(path)
+    if old.get('split') not in ('val', 'test') or _says_the_same(old, origin):
+        return None
+    what = describe(old).replace(', ', '-').replace(' ', '_').removesuffix('.pth')
+    name = re.sub(r'[^\w.-]', '_', what)[:100]
+    names = (f'results-{name}{more}.json' for more in ('', *(f'-{number}' for number in range(2, 1000))))
+    places = (path.with_name(name) for name in names)
+    kept = next(place for place in places if not place.exists() or _identity(read_json(place)) == _identity(old))
+    write_bytes(kept, path.read_bytes())
+    return kept
+
+
+def kept_results(work_dir: Path) -> list[Path]:
+    """What :func:`keep_earlier` made in a work dir."""
+    return sorted(path for path in work_dir.glob('results-*.json') if _KEPT.fullmatch(path.name) and _is_ours(path))
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name.startswith(f'results-{read_json(path).get("split")}')
+
+
+def _says_the_same(old: dict, new: dict) -> bool:
+    if old['split'] == 'test':
+        return _identity(old) == _identity(new)
+    judged = [f'{key}_{old.get(key)}' for key in ('epoch', 'iter')]
+    return new['split'] == 'val' or Path(str(new.get('checkpoint'))).stem in judged
+
+
+def _identity(result: dict) -> tuple:
+    """Two tests with the same one are the same test; two validations, of the same point of a run."""
+    checkpoint = result.get('checkpoint')
+    checkpoint = checkpoint if checkpoint is None or '://' in str(checkpoint) else os.path.realpath(str(checkpoint))
+    return checkpoint, *(result.get(key) for key in ('split', 'config', 'epoch', 'iter', 'partial_checkpoint'))
 
 
 def results_table(results: dict[str, float | None], title: str = '') -> str:

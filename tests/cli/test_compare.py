@@ -40,7 +40,7 @@ def test_runs_of_other_kinds_are_shown_too(tmp_path, capsys):
     compare.main([str(tmp_path / name) for name in runs])
     shown = capsys.readouterr().out
     assert 'teacher/coco/bbox average precision' in shown and '0.290' in shown and '0.280' in shown
-    assert 'pascal_voc/mAP' in shown and '0.31' in shown and 'epoch' not in shown
+    assert 'pascal_voc/mAP' in shown and '0.31' in shown and '│ epoch' not in shown
     assert f'{tmp_path / "nothing"}: the evaluation gave no results' in shown
 
 
@@ -71,3 +71,34 @@ def test_a_byte_order_mark_is_no_fault(tmp_path, capsys):
     (tmp_path / 'results.json').write_text('{"bbox_mAP": 0.4}', encoding='utf-8-sig')
     compare.main([str(tmp_path)])
     assert '0.400' in capsys.readouterr().out
+
+
+def write(folder, name='results.json', **result):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(result))
+
+
+def test_a_folder_of_work_dirs_is_each_of_them_and_rows_say_what_they_are_of(tmp_path, capsys):
+    write(tmp_path / 'a', bbox_mAP=0.41, split='val', epoch=3)
+    write(tmp_path / 'b' / 'deep', bbox_mAP=0.42, split='test', checkpoint='x/epoch_2.pth')
+    write(tmp_path / 'b' / 'deep', 'results-test-epoch_1.json', bbox_mAP=0.43, split='test', checkpoint='epoch_1.pth')
+    write(tmp_path / 'b' / 'deep', 'results-test-mine.json', bbox_mAP=0.44)
+    (tmp_path / 'c').mkdir()
+    compare.main([str(tmp_path)])
+    rows = [
+        [cell.strip() for cell in line.split('│')[1:4]]
+        for line in capsys.readouterr().out.splitlines()
+        if '0.4' in line
+    ]
+    assert rows == [
+        [str(tmp_path / 'a'), 'val, epoch 3', '0.410'],
+        [str(tmp_path / 'b/deep'), 'test, epoch_2.pth', '0.420'],
+        [str(tmp_path / 'b/deep'), 'test, epoch_1.pth', '0.430'],
+    ]
+
+
+def test_a_folder_without_any_results_is_one_message(tmp_path, capsys):
+    (tmp_path / 'c').mkdir()
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path)])
+    assert 'nor in a folder below it' in capsys.readouterr().err

@@ -12,12 +12,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'cli'))
 import tiny
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop
 from pycocotools import mask as rle_codec
 
 import mmdet_norms  # noqa: F401
 from mmdet_norms.engine import PerClassCocoMetric, ResultsHook, TimedLoggerHook
 from mmdet_norms.engine.picture import to_mask
-from mmdet_norms.engine.results import plain_results, results_table, write_json
+from mmdet_norms.engine.results import kept_results, plain_results, results_table, write_json
 
 METRICS = {
     'coco/bbox_mAP': 0.401, 'coco/bbox_mAP_50': 0.6, 'coco/bbox_mAP_75': 0.5,
@@ -155,3 +156,50 @@ def test_a_quiet_loop_logs_by_the_clock(monkeypatch):
         due.append(hook.every_n_inner_iters(index, 50))
     assert [index for index, line in enumerate(due) if line][:3] == [3, 7, 11]
     assert due[49]  # the stock rule still holds
+
+
+def evaluate(runner, split, origin, value):
+    runner._load_from, runner._train_loop = origin, None
+    if split == 'val':
+        runner._train_loop, (runner.epoch, runner.iter) = BaseLoop.__new__(EpochBasedTrainLoop), origin
+    getattr(ResultsHook(), f'after_{split}_epoch')(runner, {'coco/bbox_mAP': value})
+
+
+def test_results_of_another_checkpoint_are_kept(runner, tmp_path, caplog):
+    def now():
+        paths = sorted(tmp_path.glob('*.json'))
+        return {path.name: json.loads(path.read_text())['bbox_mAP'] for path in paths}
+
+    evaluate(runner, 'val', (1, 20), 0.1)
+    evaluate(runner, 'val', (2, 40), 0.2)
+    assert now() == {'results.json': 0.2}
+    evaluate(runner, 'test', 'run/epoch_2.pth', 0.25)  # of what was validated
+    assert now() == {'results.json': 0.25}
+    evaluate(runner, 'test', './run/epoch_2.pth', 0.2)  # once more
+    assert now() == {'results.json': 0.2} and 'are now in' not in caplog.text
+    evaluate(runner, 'test', 'run/epoch_1.pth', 0.1)
+    assert now() == {'results.json': 0.1, 'results-test-epoch_2.json': 0.2}
+    assert 'had (test, epoch_2.pth) are now in' in caplog.text
+    evaluate(runner, 'test', 'other/epoch_2.pth', 0.3)
+    evaluate(runner, 'test', 'run/epoch_2.pth', 0.2)
+    evaluate(runner, 'val', (3, 60), 0.4)
+    expected = {'results.json': 0.4, 'results-test-epoch_1.json': 0.1}
+    expected |= {'results-test-epoch_2.json': 0.2, 'results-test-epoch_2-2.json': 0.3}
+    assert now() == expected
+    evaluate(runner, 'test', 'run/best.pth', 0.5)
+    assert now() == {**expected, 'results.json': 0.5, 'results-val-epoch_3.json': 0.4}
+    (tmp_path / 'results-mine.json').write_text('{"bbox_mAP": 1, "split": "test"}')
+    assert [path.name for path in kept_results(tmp_path)] == sorted(
+        {*expected, 'results-val-epoch_3.json'} - {'results.json'}
+    )
+
+
+@pytest.mark.parametrize(
+    'content', ['', '[]', '{"split": 7}', '{"split": "test", "checkpoint": [1]}', '{"bbox_mAP": 1}']
+)
+def test_whatever_lies_there_is_replaced(runner, tmp_path, content):
+    (tmp_path / 'results.json').write_text(content)
+    evaluate(runner, 'test', 'a/../../x y.pth', 0.3)
+    evaluate(runner, 'test', 'b.pth', 0.4)
+    assert json.loads((tmp_path / 'results.json').read_text())['bbox_mAP'] == 0.4
+    assert json.loads((tmp_path / 'results-test-x_y.json').read_text())['bbox_mAP'] == 0.3

@@ -161,6 +161,7 @@ NOT_MADE = [
 def test_overwrite_deletes_what_a_run_made_and_nothing_else(tmp_path, monkeypatch):
     for name in [*MADE, *NOT_MADE, 'last_checkpoint', 'results.json', 'finished.json']:
         (tmp_path / name).touch()
+    (tmp_path / 'results-test-epoch_1.json').write_text('{"split": "test"}')  # kept by another test
     (tmp_path / 'epoch_9.pth').mkdir()
     (tmp_path / '20260101_000000').mkdir()
     folder = CheckpointFolder(tmp_path, tmp_path, ('own-{}.pth', 'epoch_{}.pth', 'iter_{}.pth'))
