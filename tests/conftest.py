@@ -1,7 +1,10 @@
 """Shared fixtures."""
 
+import functools
 import os
+import pickle
 import random
+import warnings
 from pathlib import Path
 
 # One thread here and in every process that a test starts: tiny tensors gain nothing from more, and sums in another
@@ -14,6 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 from mmengine.logging import MMLogger
+from mmengine.utils import get_installed_path
 from mmengine.visualization import Visualizer
 
 import mmdet_norms  # noqa: F401  (before any test imports mmdet's models, which need mmcv's ops)
@@ -41,6 +45,33 @@ def _once_per_text(format_code):
 
 # A run formats its config some five times, which takes longer than training a tiny detector.
 mmengine_config.FormatCode = _once_per_text(mmengine_config.FormatCode)
+
+
+def _once_per_file(file2dict):
+    """Most configs are read from the same few files, five for each of mmdet's, and none of these changes meanwhile."""
+    known, unchanging = {}, (f'{get_installed_path("mmdet")}{os.sep}', f'{ROOT / "configs"}{os.sep}')
+
+    @functools.wraps(file2dict)
+    def read_once(filename, *args, **options):
+        path = os.path.abspath(os.path.expanduser(filename))
+        if not path.startswith(unchanging):
+            return file2dict(filename, *args, **options)
+        key = (path, args, tuple(sorted(options.items())))
+        if key not in known:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter('always')
+                answer = file2dict(filename, *args, **options)
+            for warning in said:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            if said or answer[2]:  # it warns each time, or reads environment variables
+                return answer
+            known[key] = pickle.dumps(answer)
+        return pickle.loads(known[key])
+
+    return read_once
+
+
+mmengine_config.Config._file2dict = staticmethod(_once_per_file(mmengine_config.Config._file2dict))
 
 
 def _seed(value):

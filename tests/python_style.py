@@ -1,5 +1,6 @@
 """Configs in mmengine's python style: they name classes where others have strings. mmdet's wheel ships none."""
 
+import functools
 from pathlib import Path
 
 import mmdet.registry as registries
@@ -15,6 +16,7 @@ _TORCHS = {'GN': nn.GroupNorm, 'SyncBN': nn.SyncBatchNorm}
 _REGISTRIES = [value for value in vars(registries).values() if isinstance(value, Registry)]
 
 
+@functools.cache
 def named_class(name: str) -> type | None:
     """The class that a plain name of a stock config means."""
     found = (class_of(name, registry) for registry in _REGISTRIES)
