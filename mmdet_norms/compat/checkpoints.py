@@ -33,7 +33,7 @@ def allow_own_checkpoints() -> None:
     HistoryBuffer.__getstate__ = _state_without_functions
     HistoryBuffer.__setstate__ = _fill
     if _loads_weights_only_by_default():
-        torch.serialization.add_safe_globals(_harmless_globals())
+        torch.serialization.add_safe_globals(harmless_globals())
 
 
 def explain_refusal(path: str) -> str:
@@ -41,7 +41,7 @@ def explain_refusal(path: str) -> str:
     found = ''
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        allowed = {name for _, name in _harmless_globals()}
+        allowed = {name for _, name in harmless_globals()}
         names = ', '.join(sorted(set(unsafe) - allowed))
         found = f' (it asks for: {names})' if names else ''
     except Exception:  # an older torch, or no readable zip: the message stands without the names
@@ -58,7 +58,7 @@ def _loads_weights_only_by_default() -> bool:
     return (int(major), int(minor)) >= (2, 6)
 
 
-def _harmless_globals() -> list:
+def harmless_globals() -> list:
     """Pairs of an object and the name it goes by in a pickle: plain data, nothing that acts."""
     return [
         (HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),

@@ -108,7 +108,8 @@ def load_plain(data: bytes) -> object:
         return _Plain(io.BytesIO(data)).load()
 
 
-def _encode(text: str, encoding: str = 'latin1') -> bytes:
+def encode(text: str, encoding: str = 'latin1') -> bytes:
+    """What ``codecs.encode`` means inside a file: bytes, as Python 3 writes them for Python 2."""
     if encoding != 'latin1':
         raise UnsafePickleError(f'bytes in the encoding {encoding!r}')
     return text.encode(encoding)
@@ -133,7 +134,7 @@ def _tensor(storage: object, offset: int, size: Sequence[int], stride: Sequence[
 
 
 _NAMES: dict[str, Callable] = {
-    '_codecs.encode': _encode,
+    '_codecs.encode': encode,
     'collections.OrderedDict': lambda pairs=(): OrderedDict(pairs) if not pairs else dict(pairs),
     'torch.storage._load_from_bytes': _storage,
     'torch._utils._rebuild_tensor_v2': _tensor,

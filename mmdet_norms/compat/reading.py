@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from . import old_unpickler
 from .checkpoints import explain_refusal
 
 _LEGACY_START = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # pickle of the number that torch < 1.6 writes first
@@ -42,17 +43,13 @@ class UntrustedCheckpointError(CheckpointError):
     """A checkpoint holds more than tensors and plain data, and was not read."""
 
 
-def read_file(
-    path: str | os.PathLike, map_location: object = 'cpu', trust_pickle: bool = False, restricted: bool = True
-) -> object:
+def read_file(path: str | os.PathLike, map_location: object = 'cpu', trust_pickle: bool = False) -> object:
     """What a file of ``torch.save`` holds, read without running any code that is in it.
 
     Args:
         path: a local file, of today's format or that of torch < 1.6. ``~`` is the home folder.
         map_location: as of ``torch.load``.
         trust_pickle: read it with the full unpickler, which runs what the file says.
-        restricted: False: on torch < 2.6, whose restricted unpickler cannot be taught mmengine's log history, read as
-            that torch does by default.
 
     Raises:
         MissingCheckpointError: no such file.
@@ -67,16 +64,18 @@ def read_file(
     is_zip = start.startswith(_ZIP_START)
     if is_zip:
         _check_archive(path)
-    weights_only = not trust_pickle and (restricted or _TORCH >= (2, 6))
+    how = dict(weights_only=not trust_pickle)
+    if not trust_pickle and _TORCH < (2, 6):
+        how = dict(weights_only=False, pickle_module=old_unpickler)
     try:
-        content = torch.load(path, map_location=map_location, weights_only=weights_only)
+        content = torch.load(path, map_location=map_location, **how)
     except Exception as error:  # torch's readers raise whatever damaged bytes make them
         if trust_pickle or not isinstance(error, pickle.UnpicklingError):
             raise CheckpointError(f'{path} is damaged ({_reason(error)}); {_AGAIN}') from error
         if not is_zip and not _names_are_whole(path):
             raise CheckpointError(f'{path} is cut off or damaged ({_reason(error)}); {_AGAIN}') from error
         raise UntrustedCheckpointError(f'{explain_refusal(path)} What stopped it: {_reason(error)}.') from error
-    if not weights_only:
+    if trust_pickle:
         return content
     _require_whole_tensors(content, path)
     return content
@@ -216,7 +215,7 @@ _TORCH = tuple(int(part) for part in torch.__version__.split('.')[:2])
 
 def load_from_local(filename: str, map_location: object) -> object:
     """In place of mmengine's, which names neither the file nor what is wrong."""
-    return with_state_dict(read_file(filename, map_location, restricted=False))
+    return with_state_dict(read_file(filename, map_location))
 
 
 def with_state_dict(content: object) -> object:

@@ -127,7 +127,7 @@ def load_url(url: str, model_dir: str | None = None, map_location: object = None
     first = os.environ.get('RANK', '0') == '0'
     other = note(url, path) if first else ''
     try:
-        content = with_state_dict(read_file(path, map_location, restricted=False))
+        content = with_state_dict(read_file(path, map_location))
     except CheckpointError as error:
         also = f'; {other}' if other else ''
         raise type(error)(
