@@ -45,6 +45,7 @@ def problems(text, others=()):
         ('    python tools/train.py CONFIG --norm bnt5', "norm 'bnt5' is unknown"),
         ('    python tools/train.py CONFIG --cfg-options model.bakbone.depth=5', 'bakbone'),
         ('    mmdet-norms trian CONFIG', 'no command trian'),
+        ('    torchrun --nproc-per-node 2 -m mmdet_norms test CONFIG', 'required: checkpoint'),
         ('    make everything', 'the Makefile has no everything'),
         ('    pytest tests/layers/test_no_such.py', 'test_no_such.py does not exist'),
         ('<!-- needs: coco -->\n\n    python tools/train.py CONFIG --no-such', '--no-such'),

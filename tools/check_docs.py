@@ -90,7 +90,7 @@ GIVEN = {
 
 _SHELL = {'bash', 'sh', 'shell'}
 _SHOWN = {'text', 'bibtex', 'json', 'yaml', 'toml', 'console', 'c', 'dockerfile', 'markdown'}
-_COMMANDS = {'make', 'python', 'pip', 'pytest', 'git', 'docker', 'mmdet-norms', 'mim', 'cd', 'export', 'source', 'cp'}
+_COMMANDS = {'make', 'python', 'torchrun', 'mmdet-norms', 'pip', 'pytest', 'git', 'docker', 'mim', 'cd', 'export'}
 _IN_REPOSITORY = re.compile(r'(?:configs|docs|mmdet_norms|requirements|tests|tools)/[\w./-]*[\w/]')
 _MARK = re.compile(r'<!--\s*(needs|in):\s*(.*?)\s*-->')
 
@@ -336,8 +336,9 @@ def _tool(words: list[str]) -> tuple[str | None, list[str]]:
     words = [word for word in words if not re.match(r'[A-Z_]+=', word)]
     if len(words) > 1 and words[0] == 'mmdet-norms':
         return f'tools/{COMMANDS[words[1]].tool}' if words[1] in COMMANDS else None, words[2:]
-    if len(words) > 3 and words[1:3] == ['-m', 'mmdet_norms'] and words[3] in COMMANDS:
-        return f'tools/{COMMANDS[words[3]].tool}', words[4:]
+    module = next((i for i, pair in enumerate(itertools.pairwise(words)) if pair == ('-m', 'mmdet_norms')), len(words))
+    if words[module + 2 :] and words[module + 2] in COMMANDS:  # python -m, torchrun ... -m
+        return f'tools/{COMMANDS[words[module + 2]].tool}', words[module + 3 :]
     if words and re.search(r'(^|/)python[\d.]*$', words[0]):
         words = words[1:]
     if not words:
