@@ -1,5 +1,6 @@
 """The documentation: what tools/check_docs.py finds without running a command, and that it would find it."""
 
+import html
 import importlib.util
 import re
 import sys
@@ -12,9 +13,16 @@ import yaml
 import mmdet_norms
 
 ROOT = Path(__file__).resolve().parents[1]
-_spec = importlib.util.spec_from_file_location('check_docs', ROOT / 'tools' / 'check_docs.py')
-check_docs = sys.modules['check_docs'] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(check_docs)
+
+
+def _tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+check_docs, chart = _tool('check_docs'), _tool('make_cost_chart')
 
 
 @pytest.mark.slow
@@ -147,6 +155,14 @@ def test_every_room_of_the_package_is_named():
     named = set(re.findall(r'[\w-]+(?=/`|\.py`)', (ROOT / 'CONTRIBUTING.md').read_text()))
     rooms = {path.stem for path in (ROOT / 'mmdet_norms').iterdir() if path.suffix == '.py' or any(path.glob('*.py'))}
     assert {room for room in rooms - named if not room.startswith('__')} == set()
+
+
+def test_chart_of_the_front_page_is_the_table_it_is_drawn_from(tmp_path):
+    rows, where = chart.read((ROOT / 'docs' / 'performance.md').read_text())
+    assert len(rows) == 7 and {type(value) for row in rows for value in row[1:]} == {float}
+    assert chart.description(rows, where) in html.unescape((ROOT / 'docs' / 'cost.svg').read_text())
+    chart.main(['--out', str(tmp_path / 'cost.svg')])
+    assert chart.description(rows, where) in html.unescape((tmp_path / 'cost.svg').read_text())
 
 
 def test_versions_that_stand_in_two_files():
