@@ -22,6 +22,9 @@ from .options import merge_options
 WARM_UP = 0.1
 """The part of a training that a warm-up in iterations may take at most."""
 
+CHECKPOINTS = 5
+"""How many a training writes at least."""
+
 # What of a scheduler is a point in time or a length.
 _TIMES = ('begin', 'end', 'T_max', 'step_size', 'total_steps')
 _LISTS = ('milestones', 'periods')
@@ -102,7 +105,7 @@ def scale_to(cfg: Config, epochs: int, launcher: str = 'none') -> list[str]:
 
     Times in epochs stay so where they come out whole, else they are counted in iterations. A warm-up in iterations
     keeps its length, but takes a tenth of the training at most. A training in iterations gets those of so many epochs.
-    Intervals of validation and checkpoints are rounded down, to one at least.
+    Intervals of validation and checkpoints are rounded down, to one at least; there are five checkpoints or more.
     """
     return _Scaling(cfg, epochs, launcher).run()
 
@@ -142,7 +145,8 @@ class _Scaling:
         checkpoint = (self.cfg.get('default_hooks') or {}).get('checkpoint') or {}
         counts_iters = not checkpoint.get('by_epoch', True)
         if counts_iters == by_iter and isinstance(checkpoint.get('interval'), int) and checkpoint['interval'] > 0:
-            checkpoint['interval'] = _interval(checkpoint['interval'] * self.factor)
+            # a config of few epochs writes few checkpoints, and a run that is killed starts again from the last one
+            checkpoint['interval'] = min(_interval(checkpoint['interval'] * self.factor), math.ceil(new / CHECKPOINTS))
         for hook in self.cfg.get('custom_hooks') or () if not by_iter else ():
             for key in _OF_HOOKS:
                 if isinstance(hook.get(key), int) and parameter_of(hook, key, HOOKS) is not None:

@@ -49,6 +49,7 @@ _NAMED = {
     split: re.compile(rf'(?<![a-z])({"|".join(names)})(?![a-z])', re.IGNORECASE) for split, names in _CALLED.items()
 }
 _MANY = 20  # files of JSON in one folder: each is an image's, none is all images'
+_MANY_FOLDERS = 300
 _TRIED = 32  # images that are looked for
 
 
@@ -83,8 +84,8 @@ def images_folder(root: Path, ann_file: str, split: str, first: Sequence[str]) -
         first: folders to look in before those, as the config names them.
 
     Returns:
-        The folder, relative to ``root``, with most of the images that were looked for; None where there is none, or
-        the file lists no image. The name of one image. All folders that were looked in.
+        The folder, relative to ``root``, with most of the images that were looked for: one of the usual ones, else any
+        other in ``root``; None where there is none, or the file lists no image. The name of one image. The folders.
     """
     own = os.path.dirname(ann_file)
     beside = [] if os.path.basename(own) in ('', 'annotations') and not os.path.isabs(own) else [f'{own}/']
@@ -97,7 +98,9 @@ def images_folder(root: Path, ann_file: str, split: str, first: Sequence[str]) -
     step = max(1, len(names) // _TRIED)
     tried = names[::step][:_TRIED]
     best, most = None, 0
-    for folder in folders:
+    for folder in [*folders, *_folders_in(root)]:
+        if best is not None and folder not in folders:
+            break  # any other folder will do where there is nothing in these
         there = sum((root / folder / name).is_file() for name in tried)
         if there > most:
             best, most = folder, there
@@ -153,6 +156,13 @@ def _is_labelme(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and 'shapes' in content and 'imagePath' in content
+
+
+def _folders_in(root: Path) -> Iterator[str]:
+    """Those in ``root`` and in them, the first few hundred."""
+    levels = (path for pattern in ('*/', '*/*/') for path in sorted(root.glob(pattern)))
+    for path in islice(levels, _MANY_FOLDERS):
+        yield f'{path.relative_to(root)}/'
 
 
 def _files(root: Path, suffix: str) -> Iterator[Path]:

@@ -168,8 +168,8 @@ class _Move:
         if images is None and first:
             dataset['data_prefix'] = dict(dataset['data_prefix'], img=own[0])
             raise DataRootError(
-                f'{base}: image {first} of {found} is in none of {", ".join(name or "./" for name in looked_in)}; name '
-                f'its folder: --cfg-options {source.key}.data_prefix.img=FOLDER'
+                f'{base}: image {first} of {found} is in none of {", ".join(name or "./" for name in looked_in)}, '
+                f'nor in another folder there; name its folder: --cfg-options {source.key}.data_prefix.img=FOLDER'
             )
         images = own[0] if images is None else images
         if images != folder and _below(folder, base) != images.rstrip('/'):

@@ -1,9 +1,9 @@
 """Whether the schedule of the learning rate fits the training: said before the first iteration."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.optim.scheduler.param_scheduler import INF, _ParamScheduler
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
@@ -15,6 +15,7 @@ _MADE_OF = (
     *('milestones', 'step_size', 'T_max', 'periods', 'total_steps', 'begin', 'end', 'total_iters', 'by_epoch', 'gamma'),
     *('factor', 'start_factor', 'end_factor', 'power', 'eta_min', 'eta_min_ratio', 'restart_weights'),
 )
+_NEVER = 10**9  # what mmengine writes for no end
 _LONG = 0.5  # of the training, for a warm-up; and for what is left after the last step
 
 
@@ -60,7 +61,7 @@ class ScheduleHook(Hook):
         for problem in schedule_problems(found, None if by_iter else runner.max_epochs, runner.max_iters, length):
             runner.logger.warning(problem)
 
-    def _differences(self, found: list[_ParamScheduler], rates: list[float]) -> Iterator[str]:
+    def _differences(self, found: list[Any], rates: list[float]) -> Iterator[str]:
         if len(found) == len(self._made):
             for scheduler, made in zip(found, self._made):
                 has = _made_of(scheduler)
@@ -73,7 +74,7 @@ class ScheduleHook(Hook):
 
 
 def schedule_problems(
-    schedulers: Sequence[_ParamScheduler], max_epochs: int | None, max_iters: int, epoch_length: int
+    schedulers: Sequence[Any], max_epochs: int | None, max_iters: int, epoch_length: int
 ) -> list[str]:
     """What of a schedule does not fit the training, one sentence each.
 
@@ -92,7 +93,7 @@ class _Training:
     def __init__(self, max_epochs: int | None, max_iters: int, epoch_length: int) -> None:
         self.max_epochs, self.max_iters, self.epoch_length = max_epochs, max_iters, epoch_length
 
-    def problems(self, s: _ParamScheduler) -> Iterator[str]:
+    def problems(self, s: Any) -> Iterator[str]:
         """Of one scheduler by itself."""
         name, total = type(s).__name__, self._total(s)
         if total is None:
@@ -107,7 +108,7 @@ class _Training:
             return
         length = min(s.end, total) - s.begin
         if _is_warm_up(s):
-            if s.end != INF and length < s.end - s.begin:
+            if s.end < _NEVER and length < s.end - s.begin:
                 yield f'the warm-up ends at {self._at(s, s.end)} and the training at {self._end}: it is never over'
             elif s.begin == 0 and s.end < total and s.end > _LONG * total:
                 yield f'the warm-up takes {self._at(s, s.end)} of {self._end}'
@@ -129,7 +130,7 @@ class _Training:
                 f'T_max={s.T_max} is less than its length, {length}'
             )
 
-    def end_of(self, schedulers: Sequence[_ParamScheduler]) -> Iterator[str]:
+    def end_of(self, schedulers: Sequence[Any]) -> Iterator[str]:
         """That the learning rate stays where it is, long before the training ends."""
         lowering = [s for s in schedulers if s.param_name == 'lr' and self._total(s) and not _is_warm_up(s)]
         if not lowering:
@@ -151,13 +152,13 @@ class _Training:
                 f'{self._end}: most of it goes by at {_value(last)}. {advice}'
             )
 
-    def _total(self, s: _ParamScheduler) -> int | None:
+    def _total(self, s: Any) -> int | None:
         return self.max_epochs if s.by_epoch else self.max_iters
 
-    def _iterations(self, s: _ParamScheduler) -> float:
+    def _iterations(self, s: Any) -> float:
         return _end_of(s) * (self.epoch_length if s.by_epoch else 1)
 
-    def _at(self, s: _ParamScheduler, step: float) -> str:
+    def _at(self, s: Any, step: float) -> str:
         if s.by_epoch:
             return f'epoch {step:g}'
         if self.max_epochs is not None and step and step % self.epoch_length == 0:
@@ -170,13 +171,13 @@ class _Training:
         return iterations if self.max_epochs is None else f'epoch {self.max_epochs} ({iterations})'
 
 
-def _schedulers(runner: Runner) -> list[_ParamScheduler]:
+def _schedulers(runner: Runner) -> list[Any]:
     found = getattr(runner, 'param_schedulers', None) or []
     lists = found.values() if isinstance(found, dict) else [found]
-    return [s for schedulers in lists for s in schedulers if isinstance(s, _ParamScheduler)]
+    return [s for schedulers in lists for s in schedulers if hasattr(s, 'base_values')]
 
 
-def _made_of(scheduler: _ParamScheduler) -> dict:
+def _made_of(scheduler: Any) -> dict:
     return {key: vars(scheduler)[key] for key in _MADE_OF if key in vars(scheduler)}
 
 
@@ -187,11 +188,11 @@ def _rates(runner: Runner) -> list[float]:
     return [float(group.get('initial_lr', group['lr'])) for group in groups]
 
 
-def _what(s: _ParamScheduler) -> str:
+def _what(s: Any) -> str:
     return {'lr': 'learning rate'}.get(s.param_name, s.param_name)
 
 
-def _is_warm_up(s: _ParamScheduler) -> bool:
+def _is_warm_up(s: Any) -> bool:
     """Whether a scheduler leads up to the values that the others start from."""
     name = type(s).__name__
     if 'Warmup' in name:
@@ -201,7 +202,7 @@ def _is_warm_up(s: _ParamScheduler) -> bool:
     return name.startswith('Constant') and s.begin == 0 and s.factor < 1
 
 
-def _milestones(s: _ParamScheduler) -> list[float]:
+def _milestones(s: Any) -> list[float]:
     """When a scheduler changes its value by steps."""
     found = getattr(s, 'milestones', None)
     if found is not None:
@@ -209,7 +210,7 @@ def _milestones(s: _ParamScheduler) -> list[float]:
     return [s.begin + s.step_size] if hasattr(s, 'step_size') else []
 
 
-def _length(s: _ParamScheduler) -> float | None:
+def _length(s: Any) -> float | None:
     """For how long a scheduler goes on until its value is where it should come to; None where it is nowhere."""
     for key in ('T_max', 'total_steps'):
         if hasattr(s, key):
@@ -217,17 +218,17 @@ def _length(s: _ParamScheduler) -> float | None:
     if hasattr(s, 'periods'):
         return sum(s.periods)
     towards = hasattr(s, 'total_iters') and not type(s).__name__.startswith('Constant')
-    return s.end - s.begin if towards and s.end != INF else None
+    return s.end - s.begin if towards and s.end < _NEVER else None
 
 
-def _end_of(s: _ParamScheduler) -> float:
+def _end_of(s: Any) -> float:
     """When a scheduler changes nothing any more."""
     whole = [s.begin + getattr(s, key) for key in ('total_steps',) if hasattr(s, key)]
     whole += [s.begin + sum(s.periods)] if hasattr(s, 'periods') else []
     return min([s.end, *whole])
 
 
-def _value(s: _ParamScheduler) -> str:
+def _value(s: Any) -> str:
     """What a scheduler leaves behind, in words where that is not plain."""
     base = s.base_values[0] if s.base_values else 1.0
     if hasattr(s, 'milestones'):

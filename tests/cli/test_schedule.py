@@ -240,6 +240,12 @@ def test_intervals_and_hooks_follow():
     assert [cfg.train_cfg[key] for key in ('val_interval', 'val_begin', 'dynamic_intervals')] == [6, 10, [(20, 2)]]
 
 
+def test_a_longer_training_writes_five_checkpoints_at_least():
+    cfg = config(STEPS, epochs=1, default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)))
+    scale_to(cfg, 36)
+    assert cfg.default_hooks.checkpoint.interval == 8 and cfg.train_cfg.val_interval == 36
+
+
 def test_the_learning_rate_takes_the_rates_beside_it_along():
     cfg = config(WARM_UP, dict(COSINE, eta_min=0.001), dict(type='CosineAnnealingMomentum', T_max=12, eta_min=0.5))
     assert set_learning_rate(cfg, 0.04) == ['--lr 0.04: the learning rate (the config has 0.02)']

@@ -87,7 +87,8 @@ def test_a_labelled_test_split_is_tested_and_one_without_labels_is_not(tmp_path)
 @pytest.mark.parametrize(
     'ann, images',
     [('annotations.json', 'images'), ('annotations/instances_default.json', 'images/default'), ('result.json', '.'),
-     ('mine.json', 'data'), ('train/_annotations.coco.json', 'train')],
+     ('mine.json', 'data'), ('a.json', 'PNGImages'), ('a.json', 'a/b c'),
+     ('train/_annotations.coco.json', 'train')],
 )  # fmt: skip
 def test_one_file_is_divided_the_same_way_every_time(tmp_path, ann, images):
     path = export(tmp_path / 'data', ann, images, small.content(images=20))

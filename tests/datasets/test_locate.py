@@ -85,7 +85,7 @@ def test_datasets_inside_wrappers_move_too(tmp_path):
     [
         (lambda root: None, r'has no annotations for train, looked for annotations/train\.json, '),
         (
-            lambda root: write_folder(root, 'annotations/{split}.json', 'nowhere', ('cat',)),
+            lambda root: write_folder(root, 'annotations/{split}.json', '../nowhere', ('cat',)),
             r'image train.jpg of .* is in',
         ),
     ],
@@ -100,7 +100,7 @@ def test_a_folder_without_the_data_is_one_error_that_says_what_was_looked_for(tm
 @pytest.mark.parametrize('lacks', ['train.json', 'train'])
 def test_a_test_folder_needs_no_training_images(tmp_path, config, lacks, capsys):
     root = write_folder(tmp_path, '{split}.json', '{split}', ('cat', 'dog', 'cow'))
-    (root / lacks).rename(root / 'elsewhere')
+    (root / lacks).rename(root.with_name(f'{root.name}.gone'))
     with pytest.raises(UserError, match=r'for train|image train\.jpg'):
         move_data_root(Config.fromfile(config), str(root), train.parse_args(['CONFIG']).reads)
     cfg = Config.fromfile(config)
