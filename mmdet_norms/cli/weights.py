@@ -18,6 +18,7 @@ from torch import nn
 from mmdet_norms.checkpoints.fit import Fit, fit, weights_of
 from mmdet_norms.checkpoints.read import Checkpoint, read_checkpoint
 from mmdet_norms.compat.downloads import DownloadError
+from mmdet_norms.compat.reading import keep
 from mmdet_norms.datasets.annotations import other_order
 from mmdet_norms.datasets.sources import datasets
 from mmdet_norms.deploy import fuse, is_fused
@@ -68,6 +69,8 @@ def check_training(cfg: Config, args: argparse.Namespace) -> None:
             checkpoint.require_resumable()
         _require_fit(cfg, args, checkpoint, option, exact=bool(cfg.get('resume')))
     _check_pretrained(cfg, args, replaced=start is not None)
+    if start is not None:
+        keep(start, checkpoint.content)
 
 
 def fused_refusal(option: str, path: str) -> str:

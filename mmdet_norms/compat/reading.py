@@ -57,6 +57,9 @@ def read_file(path: str | os.PathLike, map_location: object = 'cpu', trust_pickl
         CheckpointError: a folder, no permission, not a file of ``torch.save``, or a damaged one.
     """
     path = os.path.expanduser(os.fspath(path))
+    content = _take(path)
+    if content is not None and str(map_location) == 'cpu':
+        return content
     start = _first_bytes(path)
     what = other_kind(start)
     if what:
@@ -79,6 +82,34 @@ def read_file(path: str | os.PathLike, map_location: object = 'cpu', trust_pickl
         return content
     _require_whole_tensors(content, path)
     return content
+
+
+_kept: dict[tuple, object] = {}  # at most one
+
+
+def keep(path: str | os.PathLike, content: object) -> None:
+    """Have the next :func:`read_file` of this file return ``content``, if the file is the same and stays on the CPU.
+
+    For who looks at a checkpoint and hands it on to a run, which reads it again: some seconds for some hundred MB. Only
+    the last one is kept, until it is read for whatever device.
+    """
+    _kept.clear()
+    identity = _identity(os.path.expanduser(os.fspath(path)))
+    if identity is not None:
+        _kept[identity] = content
+
+
+def _take(path: str) -> object:
+    return _kept.pop(_identity(path), None) if _kept else None
+
+
+def _identity(path: str) -> tuple | None:
+    """Another one if the file was replaced or written to."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return os.path.realpath(path), found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _first_bytes(path: str) -> bytes:

@@ -12,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
-from ..compat.reading import read_file
+from ..compat.reading import keep, read_file
 from ..deploy import is_fused
 from ..errors import UserError
 
@@ -243,4 +243,5 @@ def _progress(path: Path) -> tuple[int, int]:
     lacking += [f'meta.{key}' for key in ('epoch', 'iter') if not isinstance(meta.get(key), int)]
     if lacking:
         raise ValueError(f'it is no state of training: it has no {", ".join(lacking)}')
+    keep(path, checkpoint)
     return meta['epoch'], meta['iter']

@@ -58,6 +58,24 @@ def test_a_resumed_detector_is_the_one_that_was_not_stopped(more, first, last, o
     assert not differing(tmp_path / 'rest' / last, tmp_path / 'whole' / last)
 
 
+def test_going_on_reads_the_checkpoint_once(tmp_path, monkeypatch):
+    """Its size is that of model and optimizer; is it whole, does it fit, and the run all need it."""
+    config, read = str(tiny.write_config(tmp_path)), []
+    options = ['--work-dir', str(tmp_path / 'run'), '--cfg-options', 'default_hooks.checkpoint.save_optimizer=True']
+    train.main([config, *options])
+    load = torch.load
+
+    def counted(path, *args, **kwargs):
+        if not kwargs.get('mmap'):  # which reads no weights
+            read.append(str(path))
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, 'load', counted)
+    train.main([config, *options, 'train_cfg.max_epochs=2', '--resume'])
+    assert (tmp_path / 'run' / 'epoch_2.pth').is_file()
+    assert [path for path in read if path.endswith('epoch_1.pth')] == [str(tmp_path / 'run' / 'epoch_1.pth')]
+
+
 @pytest.mark.slow
 def test_so_is_one_of_two_processes(tmp_path):
     config = tiny.write_config(tmp_path, MORE + "train_dataloader['num_workers'] = 1\n")

@@ -328,3 +328,24 @@ def test_damage_anywhere_gives_the_weights_or_one_message(saved):
         else:
             assert all(torch.equal(read.state_dict[key], value) for key, value in weights().items())
     assert noticed > 200
+
+
+# --- a checkpoint that is looked at and then read by the run ---------------------------------------------------------
+
+
+def test_what_is_kept_is_handed_out_once_and_only_while_the_file_is_the_same(saved, tmp_path):
+    mine = dict(mine=1)
+    reading.keep(saved, mine)
+    os.symlink(saved, tmp_path / 'link.pth')
+    assert read_file(tmp_path / 'link.pth') is mine
+    assert read_file(saved) is not mine
+    reading.keep(saved, mine)
+    torch.save(dict(state_dict=weights()), saved)
+    assert read_file(saved) is not mine
+    reading.keep(saved, mine)
+    assert read_file(saved, map_location='meta') is not mine and not reading._kept  # nor is it held any longer
+    reading.keep(saved, mine)
+    torch.save(weights(), tmp_path / 'b.pth')
+    assert read_file(tmp_path / 'b.pth').keys() == weights().keys() and read_file(saved) is mine
+    reading.keep(tmp_path / 'none.pth', mine)
+    assert not reading._kept
