@@ -39,6 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from ..commands import typed
 from ..console import plain_column, plain_console
+from ..files import explain
 
 __all__ = [
     'CLASSES',
@@ -728,7 +729,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.out, args.train, args.val, args.size, args.seed, overwrite=args.overwrite, progress=True
         )
     except (ShapesError, ValueError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        said = explain(error) if isinstance(error, OSError) else None
+        print(f'error: {said or error}', file=sys.stderr)
         return 2
     print(f'shapes dataset in {root}')
     for split in _SPLITS:
