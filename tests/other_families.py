@@ -291,7 +291,8 @@ head in place of the norms that it has. A part that stays without is named in on
 * MABN needs centred convolutions. CSPNeXt, ResNeSt, switchable atrous, deformable and Trident convolutions are built
   without asking `conv_cfg`; a warning names the norms behind them when training starts.
 * Deformable convolutions (TOOD, VFNet, RepPoints, DDOD, NAS-FCOS, any config with `dcn`) need no compiled mmcv: beside
-  `mmcv-lite` they are computed in plain PyTorch, at several times the cost of an ordinary convolution.
+  `mmcv-lite` torchvision computes them on a GPU, where it is installed, and else PyTorch, at several times the cost of
+  an ordinary convolution.
 * `num_groups=32` has to divide the widths; narrow models (YOLOX-tiny) need
   `--cfg-options model.neck.norm_cfg.num_groups=16 model.bbox_head.norm_cfg.num_groups=16`.
 """

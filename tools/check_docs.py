@@ -20,6 +20,7 @@ import copy
 import functools
 import io
 import itertools
+import json
 import os
 import re
 import runpy
@@ -68,6 +69,7 @@ PLACEHOLDERS = {
     'CFG': DEMO,
     'WORK_DIR': 'work_dirs/demo',
     'IMAGE': 'data/shapes/val/000000.png',
+    'PHOTOS': 'data/PennFudanPed',
     'DIR': 'data/shapes',
     'OUT': 'work_dirs/out',
     'SRC.pth': 'work_dirs/demo/epoch_3.pth',
@@ -517,6 +519,21 @@ def prepare(root: Path, folder: Path) -> None:
         rc, output, _ = execute(command, folder, LIMIT)
         if rc:
             raise SystemExit(f'preparing failed: {command}\n{output}')
+    _photos(folder)
+
+
+def _photos(folder: Path) -> None:
+    """``data/PennFudanPed`` of docs/own-data.md: one file for all photos, one class, and few generated images."""
+    shapes, photos = folder / 'data' / 'shapes', folder / PLACEHOLDERS['PHOTOS']
+    content = json.loads((shapes / 'annotations' / 'train.json').read_text())
+    content['images'] = content['images'][:16]
+    kept = {image['id'] for image in content['images']}
+    content['annotations'] = [dict(a, category_id=1) for a in content['annotations'] if a['image_id'] in kept]
+    content['categories'] = [dict(id=1, name='person')]
+    (photos / 'PNGImages').mkdir(parents=True)
+    for image in content['images']:
+        shutil.copy2(shapes / 'train' / image['file_name'], photos / 'PNGImages')
+    (photos / 'annotations.json').write_text(json.dumps(content))
 
 
 def _tracked(root: Path) -> list[str]:
