@@ -178,7 +178,7 @@ class Run:
     def _read(self, paths: list[str], task: int) -> Iterator[tuple[str, dict]]:
         for path in paths:
             try:
-                header = decode(path)  # OpenCV fills what is missing of a file with grey
+                header = decode(path)  # it knows what is wrong; OpenCV gives None, or fills what is missing with grey
                 if isinstance(header, str):
                     raise OSError(header)
                 image = self.inference.read(path)

@@ -123,8 +123,8 @@ def test_images_of_every_kind_are_drawn_at_their_places(detector, photos, tmp_pa
 
 def test_what_cannot_be_read_is_a_warning_and_the_status(detector, photos, tmp_path, capsys):
     whole = photos / 'whole.jpg'
-    Image.open(photos / 'sub' / 'grey.png').resize((200, 200)).save(whole)
-    (photos / 'cut.jpg').write_bytes(whole.read_bytes()[:-900])
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)).save(whole)
+    (photos / 'cut.jpg').write_bytes(whole.read_bytes()[:-9000])
     (photos / 'empty.png').touch()
     (photos / 'text.jpg').write_text('no image')
     with pytest.raises(SystemExit) as stopped:
@@ -138,6 +138,7 @@ def test_what_cannot_be_read_is_a_warning_and_the_status(detector, photos, tmp_p
         'empty.png',
         'text.jpg',
     }
+    assert 'image file is truncated' in said and 'is an empty file' in said
     assert len(read(tmp_path / 'out')['images']) == 9 and 'text.jpg' not in files(tmp_path / 'out')
     assert 'the file could not be read' in fails(capsys, detector, photos / 'text.jpg', '--out', tmp_path / 'other')
 
