@@ -116,7 +116,7 @@ def problems(facts: Facts) -> list[Problem]:
     if not fits(facts.python, PYTHON):
         mend = [f'python3.12 -m venv .venv && . .venv/bin/activate && pip install {shlex.quote("mmdet_norms[lite]")}']
         return [Problem(f'Python is {facts.python}, and mmdet_norms needs {PYTHON}', mend)]
-    found = [*_torch(facts), *_needed(facts), *_opencv(facts), *_stack(facts)]
+    found = [*_missing(facts), *_torch(facts), *_needed(facts), *_opencv(facts), *_stack(facts)]
     if not any(problem.fatal for problem in found):
         found += _configs(facts)
     found += _less_than_could_be(facts)
@@ -125,10 +125,18 @@ def problems(facts: Facts) -> list[Problem]:
     return found
 
 
+def _missing(facts: Facts) -> list[Problem]:
+    names = [name for name in NEEDED if name not in facts.packages]
+    if not names:
+        return []
+    said = f'{", ".join(names[:-1])} and {names[-1]} are' if names[1:] else f'{names[0]} is'
+    return [Problem(f'{said} not installed', [facts.install(*(name + NEEDED[name] for name in names))])]
+
+
 def _torch(facts: Facts) -> list[Problem]:
     version, error = facts.packages.get('torch'), facts.error('torch')
     if version is None:
-        return [Problem('torch is not installed', [facts.install(f'torch{NEEDED["torch"]}')])]
+        return []
     if not fits(version, NEEDED['torch']):
         what = f'torch is {version}, and mmdet_norms needs {NEEDED["torch"]}'
         return [Problem(what, [facts.install(f'torch{NEEDED["torch"]}', options='--upgrade')])]
@@ -152,12 +160,10 @@ def _torch(facts: Facts) -> list[Problem]:
 def _needed(facts: Facts) -> list[Problem]:
     found, torch_works = [], not facts.error('torch') and 'torch' in facts.packages
     for name, versions in NEEDED.items():
-        if name == 'torch':
+        if name == 'torch' or name not in facts.packages:
             continue
-        version, error = facts.packages.get(name), facts.error(name)
-        if version is None:
-            found.append(Problem(f'{name} is not installed', [facts.install(name + versions)]))
-        elif not fits(version, versions):
+        version, error = facts.packages[name], facts.error(name)
+        if not fits(version, versions):
             what = f'{name} is {version}, and mmdet_norms needs {versions}'
             found.append(Problem(what, [facts.install(name + versions)]))
         elif error and name == 'numpy' and 'umpy is not available' in error:
@@ -458,7 +464,8 @@ def _table(facts: Facts) -> list[str]:
             rows[-1] = (name, f'{rows[-1][1]}, built for {torch["build"]}; {gpus}; {torch["threads"]} CPU threads')
     ops = facts.probes.get('mmcv ops', {})
     compiled = ops.get('there') and f'compiled, CUDA {ops["cuda"]}'
-    rows.append(("mmcv's own ops", compiled or ('do not load' if ops.get('error') else 'none')))
+    broken = ops.get('error') and not facts.error('torch') and not facts.error('mmcv') and 'torch' in facts.packages
+    rows.append(("mmcv's own ops", compiled or ('do not load' if broken else 'none')))
     words = {'mmcv': 'compiled mmcv', 'torchvision': 'torchvision, else PyTorch', 'torch': 'PyTorch, of mmdet_norms'}
     for device, kind in own.get('ops', {}).items():
         if device == 'cpu' or torch.get('build') != 'CPU':

@@ -96,7 +96,11 @@ def commands(said):
 
 def test_with_nothing_installed_it_names_all(doctor):
     status, said = doctor(dict.fromkeys(VERSIONS), dict.fromkeys(MODULES))
-    assert status == 1 and 'torch is not installed' in said and 'OpenCV is not installed' in said
+    assert (
+        status == 1
+        and 'torch, numpy, matplotlib, pillow, pycocotools and rich are not inst' in said
+        and 'OpenCV is not installed' in said
+    )
     for extra in ('[lite]', '[mmcv]', '[onedl]'):
         assert extra in said
     assert any("'mmcv-lite>=2.0.0,<2.2.0'" in line and "'setuptools<82'" in line for line in commands(said))

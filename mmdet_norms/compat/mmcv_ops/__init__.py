@@ -7,14 +7,6 @@ RetinaNet, and deformable convolution: in PyTorch (:mod:`.in_torch`) and on a GP
 gets tensors in the layout that it takes them for (:mod:`.compiled`).
 """
 
-try:
-    import mmcv  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "mmdet_norms needs mmcv: pip install 'mmcv>=2.0.0,<2.2.0' (compiled ops) or 'mmcv-lite>=2.0.0,<2.2.0' "
-        '(no compiler needed), not both'
-    ) from error
-
 from .choice import active, announce, choices, describe
 from .extension import install
 
