@@ -57,7 +57,10 @@ class ScheduleHook(Hook):
                 f'the run goes on with the schedule of its checkpoint, not with that of the config: {difference}'
             )
         by_iter = isinstance(runner.train_loop, IterBasedTrainLoop)
-        length = max(1, len(runner.train_dataloader)) if hasattr(runner.train_dataloader, '__len__') else 1
+        try:
+            length = max(1, len(runner.train_dataloader))
+        except TypeError:  # of data without a length, which only a training in iterations takes
+            length = 1
         for problem in schedule_problems(found, None if by_iter else runner.max_epochs, runner.max_iters, length):
             runner.logger.warning(problem)
 
