@@ -172,6 +172,15 @@ def test_a_second_installation_wraps_nothing_twice():
 
 
 @needs_compiled
+def test_a_map_smaller_than_the_kernel_is_padded_as_by_any_convolution():
+    x, offset, weight = torch.randn(2, 4, 1, 2), torch.zeros(2, 18, 1, 2), torch.randn(4, 4, 3, 3)
+    expected = torch.nn.functional.conv2d(x, weight, padding=1)
+    torch.testing.assert_close(mmcv.ops.deform_conv2d(x, offset, weight, 1, 1), expected)
+    mask = torch.ones(2, 9, 1, 2)
+    torch.testing.assert_close(mmcv.ops.modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1), expected)
+
+
+@needs_compiled
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_on_a_cpu_where_the_compiled_op_has_no_code_for_it(dtype):
     boxes = ROIS[:, 1:].to(dtype)

@@ -14,8 +14,8 @@ from torch import Tensor
 from . import in_torch
 
 EXT_NAME = 'mmcv._ext'
-# How torch and mmcv say that an op has no code for a dtype or a device; it has written nothing then.
-_REFUSALS = ('not implemented for', 'expected scalar type', 'implementation for device')
+# How torch and mmcv say that an op has no code for a dtype, a device or, although it is padded, a small map.
+_REFUSALS = ('not implemented for', 'expected scalar type', 'implementation for device', 'image is smaller than kernel')
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def for_any_layout(name: str, op: Callable) -> Callable:
 
     Returns:
         A function of the same arguments. It returns NotImplemented if an op of :data:`.in_torch.OPS` has no code for
-        the dtype or the device.
+        them, of which the op says so before it writes anything that counts.
     """
     writes = _writes(name)
 
