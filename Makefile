@@ -14,11 +14,30 @@ JOBS ?= auto --maxprocesses=4
 # Threads that spin for long while they wait cost a factor of ten where something else uses a core.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help install data demo test bench asan docs lint clean clean-all
+# The second environment, with compiled mmcv: of MMCV_WHEEL=path/to/mmcv-....whl, or built from source.
+COMPILED := .venv-compiled
+COMPILED_STAMP := $(COMPILED)/.installed-$(notdir $(MMCV_WHEEL))
+COMPILED_PIP := $(COMPILED)/bin/python -m pip install --quiet --disable-pip-version-check \
+	-c requirements/constraints.txt
+COMPILED_TESTS := $(addprefix tests/,compat/test_mmcv_ops.py compat/test_compiled_ops.py compat/test_ops_choice.py \
+	compat/test_ap_of_ops.py test_every_family_and_norm.py deploy/test_detectors.py \
+	models/test_legacy.py::test_pooled_regions_are_the_legacy_ones_from_the_smallest_roi_on \
+	models/test_legacy.py::test_a_whole_detector_finds_what_the_legacy_code_would \
+	cli/test_train_and_test.py::test_mixed_precision_trains_on_a_cpu \
+	cli/test_train_and_test.py::test_the_stock_tools_resume_and_test_a_run_of_ours)
+ifdef MMCV_WHEEL
+ifeq ($(wildcard $(MMCV_WHEEL)),)
+$(error MMCV_WHEEL=$(MMCV_WHEEL): there is no such file)
+endif
+endif
+HAS_OPS := $(COMPILED)/bin/python -c 'import torch, mmcv._ext'
+
+.PHONY: help install data demo test test-compiled bench asan docs lint clean clean-all
 
 help:
 	@echo 'make demo   install, generate shapes, train a small Mask R-CNN with BNET-5, test it, draw a picture sheet'
 	@echo 'make test   the whole test suite'
+	@echo 'make test-compiled [MMCV_WHEEL=mmcv-....whl]  what calls ops of mmcv, with compiled ones, in .venv-compiled'
 	@echo 'make bench  what each norm costs beside batch norm: layers, convolutions, Faster R-CNN (docs/benchmark.md)'
 	@echo 'make asan   the tests of the C kernel under AddressSanitizer and UBSan (needs gcc)'
 	@echo 'make docs   run every command of the documentation (CONTRIBUTING.md)'
@@ -26,7 +45,7 @@ help:
 	@echo 'make install  the environment in .venv, versions from requirements/constraints.txt'
 	@echo 'make data   the generated data set of the demo, in data/shapes'
 	@echo 'make clean  delete what is made again: build products, caches, data/shapes. Trained runs stay'
-	@echo 'make clean-all  ... and, after asking, work_dirs with every trained run in it, and .venv'
+	@echo 'make clean-all  ... and, after asking, work_dirs with every trained run in it, .venv and .venv-compiled'
 	@echo 'make test and make lint add their own packages to what the others install: pytest, ONNX, Triton, ...'
 
 install: $(STAMP)
@@ -65,6 +84,31 @@ demo: data
 test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
+test-compiled: $(COMPILED_STAMP)
+	@$(COMPILED)/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(COMPILED_TESTS)
+
+# Of an environment for another wheel only mmcv is replaced, and without a wheel a mmcv that has ops is kept.
+$(COMPILED_STAMP): setup.py requirements/constraints.txt $(wildcard mmdet_norms/kernels/csrc/*) $(MMCV_WHEEL)
+	@test -x $(COMPILED)/bin/python || { echo 'creating $(COMPILED)'; $(PYTHON) -m venv $(COMPILED); }
+	@echo 'installing into $(COMPILED): setuptools, torch'
+	@$(COMPILED_PIP) 'setuptools<82' wheel
+	@$(COMPILED_PIP) torch
+ifdef MMCV_WHEEL
+	@echo 'installing $(MMCV_WHEEL)'
+	@$(COMPILED_PIP) --force-reinstall --no-deps '$(MMCV_WHEEL)'
+else
+	@$(HAS_OPS) 2>/dev/null || { echo 'building mmcv from source: about 20 minutes on two cores; for a built one:' \
+		'make test-compiled MMCV_WHEEL=path'; \
+		MMCV_WITH_OPS=1 $(COMPILED_PIP) --no-build-isolation --force-reinstall --no-deps 'mmcv>=2.0.0,<2.2.0'; }
+endif
+	@echo 'installing mmdet and what the tests need'
+	@$(COMPILED_PIP) --no-build-isolation -e '.[mmcv,dev]'
+	@$(COMPILED)/bin/python -c 'import cv2' 2>/dev/null || $(COMPILED_PIP) --force-reinstall --no-deps opencv-python-headless
+	@$(HAS_OPS) || { echo 'mmcv in $(COMPILED) has no compiled ops for this torch, see above; take another MMCV_WHEEL,' \
+		'or rm -r $(COMPILED) and build it' >&2; exit 1; }
+	@rm -f $(COMPILED)/.installed-*
+	@touch $@
+
 bench: $(STAMP)
 	@$(BIN)/python tools/benchmark.py $(BENCH)
 
@@ -86,7 +130,7 @@ clean:
 
 # YES=1 answers the question.
 clean-all:
-	@test -n '$(YES)' || { printf 'delete every run in work_dirs, and .venv? [y/N] '; read -r answer && [ "$$answer" = y ]; } || \
+	@test -n '$(YES)' || { printf 'delete every run in work_dirs, .venv and .venv-compiled? [y/N] '; read -r answer && [ "$$answer" = y ]; } || \
 		{ echo 'nothing deleted'; exit 1; }
 	@$(MAKE) --no-print-directory clean
-	rm -rf work_dirs .venv
+	rm -rf work_dirs .venv .venv-compiled
