@@ -15,7 +15,7 @@ from .version import __version__
 
 __all__ = ['NORM_LAYERS', 'PLACEMENTS', '__version__', 'apply_norm', 'fuse', 'recompute_statistics', 'replace_norm_cfg']
 
-if module_asked_for(sys.orig_argv)[0] == 'mmdet_norms':  # python -m mmdet_norms train ...
+if module_asked_for(sys.orig_argv)[0].partition('.')[0] == 'mmdet_norms':  # python -m mmdet_norms train ...
     set_environment()
 
 if not doctor_is_asked_for(sys.orig_argv):  # python -m mmdet_norms.check_env is there for when all this fails

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .. import cores
 from ..kernels import triton
 from .measure import Case, count_calls, explain, interleave, quartiles, ratios
 
@@ -15,6 +16,7 @@ PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 ONE_PASS = 'one pass'
 CONV_ONLY = 'conv only'
 _REFERENCE = ' (reference)'
+_SHARED = 0.25  # of a core, that others may use beside the threads
 
 
 def reference_of(name: str) -> str:
@@ -100,13 +102,16 @@ class Group:
         """Time the candidates, then ask each for its facts.
 
         Returns:
-            level, mode, size, ... and ``rows``, one per candidate: ``name``, ``ms`` (median), ``ms_q1``, ``ms_q3``,
+            level, mode, size, ...; ``load``, how busy others kept the cores meanwhile, and ``doubt``, what that does to
+            the ratios or None; and ``rows``, one per candidate: ``name``, ``ms`` (median), ``ms_q1``, ``ms_q3``,
             ``ms_min``, ``times_ms``; ``ratio`` (median over the repeats of the ratio within a repeat), ``ratio_q1``,
             ``ratio_q3``, ``over``; ``passes``, where the group has a case :data:`ONE_PASS`; ``images_per_s``; what
             ``facts`` adds, such as ``saved_bytes``; ``saved_ratio`` and ``peak_ratio`` to the row of ``over``,
             ``state_ratio`` to that of the published formulation; ``note`` says what failed.
         """
+        before = cores.Usage()
         times = interleave([entry.case for entry in self.entries], repeats, warmup, self.setting.device, on_call)
+        load = cores.load_between(before, cores.Usage())
         one_pass = times.ms.pop(ONE_PASS, None)
         rows = [
             self._row(entry, times.ms, times.failed, one_pass) for entry in self.entries if entry.case.name != ONE_PASS
@@ -120,6 +125,8 @@ class Group:
             layout=self.setting.layout,
             title=self.title,
             repeats=repeats,
+            load=dict(cores=load.cores, others=load.others, threads=torch.get_num_threads()),
+            doubt=None if self.setting.device.type != 'cpu' else doubt(load, torch.get_num_threads()),
             one_pass_ms=one_pass and statistics.median(one_pass),
             rows=rows,
         )
@@ -142,6 +149,22 @@ class Group:
             row['note'] = explain(error)
         row['times_ms'] = ms[name]
         return row
+
+
+def doubt(load: cores.Load, threads: int) -> str | None:
+    """Why ratios are doubtful that were measured beside others; None if they are not.
+
+    Each layer's work is cut into pieces for the threads, and its time is that of the slowest: a layer of many small
+    pieces loses more to a neighbour than one of few.
+    """
+    if load.others is None or threads <= load.free + _SHARED:
+        return None
+    fewer = cores.threads_for(load)
+    mend = f', with --threads {fewer}' if fewer < threads else ''
+    return (
+        f'ratios are doubtful: {threads} thread{"s" * (threads > 1)} on {load.cores:g} cores, of which others kept '
+        f'{load.others:.1f} busy; measure again when they are done{mend}'
+    )
 
 
 def _summary(name: str, values: list[float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Times, memory and the machine: how anything here is measured. Imports torch only."""
+"""Times, memory and the machine: how anything here is measured."""
 
 import datetime
 import gc
@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from .. import cores
+from ..kernels import compiled
 
 FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU of today
 _HEAD_START = 1_000_000  # GPU cycles, about half a millisecond, in which the host fills the queue
@@ -297,8 +300,10 @@ def describe_machine(device: torch.device | str) -> dict[str, str | int | None]:
         gpu, cuda = torch.cuda.get_device_name(device), torch.version.cuda
     return dict(
         cpu=_cpu_name(),
-        cores=os.cpu_count(),
+        cores=len(cores.allowed()),
         threads=torch.get_num_threads(),
+        spincount=os.environ.get('GOMP_SPINCOUNT'),
+        compiled=compiled.library() is not None,
         load=round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None,
         gpu=gpu,
         cuda=cuda,

@@ -86,6 +86,16 @@ def print_group(group: dict, console: Console) -> None:
     for row in group['rows']:
         if row.get('note'):
             console.print(f'{row["name"]}: {row["note"]}', markup=False)
+    for line in busyness(group):
+        console.print(line, markup=False)
+
+
+def busyness(group: dict) -> list[str]:
+    """How busy other processes kept the machine while a group was measured, and a warning where ratios are doubtful."""
+    load, lines = group.get('load') or {}, []
+    if load.get('others') is not None:
+        lines.append(f'others kept {load["others"]:.1f} of {load["cores"]:g} cores busy meanwhile')
+    return lines + ([f'WARNING: {group["doubt"]}'] if group.get('doubt') else [])
 
 
 def write(result: dict, folder: str | Path) -> list[Path]:
@@ -113,6 +123,7 @@ def markdown(result: dict) -> str:
     for group in result['groups']:
         headers, rows = cells(group)
         lines += [f'## {group["title"]}', '', *_markdown_table(headers, rows), '']
+        lines += [line for said in busyness(group) for line in (f'{said}.', '')]
     return '\n'.join([*lines, LEGEND, ''])
 
 

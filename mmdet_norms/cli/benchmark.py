@@ -1,18 +1,22 @@
 """``tools/benchmark.py``: what the norms cost, beside batch norm and the published formulations."""
 
 import argparse
+import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from mmengine.config import Config
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from mmdet_norms.benchmark import detectors, layers, measure, report
+from mmdet_norms.benchmark import chart, detectors, layers, measure, report
 from mmdet_norms.benchmark.groups import LAYOUTS, PRECISIONS, Group, Setting, add_triton
 from mmdet_norms.commands import runnable, typed
 from mmdet_norms.console import plain_column, plain_console
+from mmdet_norms.files import require_writable
 from mmdet_norms.kernels import compiled, triton
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
@@ -28,9 +32,12 @@ _TITLE_WIDTH = 58
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what the command line says, show it and write it down."""
     args = parse_args(argv)
+    if args.redraw is not None:
+        _chart(dict(groups=[group for path in args.redraw for group in _read_result(path)['groups']]), args.chart)
+        return
     plan = list(make_plan(args))
     chosen = use_threads(args, device=args.device)
-    for line in filter(None, (chosen, compiled.why_not() if args.device == 'cpu' else None)):
+    for line in filter(None, (chosen, *_notes(args.device))):
         print(line)
     if args.device != 'cpu':
         torch.cuda.set_device(args.device)
@@ -55,6 +62,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.print_group(result['groups'][-1], console)
         paths = report.write(result, args.out)  # after every group: an interrupted run keeps what it has
     print('written:', *paths)
+    if args.chart is not None:
+        _chart(result, args.chart)
+
+
+def _chart(result: dict, path: str) -> None:
+    try:
+        chart.draw(result, path)
+    except ValueError as error:
+        raise UserError(
+            f'--chart {path}: {error}; measure for example --level layer --layers bnet3 mabn an --mode forward+backward'
+        ) from error
+    print('written:', path)
+
+
+def _read_result(path: str) -> dict:
+    """What an earlier run has written; only its numbers are used."""
+    try:
+        result = json.loads(Path(path).read_text(encoding='utf-8'))
+        if isinstance(result, dict) and all(isinstance(group['rows'], list) for group in result['groups']):
+            return result
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'--redraw {path}: {error}') from error
+    except (ValueError, KeyError, TypeError):  # no JSON, or another
+        pass
+    raise UserError(f'--redraw {path}: this is no benchmark.json of {typed("benchmark")}')
+
+
+def _notes(device: str) -> Iterator[str]:
+    """What makes times on a CPU others than people expect."""
+    if device == 'cpu' and (told := compiled.why_not()):
+        yield told
+    if device == 'cpu' and torch.get_num_threads() > 1 and 'GOMP_SPINCOUNT' not in os.environ:
+        yield (
+            'GOMP_SPINCOUNT was not set when torch was loaded, so threads that wait keep cores busy: beside other work '
+            'ratios of layers are wrong by up to a factor of 5. Set it to 10000 first, as the command does'
+        )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -129,7 +172,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar='DIR',
         help='for benchmark.json, .md and .png; default work_dirs/benchmark',
     )
+    parser.add_argument(
+        '--chart',
+        metavar='FILE',
+        help='draw the training steps that were measured beside their published formulation into one chart, *.svg or '
+        '*.png',
+    )
+    parser.add_argument(
+        '--redraw',
+        nargs='+',
+        metavar='JSON',
+        help='measure nothing: draw --chart from benchmark.json of earlier runs',
+    )
     args = parser.parse_args(argv)
+    if args.redraw is not None and args.chart is None:
+        raise UserError('--redraw: say with --chart FILE.svg where to draw it')
+    if args.chart is not None:
+        if Path(args.chart).suffix not in chart.FORMATS:
+            raise UserError(f'--chart {args.chart}: write {" or ".join(f"FILE{suffix}" for suffix in chart.FORMATS)}')
+        require_writable(args.chart, '--chart')
     args.device = str(_device(args.device))
     _fill_in(args)
     return args
