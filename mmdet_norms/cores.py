@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-# How much of a core others may use while it still counts as free. Threads wait for the slowest of them: a core that is
-# busy half of the time costs more than it gives (docs/performance.md).
-_SPARE = 0.25
+# How much of a core others may use while it still counts as free. A step on two cores takes four times longer while one
+# of them is busy, and a fourth longer on one core: a core that is busy for a tenth of the time is no gain.
+_SPARE = 0.15
 _SHORTEST = 0.3  # seconds; the system counts in hundredths
 _GROUPS = Path('/sys/fs/cgroup')
 
