@@ -69,7 +69,8 @@ from mmengine.hub import get_config, get_model
 configs = Path(mmdet_norms.__file__).parent / ".mim" / "configs"
 names = sorted(str(path.relative_to(configs)) for path in configs.glob("[!_]*/**/*.py"))
 for name in names:
-    get_config(f"mmdet_norms::{name}")
+    Config.fromfile(configs / name)
+get_config(f"mmdet_norms::{names[-1]}")
 Path("mine.py").write_text("_base_ = \"mmdet_norms::demo/mask-rcnn_r50_fpn_bnet5_shapes.py\"\n")
 print(len(names), "configs load;", type(get_model("mmdet_norms::" + names[0])).__name__, "is built; library:", library())
 Config.fromfile("mine.py")

@@ -101,3 +101,10 @@ def test_our_scope_is_mmdets():
             assert child.get(name) is registry.get(name), name
     built = mmengines.MODELS.build(dict(type='NormResNet', depth=50, _scope_='mmdet_norms'))
     assert type(built) is NormResNet
+
+
+def test_our_scope_imports_what_mmdet_registers(monkeypatch):
+    """mmengine asks this of the registry that it looks into, and not of those above."""
+    asked = []
+    monkeypatch.setattr(mmdets.METRICS, 'import_from_location', lambda: asked.append('mmdet'))
+    assert mmdets.METRICS.children['mmdet_norms'].get('CocoMetric') is not None and asked == ['mmdet']
