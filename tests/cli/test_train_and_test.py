@@ -158,6 +158,7 @@ def test_existing_imports_and_hooks_are_kept(config):
         'ResultsHook',
         'NumClassCheckHook',
         'NormHook',
+        'ScheduleHook',
         'NonFiniteHook',
         'RandomStateHook',
         'PendingValidationHook',
@@ -169,6 +170,7 @@ def test_processes_share_their_running_statistics_before_they_are_judged(config)
     assert [hook.type for hook in hooks] == [
         'NormHook',
         'ResultsHook',
+        'ScheduleHook',
         'NonFiniteHook',
         'RandomStateHook',
         'PendingValidationHook',
@@ -178,6 +180,7 @@ def test_processes_share_their_running_statistics_before_they_are_judged(config)
     assert [hook.type for hook in hooks] == [
         'NormHook',
         'ResultsHook',
+        'ScheduleHook',
         'NonFiniteHook',
         'RandomStateHook',
         'PendingValidationHook',
