@@ -10,6 +10,7 @@ import torch
 
 from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.compat.mmcv_ops import choice, compiled, extension, in_torch, in_torchvision
+from mmdet_norms.compat.mmcv_ops.remedy import remedy
 from mmdet_norms.errors import UserError
 
 
@@ -142,3 +143,8 @@ def test_compiled_ops_that_do_not_load_are_replaced_by_the_others(tmp_path):
     )
     assert out.returncode == 0, out.stdout
     assert '[0] pytorch' in out.stdout and 'do not load: undefined symbol: _ZN3c10' in out.stdout
+
+
+def test_the_fork_of_mmcv_is_not_replaced_by_mmcv(monkeypatch):
+    monkeypatch.setattr('importlib.metadata.distribution', lambda name: name)
+    assert 'onedl-mmcv' in remedy() and 'uninstall' not in remedy() and 'doctor' in remedy()
