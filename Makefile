@@ -99,7 +99,7 @@ ifdef MMCV_WHEEL
 else
 	@$(HAS_OPS) 2>/dev/null || { echo 'building mmcv from source: about 20 minutes on two cores; for a built one:' \
 		'make test-compiled MMCV_WHEEL=path'; \
-		MMCV_WITH_OPS=1 $(COMPILED_PIP) --no-build-isolation --force-reinstall --no-deps 'mmcv>=2.0.0,<2.2.0'; }
+		MMCV_WITH_OPS=1 $(COMPILED_PIP) --no-cache-dir --no-build-isolation --force-reinstall --no-deps 'mmcv>=2.0.0,<2.2.0'; }
 endif
 	@echo 'installing mmdet and what the tests need'
 	@$(COMPILED_PIP) --no-build-isolation -e '.[mmcv,dev]'

@@ -264,7 +264,10 @@ def _install_mmcv(facts: Facts, stack: str) -> list[str]:
     if stack != 'mmcv':
         return [facts.install(dist + versions)]
     # Its build reads pkg_resources and torch, and leaves the ops out where it finds no torch.
-    return [facts.install('setuptools<82', 'wheel'), facts.install(dist + versions, options='--no-build-isolation')]
+    return [
+        facts.install('setuptools<82', 'wheel'),
+        facts.install(dist + versions, options='--no-cache-dir --no-build-isolation'),
+    ]
 
 
 def _mmcv_ops(facts: Facts, stack: str) -> list[Problem]:

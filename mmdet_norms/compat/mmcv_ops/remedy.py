@@ -13,7 +13,7 @@ def remedy() -> str:
     except metadata.PackageNotFoundError:
         return (
             'For all ops replace mmcv-lite by compiled mmcv: `pip uninstall mmcv-lite`, `pip install "setuptools<82" '
-            'wheel`, `pip install --no-build-isolation "mmcv>=2.0.0,<2.2.0"` (where there is no wheel for your torch, '
-            f'it builds for 10-40 minutes); {said}'
+            'wheel`, `pip install --no-cache-dir --no-build-isolation "mmcv>=2.0.0,<2.2.0"` (without a wheel for '
+            f'your torch, it builds for 10-40 minutes); {said}'
         )
     return f'For all ops install an onedl-mmcv that has them, built for your torch and CUDA; {said}'
