@@ -108,8 +108,8 @@ def group_category(contents: list[dict]) -> int | None:
 
 
 def _photo(name: object) -> str:
-    """What the copies of one photo have in common."""
-    return str(name).partition('.rf.')[0]
+    """What the copies of one photo have in common, and the ways to write one path: ``./a.jpg`` is ``a.jpg``."""
+    return os.path.normpath(str(name)).partition('.rf.')[0]
 
 
 def _key(value: object) -> str:

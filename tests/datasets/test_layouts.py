@@ -129,6 +129,14 @@ def test_copies_of_one_photo_stay_together():
     assert len(val) == 6 and {i // 3 for i in val}.isdisjoint(i // 3 for i in range(30) if i not in val)
 
 
+def test_two_ways_to_write_a_path_are_one_photo():
+    content = small.content(images=30)
+    for i, image in enumerate(content['images']):
+        image['file_name'] = f'{("", "./", "there/../")[i % 3]}{i // 3}.jpg'
+    val = held_back(content, 0.2)
+    assert len(val) == 6 and {i // 3 for i in val}.isdisjoint(i // 3 for i in range(30) if i not in val)
+
+
 @pytest.mark.parametrize('fraction', [0, 1, 1.5, -0.2, float('nan')])
 def test_a_fraction_that_is_none_is_one_message(tmp_path, fraction):
     export(tmp_path, 'annotations.json', 'images', small.content())
