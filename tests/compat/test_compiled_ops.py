@@ -193,3 +193,43 @@ def test_half_precision_on_a_cpu_where_the_compiled_op_has_no_code_for_it(dtype)
     assert x.grad.dtype == dtype and x.grad.any()
     loss = mmcv.ops.sigmoid_focal_loss(torch.randn(3, 4).to(dtype), torch.tensor([0, 3, 4]), 2.0, 0.25, None, 'mean')
     assert loss.isfinite()
+
+
+@needs_compiled
+@pytest.mark.parametrize('place', [float('nan'), float('inf'), -float('inf'), 1e12], ids=str)
+@pytest.mark.parametrize('op', ['roi_align', 'inverted', 'deform_conv', 'modulated_deform_conv'])
+def test_places_of_a_model_that_diverges_are_nowhere_and_do_not_end_the_process(monkeypatch, op, place):
+    torch.manual_seed(0)
+    x, filters = torch.randn(1, 2, 6, 6, requires_grad=True), torch.randn(2, 2, 3, 3, requires_grad=True)
+    rois, offset = torch.tensor([[0, 1.0, 1, 5, 3], [0, 1, 2, 5, place]]), torch.zeros(1, 18, 6, 6)
+    offset[:, ::5] = place
+    offset.requires_grad_()
+    inverted = torch.tensor([[0, 1.0, 1, 5, 3], [0, 5, 2, 1, 4]])
+
+    def run():
+        if op in ('roi_align', 'inverted'):
+            output = mmcv.ops.roi_align(x, rois if op == 'roi_align' else inverted, (3, 3), 1.0, 2, 'avg', True)
+            return output.detach(), torch.autograd.grad(output.sum(), x)[0]
+        if op == 'deform_conv':
+            output = mmcv.ops.deform_conv2d(x, offset, filters, 1, 1)
+        else:
+            output = mmcv.ops.modulated_deform_conv2d(x, offset, torch.ones(1, 9, 6, 6), filters, None, 1, 1)
+        return output.detach(), *torch.autograd.grad(output.sum(), (x, offset, filters))
+
+    found = run()
+    monkeypatch.setenv('MMDET_NORMS_OPS', 'torch')
+    for ours, expected in zip(found, run()):
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
+@needs_compiled
+def test_places_that_do_not_end_the_process_are_left_to_the_compiled_op(monkeypatch):
+    monkeypatch.setattr(in_torch, 'OPS', {})
+    for name in ('roi_align_forward', 'nms', 'deform_conv_forward'):
+        assert compiled._places(name) is None
+    monkeypatch.undo()
+    assert (
+        compiled._places('roi_align_backward') == (1, 'rois') and compiled._places('deform_conv_forward')[1] == 'offset'
+    )
+    assert not compiled._far_off(torch.tensor([[0, -90.0, -9, 2e4, 3]])) and not compiled._far_off(torch.zeros(0, 5))
+    assert not compiled._far_off(1)

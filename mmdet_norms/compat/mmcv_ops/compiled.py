@@ -14,8 +14,14 @@ from torch import Tensor
 from . import in_torch
 
 EXT_NAME = 'mmcv._ext'
-# How torch and mmcv say that an op has no code for a dtype, a device or, although it is padded, a small map.
-_REFUSALS = ('not implemented for', 'expected scalar type', 'implementation for device', 'image is smaller than kernel')
+# How torch and mmcv say that an op has no code for a dtype, a device, an inverted RoI or, though padded, a small map.
+_REFUSALS = (
+    *('not implemented for', 'expected scalar type', 'implementation for device', 'image is smaller than kernel'),
+    'roi_width >= 0',
+)
+# Where an op reads. As integers, numbers that are none or too large are addresses outside the map.
+_PLACES = ('rois', 'offset')
+_FAR = 1e9
 
 
 @functools.cache
@@ -50,6 +56,12 @@ def _writes(name: str) -> dict[str | int, bool]:
     return writes | dict(enumerate(writes.values()))
 
 
+def _places(name: str) -> tuple[int, str] | None:
+    """Position and name of the argument that says where the op reads, if it has one."""
+    parameters = inspect.signature(in_torch.OPS[name]).parameters if name in in_torch.OPS else ()
+    return next(((at, parameter) for at, parameter in enumerate(parameters) if parameter in _PLACES), None)
+
+
 def for_any_layout(name: str, op: Callable) -> Callable:
     """``op`` of the extension, by this name there, for tensors of any layout, in and out.
 
@@ -58,9 +70,10 @@ def for_any_layout(name: str, op: Callable) -> Callable:
 
     Returns:
         A function of the same arguments. It returns NotImplemented if an op of :data:`.in_torch.OPS` has no code for
-        them, of which the op says so before it writes anything that counts.
+        them, of which the op says so before it writes anything that counts; and where the op would end the process, at
+        places that are not finite, as a model that diverges predicts them.
     """
-    writes = _writes(name)
+    writes, places = _writes(name), _places(name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         copies: dict[int, tuple[Tensor, Tensor]] = {}
@@ -76,6 +89,8 @@ def for_any_layout(name: str, op: Callable) -> Callable:
             written[id(value)].add(writes.get(key))
             return copies[id(value)][1]
 
+        if places is not None and _far_off(args[places[0]] if len(args) > places[0] else kwargs.get(places[1])):
+            return NotImplemented
         args = [contiguous(value, at) for at, value in enumerate(args)]
         kwargs = {key: contiguous(value, key) for key, value in kwargs.items()}
         try:
@@ -93,6 +108,11 @@ def for_any_layout(name: str, op: Callable) -> Callable:
 
     call.__name__ = name
     return call
+
+
+def _far_off(places: Any) -> bool:
+    """Whether mmcv's code for a CPU would end the process. The ``offset`` of nms is a number."""
+    return isinstance(places, Tensor) and places.device.type == 'cpu' and not bool((places.abs() < _FAR).all())
 
 
 def _same_bits(value: Tensor, copy: Tensor) -> bool:
