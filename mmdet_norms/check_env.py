@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from glob import glob
 from importlib import metadata, util
@@ -378,8 +379,12 @@ def gather() -> Facts:
     """Look at the environment that runs this."""
     packages = {}
     for dist in metadata.distributions():
-        name = (dist.metadata['Name'] or '').lower().replace('_', '-')
-        packages.setdefault(name, dist.version)
+        if Path(str(getattr(dist, '_path', ''))).name.startswith('~'):  # left by a pip that was stopped
+            continue
+        with suppress(Exception):  # a folder without its METADATA
+            name, version = dist.metadata['Name'], dist.metadata['Version']
+            if name and version:
+                packages.setdefault(name.lower().replace('_', '-'), version)
     names = [name for name, dist in _PROBES.items() if dist is None or dist in packages]
     return Facts(
         packages=packages,
@@ -402,7 +407,9 @@ def probe(names: Sequence[str]) -> dict[str, dict]:
     while names:
         command = [sys.executable, '-c', code, *names]
         try:
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_SECONDS)
+            done = subprocess.run(
+                command, env=env, capture_output=True, text=True, errors='backslashreplace', timeout=_SECONDS
+            )
             out, end = done.stdout, f'its process ended with status {done.returncode}'
             said = [line for line in (done.stderr or '').splitlines() if line.strip()]
             if done.returncode < 0:
@@ -410,11 +417,17 @@ def probe(names: Sequence[str]) -> dict[str, dict]:
             if said and done.returncode:
                 end += f' ({said[-1].strip()[:200]})'
         except subprocess.TimeoutExpired as error:
-            out = (error.stdout or b'').decode() if isinstance(error.stdout, bytes) else error.stdout or ''
+            out = error.stdout or ''
+            out = out.decode(errors='backslashreplace') if isinstance(out, bytes) else out
             end = f'it took more than {_SECONDS} s'
         begun = None
         for line in out.splitlines():
-            name, result = json.loads(line)
+            try:
+                name, result = json.loads(line)
+            except (TypeError, ValueError):  # printed by what runs at every start, such as sitecustomize.py
+                continue
+            if name not in names:
+                continue
             begun = name if result is None else None
             if result is not None:
                 found[name] = result

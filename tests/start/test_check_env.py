@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -174,6 +175,25 @@ def test_mmcv_without_its_ops_works_and_could_be_better(doctor):
     (ours,) = [problem for problem in found if 'without its compiled ops' in problem['what']]
     assert not ours['fatal'] and 'mmcv-lite' in ours['mend'][1] and 'MMCV_WITH_OPS=1' in ours['what']
     assert json.loads(said)['packages']['mmcv'] == '2.1.0'
+
+
+def test_what_others_print_at_the_start_is_passed_over(doctor):
+    says = "print('hello'); print('[\"a\", null]'); print(5)\n"
+    status, said = doctor((), {'sitecustomize': says, 'rich/console': r"import os; os.write(2, b'\xff'); os._exit(3)"})
+    assert status == 1 and 'status 3' in said and '1 thing to mend' in said
+
+
+def test_what_a_stopped_pip_left_is_not_installed(doctor, tmp_path):
+    for name, content in {
+        '~orch-1.0': 'Name: torch\nVersion: 1.0\n',
+        'Torch_x': 'Name: torch\n',
+        'none': None,
+    }.items():
+        (tmp_path / f'{name}.dist-info').mkdir()
+        if content is not None:
+            (tmp_path / f'{name}.dist-info' / 'METADATA').write_text(content)
+    said = doctor()[1]
+    assert re.search(r'^torch +2\.13\.0', said, re.M) and 'torch is' not in said, said
 
 
 def test_a_process_that_hangs_is_given_up(monkeypatch, tmp_path):
