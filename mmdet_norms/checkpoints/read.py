@@ -67,6 +67,8 @@ def read_checkpoint(name: str | os.PathLike, map_location: object = 'cpu') -> Ch
         raise
     except OSError as error:
         raise CheckpointError(f'{name} cannot be read: {error}') from error
+    except ImportError as error:  # of s3://, petrel:// and pavi://, whose clients are packages of their own
+        raise CheckpointError(f'{name} cannot be read: {error} Or fetch the file, and name it') from error
     return _checkpoint(name, content)
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from ..console import plain_column, plain_console
 from ..files import explain, remove_unfinished, replacing
-from .reading import CheckpointError, other_kind
+from .reading import ZIP_START, CheckpointError, other_kind
 
 try:
     import fcntl
@@ -114,9 +115,12 @@ def _download(url: str, path: Path, progress: bool) -> None:
             digest.update(chunk)
             start, got = start or chunk[:512], got + len(chunk)
             advance(len(chunk))
+        file.flush()
         kind, found = other_kind(start), digest.hexdigest()
         if _length(response) not in (None, got):
             raise _failed(url, path, f'the connection ended after {got} of {_length(response)} bytes')
+        if start.startswith(ZIP_START) and not zipfile.is_zipfile(part):  # of a server that says no length
+            raise _failed(url, path, f'the connection ended after {got} bytes, before the end of the file')
         if kind:
             raise _failed(url, path, f'what came is {kind}')
         if urlparse(url).hostname in _CHECKED and expected and not found.startswith(expected):

@@ -19,7 +19,7 @@ from . import old_unpickler
 from .checkpoints import explain_refusal
 
 _LEGACY_START = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # pickle of the number that torch < 1.6 writes first
-_ZIP_START = b'PK\x03\x04'
+ZIP_START = b'PK\x03\x04'
 _OTHER_FILES = {  # how they start, and what to do
     b'version https://git-lfs': 'a pointer of Git LFS, not the file itself; fetch it with: git lfs pull',
     b'\x1f\x8b': 'compressed by gzip; unpack it first',
@@ -64,7 +64,7 @@ def read_file(path: str | os.PathLike, map_location: object = 'cpu', trust_pickl
     what = other_kind(start)
     if what:
         raise CheckpointError(f'{path} is {what}')
-    is_zip = start.startswith(_ZIP_START)
+    is_zip = start.startswith(ZIP_START)
     if is_zip:
         _check_archive(path)
     how = dict(weights_only=not trust_pickle)
@@ -146,7 +146,7 @@ def other_kind(start: bytes) -> str:
     for other, what in _OTHER_FILES.items():
         if start.startswith(other):
             return what
-    if start.startswith((_ZIP_START, _LEGACY_START)):
+    if start.startswith((ZIP_START, _LEGACY_START)):
         return ''
     if not start.strip(b'\0'):
         return f'damaged: it starts with zeros, as after a crash while it was written; {_AGAIN}'

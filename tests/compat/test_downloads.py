@@ -48,7 +48,7 @@ class Internet(ThreadingHTTPServer):
 
     def __init__(self, folder):
         super().__init__(('127.0.0.1', 0), Answer)
-        self.folder, self.asked, self.missing, self.pause = folder, [], 0, 0.0
+        self.folder, self.asked, self.missing, self.pause, self.says_length = folder, [], 0, 0.0, True
         self.url = f'http://127.0.0.1:{self.server_port}'
 
 
@@ -60,7 +60,8 @@ class Answer(BaseHTTPRequestHandler):
             return self.send_error(404)
         content = path.read_bytes()
         self.send_response(200)
-        self.send_header('Content-Length', str(len(content)))
+        if self.server.says_length:
+            self.send_header('Content-Length', str(len(content)))
         self.end_headers()
         sent = content[: len(content) - self.server.missing]
         self.wfile.write(sent[:1000])
@@ -251,6 +252,20 @@ def test_a_download_that_fails_leaves_nothing_and_is_one_message(web, tmp_path, 
     message = refused(url, DownloadError)
     assert said in message and url in message and f'put it at {cache(tmp_path) / os.path.basename(url)}' in message
     assert list(cache(tmp_path).iterdir()) == []
+
+
+def test_without_a_length_a_download_that_is_cut_off_is_none(web, tmp_path):
+    torch.save(weights(200), web.folder / 'a.pth')
+    web.says_length, web.missing = False, 500
+    assert 'before the end of the file' in refused(f'{web.url}/a.pth', DownloadError)
+    assert list(cache(tmp_path).iterdir()) == []
+    web.missing = 0
+    assert read_checkpoint(f'{web.url}/a.pth').state_dict.keys() == weights().keys()
+
+
+@pytest.mark.parametrize('name', ['s3://bucket/a.pth', 'petrel://a.pth', 'pavi://a'])
+def test_an_address_whose_client_is_not_installed_is_one_message(name):
+    assert name in refused(name) and 'fetch the file' in refused(name)
 
 
 @pytest.mark.parametrize('url', ['https://[x/c.pth', 'https://example.org/', 'https:///', 'http:///c.pth'])
