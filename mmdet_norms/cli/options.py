@@ -105,10 +105,16 @@ class Options(DictAction):
             except (SyntaxError, ValueError):  # [bbox, segm], without quotes, is no Python
                 if '{' in text or 'dict(' in text:
                     raise
-        kept = re.sub(r'(?<=[^ ,()\[\]]) +(?=[^ ,()\[\]])', lambda blanks: _BLANK * len(blanks[0]), text)
+        between = r'(?<=[^ "\']) +(?=[^ "\'])' if _is_one_word(text) else r'(?<=[^ ,()\[\]]) +(?=[^ ,()\[\]])'
+        kept = re.sub(between, lambda blanks: _BLANK * len(blanks[0]), text)
         read = argparse.Namespace(**{self.dest: {}})
         super().__call__(parser, read, [f'value={kept}'])
         return _with_blanks(getattr(read, self.dest)['value'])
+
+
+def _is_one_word(text: str) -> bool:
+    """Whether mmengine reads it as one value, such as the file ``epoch (1).pth``."""
+    return ',' not in text and not text.strip('\'"').startswith(('[', '('))
 
 
 def _literal(node: ast.expr) -> Any:

@@ -357,6 +357,9 @@ def test_a_work_dir_is_given_once(tmp_path):
         ('[ (1, 2), [a, b] , c]', [(1, 2), ['a', 'b'], 'c']),
         ('"4"', 4),
         ('/data/my photos/train.json', '/data/my photos/train.json'),
+        ('runs [old]/epoch (1).pth', 'runs [old]/epoch (1).pth'),
+        ('"a [1]  (b) .pth"', 'a [1]  (b) .pth'),
+        ('" 4 "', 4),
     ],
 )
 def test_values_are_read_as_they_are_written(text, value):
