@@ -29,6 +29,7 @@ from .common import (
     UserError,
     add_check_argument,
     add_data_arguments,
+    add_seed_argument,
     command,
     move_and_merge,
     read_config,
@@ -81,7 +82,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('config', help='config file, or PACKAGE::path, e.g. mmdet::retinanet/...')
     parser.add_argument('--split', choices=SPLITS, default='train', help='whose data (default: train)')
     parser.add_argument('--number', type=int, default=12, metavar='N', help='number of images (default: 12)')
-    parser.add_argument('--seed', type=int, default=0, help='which images, and how they are augmented (default: 0)')
+    add_seed_argument(parser, 0, 'which images, and how they are augmented (default: 0)')
     parser.add_argument('--out', metavar='FILE.png', help='default: work_dirs/browse-SPLIT.png')
     parser.add_argument('--overwrite', action='store_true', help='replace a file --out that is no picture sheet')
     add_data_arguments(parser)

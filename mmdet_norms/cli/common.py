@@ -119,6 +119,18 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_seed_argument(parser: argparse.ArgumentParser, default: int | None, help: str) -> None:
+    """Add ``--seed``, of the numbers that numpy takes."""
+
+    def seed(text: str) -> int:
+        number = int(text)
+        if not 0 <= number < 2**32:
+            raise argparse.ArgumentTypeError(f'{number} must be at least 0, and less than 2**32')
+        return number
+
+    parser.add_argument('--seed', type=seed, default=default, help=help)
+
+
 def add_threads_argument(parser: argparse.ArgumentParser) -> None:
     """Add what everything takes that computes on a CPU; see :func:`use_threads`."""
     parser.add_argument(

@@ -130,6 +130,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.no_pictures and args.no_json:
         parser.error('--no-pictures and --no-json together leave nothing to write')
+    if not 0 <= args.score_thr <= 1:
+        raise UserError(f'--score-thr {args.score_thr}: must be between 0 and 1')
     if args.batch_size < 1:
         parser.error(f'argument --batch-size: {args.batch_size} must be at least 1')
     return args

@@ -35,6 +35,7 @@ from .common import (
     add_check_argument,
     add_common_arguments,
     add_hook,
+    add_seed_argument,
     build_runner,
     command,
     is_first_process,
@@ -103,7 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=['stop', 'skip'],
         help='at a loss, gradient or running statistic that is NaN or infinite: stop (default), or skip the step',
     )
-    parser.add_argument('--seed', type=int, help='seed of the run')
+    add_seed_argument(parser, None, 'seed of the run')
     parser.add_argument('--deterministic', action='store_true', help='deterministic algorithms, slower')
     add_schedule_arguments(parser)
     add_partial_argument(parser, 'start')

@@ -147,6 +147,8 @@ def test_another_folder_of_data(tmp_path, drawn, capsys):
     'arguments, more, said',
     [
         (['--number', 0], '', '--number 0: must be at least 1'),
+        (['--seed', -1], '', '--seed: -1 must be at least 0'),
+        (['--seed', 2**32], '', 'less than 2**32'),
         (['--out', 'x.svg'], '', 'name the picture *.png or *.jpg'),
         (['--out', 'data/images/003.png', '--overwrite'], '', 'is an image of the data set'),
         ([], f"{PLAIN}['pipeline'] = [{LOAD}]\n", 'does not end in PackDetInputs'),

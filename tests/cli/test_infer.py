@@ -226,6 +226,8 @@ def test_a_video_that_cannot_be_read_leaves_no_file(detector, video, tmp_path, c
         (['clip.avi', '--device', 'cuda:77'], '--device cuda:77'),
         (['clip.avi', '--device', 'gpu'], '--device gpu'),
         (['clip.avi', '--out', ''], '--out'),
+        (['clip.avi', '--score-thr', 'nan'], '--score-thr nan: must be between 0 and 1'),
+        (['clip.avi', '--score-thr', '30'], '--score-thr 30.0: must be between 0 and 1'),
         (['clip.avi', '--cfg-options', 'model.test_cfg.rcnn.socre_thr=0.1'], 'score_thr'),
         (['clip.avi', '--norm', 'mabn'], 'does not fit the model'),
     ],
