@@ -221,6 +221,8 @@ def _rules(node: object, key: str) -> Iterator[tuple[str, Mapping]]:
             yield from _rules(entry, f'{key}.{i}')
     elif isinstance(node, Mapping):
         if node.get('checkpoint') and is_a(node, 'Pretrained', WEIGHT_INITIALIZERS):
+            if not isinstance(node['checkpoint'], str):
+                raise UserError(f'{key}.checkpoint: {node["checkpoint"]!r} must be the name of a file, in quotes')
             yield key, node
         for name, value in node.items():
             yield from _rules(value, f'{key}.{name}')

@@ -123,3 +123,8 @@ def test_missing_pretrained_weights_may_be_left_out_where_a_checkpoint_replaces_
     )
     options = [*options[2:], 'model.backbone.init_cfg=None']
     assert configured(config, *more, '--cfg-options', *options).model.backbone.init_cfg is None
+
+
+def test_a_checkpoint_that_is_no_name_is_one_message(config):
+    options = ['model.backbone.init_cfg.type=Pretrained', 'model.backbone.init_cfg.checkpoint=5']
+    assert 'model.backbone.init_cfg.checkpoint: 5 must be' in refused(config, '--cfg-options', *options)
