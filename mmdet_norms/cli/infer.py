@@ -29,6 +29,7 @@ from mmdet_norms.datasets.sources import datasets
 from mmdet_norms.deploy import is_fused
 from mmdet_norms.engine.inference import (
     KEPT_SUFFIXES,
+    Image,
     Inference,
     displayable,
     draw,
@@ -177,7 +178,7 @@ class Run:
                 except UserError as error:
                     self._fail(path, str(error).removeprefix(f'{path}: '))
 
-    def _read(self, paths: list[str], task: int) -> Iterator[tuple[str, dict]]:
+    def _read(self, paths: list[str], task: int) -> Iterator[tuple[str, Image]]:
         for path in paths:
             try:
                 header = decode(path)  # it knows what is wrong; OpenCV gives None, or fills what is missing with grey
@@ -190,9 +191,9 @@ class Run:
             else:
                 yield path, image
 
-    def _detect_in_images(self, group: Sequence[tuple[str, dict]]) -> None:
+    def _detect_in_images(self, group: Sequence[tuple[str, Image]]) -> None:
         for (path, image), sample in zip(group, self.inference.detect([image for _, image in group])):
-            height, width = image['img'].shape[:2]
+            height, width = image.pixels.shape[:2]
             entry = dict(file=path, width=width, height=height)
             if not self.args.no_pictures:
                 place = self.places[path]
@@ -223,8 +224,8 @@ class Run:
             self._warn(f'{video.path}: ends after {len(frames)} of the {video.announced} frames that it should have')
         self.videos.append(dict(entry, frames=frames))
 
-    def _drawn(self, image: dict, sample: object) -> np.ndarray:
-        return draw(displayable(image['img']), instances_to_draw(sample, self.colours, self.args.score_thr))
+    def _drawn(self, image: Image, sample: object) -> np.ndarray:
+        return draw(displayable(image.pixels), instances_to_draw(sample, self.colours, self.args.score_thr))
 
     def _fail(self, path: str, reason: str) -> None:
         self._warn(f'{path}: {reason}')

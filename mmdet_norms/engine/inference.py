@@ -1,6 +1,7 @@
 """A detector on images that belong to no data set: read and prepared as a test does, detections as plain data."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import mmcv
@@ -12,7 +13,7 @@ from mmdet.structures.mask import encode_mask_results, mask2bbox
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
-from PIL import Image
+from PIL import Image as PillowImage
 from torch import nn
 
 from ..console import as_text
@@ -25,6 +26,19 @@ KEPT_SUFFIXES = ('.jpg', '.jpeg', '.jfif', '.png', '.bmp', '.webp', '.tif', '.ti
 """Of pictures that are written in the format of their image; others become PNG."""
 
 _JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class Image:
+    """What the test pipeline makes of an image.
+
+    Args:
+        pixels: as it was read: BGR or grey, of whatever depth.
+        prepared: what the model takes.
+    """
+
+    pixels: np.ndarray
+    prepared: dict
 
 
 class Inference:
@@ -56,28 +70,37 @@ class Inference:
         self._take = Compose([dict(type='LoadImageFromNDArray', to_float32=steps[0].get('to_float32', False))])
         self._prepare = Compose(steps[1:])
 
-    def read(self, path: str) -> dict:
-        """An image file, as the test pipeline reads it.
+    def read(self, path: str) -> Image:
+        """An image file, as the test pipeline reads and prepares it.
 
         Raises:
+            UserError: the pipeline fails at it.
             Exception: it cannot be read; which one is the reader's choice.
         """
-        return self._load(dict(img_path=path, img_id=0))
+        return self._prepared(self._load(dict(img_path=path, img_id=0)))
 
-    def take(self, frame: np.ndarray) -> dict:
+    def take(self, frame: np.ndarray) -> Image:
         """The same for an image in memory (BGR, uint8)."""
-        return self._take(dict(img=mmcv.bgr2gray(frame) if self._grey else frame, img_id=0))
+        return self._prepared(self._take(dict(img=mmcv.bgr2gray(frame) if self._grey else frame, img_id=0)))
+
+    def _prepared(self, loaded: dict) -> Image:
+        pixels = loaded['img']
+        try:
+            # the pipeline changes what it is given, and the image is still to be drawn on
+            return Image(pixels, self._prepare(dict(loaded)))
+        except Exception as error:  # such as OpenCV's, where 3000 x 2 pixels would become less than one high
+            height, width = pixels.shape[:2]
+            said = ' '.join(str(error).split()) or type(error).__name__
+            raise UserError(f'the test pipeline of the config fails at {width} x {height} pixels: {said}') from error
 
     @torch.no_grad()
-    def detect(self, images: Sequence[dict]) -> list[DetDataSample]:
+    def detect(self, images: Sequence[Image]) -> list[DetDataSample]:
         """What the model finds in images that were read, as one batch.
 
         Raises:
             UserError: the model predicts no instances.
         """
-        # the pipeline changes what it is given, and the image is still to be drawn on
-        batch = pseudo_collate([self._prepare(dict(image)) for image in images])
-        found = self.model.test_step(batch)
+        found = self.model.test_step(pseudo_collate([image.prepared for image in images]))
         if any('pred_instances' not in sample for sample in found):
             raise UserError('the model predicts no instances with boxes or masks, which is all that is shown here')
         return [_with_boxes(sample) for sample in found]
@@ -165,4 +188,4 @@ def save_picture(picture: np.ndarray, path: Path) -> None:
     """Write an RGB picture in the format of the path's suffix, one of :data:`KEPT_SUFFIXES`; whole or not at all."""
     options = dict(quality=_JPEG_QUALITY) if path.suffix.lower() in ('.jpg', '.jpeg', '.jfif', '.webp') else {}
     with replacing(path) as part:
-        Image.fromarray(picture).save(part, **options)
+        PillowImage.fromarray(picture).save(part, **options)

@@ -127,20 +127,31 @@ def test_what_cannot_be_read_is_a_warning_and_the_status(detector, photos, tmp_p
     (photos / 'cut.jpg').write_bytes(whole.read_bytes()[:-9000])
     (photos / 'empty.png').touch()
     (photos / 'text.jpg').write_text('no image')
+    Image.new('RGB', (3000, 2)).save(photos / 'thin.png')
     with pytest.raises(SystemExit) as stopped:
         run(detector, photos, '--out', tmp_path / 'out', '--batch-size', 3)
     said = capsys.readouterr().err
-    assert stopped.value.code == 1 and 'error: 3 of 12 files' in said
-    for name in ('cut.jpg', 'empty.png', 'text.jpg'):
+    assert stopped.value.code == 1 and 'error: 4 of 13 files' in said
+    for name in ('cut.jpg', 'empty.png', 'text.jpg', 'thin.png'):
         assert said.count(f'warning: {photos / name}: ') == 1
     assert {os.path.basename(f['file']) for f in read(tmp_path / 'out')['failed']} == {
         'cut.jpg',
         'empty.png',
         'text.jpg',
+        'thin.png',
     }
+    assert 'fails at 3000 x 2 pixels' in said
     assert 'image file is truncated' in said and 'is an empty file' in said
     assert len(read(tmp_path / 'out')['images']) == 9 and 'text.jpg' not in files(tmp_path / 'out')
     assert 'the file could not be read' in fails(capsys, detector, photos / 'text.jpg', '--out', tmp_path / 'other')
+
+
+def test_pictures_may_be_drawn_again_whatever_their_names(detector, tmp_path):
+    image = tmp_path / 'two\nlines [1].png'
+    shutil.copy(detector / 'data/images/000.png', image)
+    for _ in range(2):
+        run(detector, image, '--out', tmp_path / 'out')
+    assert image.name in files(tmp_path / 'out')
 
 
 def test_files_folders_and_patterns_are_taken_once(detector, photos, tmp_path, monkeypatch):
