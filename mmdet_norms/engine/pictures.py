@@ -93,7 +93,7 @@ def refuse_to_draw_over(
     if over is not None:
         raise UserError(f'{option} {folder}: {over} is {image}, and would be drawn over; name another folder')
     drawn = _noted(folder)
-    other = next((place for place in there if place.relative_to(folder).as_posix() not in drawn), None)
+    other = next((place for place in there if _line(place, folder) not in drawn), None)
     if other is not None:
         raise UserError(
             f'{option} {folder}: holds {other.relative_to(folder)} and would lose it, which no run has drawn; '
@@ -103,8 +103,12 @@ def refuse_to_draw_over(
 
 def note_pictures(places: dict[str, Path], folder: Path) -> None:
     """Make ``folder``, and note in it which pictures are to be drawn there, beside those of earlier runs."""
-    names = _noted(folder) | {place.relative_to(folder).as_posix() for place in places.values()}
+    names = _noted(folder) | {_line(place, folder) for place in places.values()}
     write_bytes(folder / MARK, os.fsencode(''.join(f'{name}\n' for name in sorted(names))))
+
+
+def _line(place: Path, folder: Path) -> str:
+    return place.relative_to(folder).as_posix().replace('\n', '\\n')
 
 
 def _noted(folder: Path) -> set[str]:
