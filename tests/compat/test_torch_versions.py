@@ -1,7 +1,9 @@
 """What old torch answers by another name: both ways are asked on the torch that is installed."""
 
+import re
 import runpy
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -58,3 +60,10 @@ def test_compilation_is_seen():
     torch._dynamo.reset()
     assert torch.compile(shifted, backend='eager')(torch.zeros(1)).item() == 1
     assert shifted(torch.zeros(1)).item() == 2
+
+
+def test_nothing_else_asks_by_a_name_that_old_torch_lacks():
+    package = Path(torch_versions.__file__).parents[1]
+    newer = r'torch\.compiler\.is_compiling|torch\.is_autocast_enabled|is_autocast_available|is_legacy_batchedtensor'
+    asking = {path.name for path in package.rglob('*.py') if re.search(newer, path.read_text(encoding='utf-8'))}
+    assert asking == {'torch_versions.py'}

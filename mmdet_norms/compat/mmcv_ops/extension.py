@@ -10,6 +10,7 @@ import mmcv
 import torch
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import the compiler with this file
 
+from ..torch_versions import is_compiling
 from . import compiled, in_torch, in_torchvision
 from .choice import announce, order
 from .remedy import remedy
@@ -49,7 +50,7 @@ def operator(name: str, own: Callable | None = None) -> Callable:
 
     def op(*args: Any, **kwargs: Any) -> Any:
         # One break of the graph per op: what it calls has waits for the device, logs, or is compiled itself.
-        return run_outside(*args, **kwargs) if torch.compiler.is_compiling() else run(*args, **kwargs)
+        return run_outside(*args, **kwargs) if is_compiling() else run(*args, **kwargs)
 
     op.__name__ = op.__qualname__ = name
     op.__module__ = compiled.EXT_NAME
