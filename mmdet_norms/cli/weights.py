@@ -166,7 +166,7 @@ def _check_pretrained(cfg: Config, args: argparse.Namespace, replaced: bool) -> 
         try:
             return once(name)
         except DownloadError as error:
-            init_cfg = key[: key.rindex('init_cfg') + len('init_cfg')]
+            init_cfg = key[: key.rindex('init_cfg') + len('init_cfg')] if 'init_cfg' in key else key
             instead = 'leave them out, since a checkpoint replaces them' if replaced else 'start without them'
             raise UserError(
                 f'{key}: {error}; or name another file: --cfg-options {key}=FILE; or {instead}: --cfg-options '
@@ -212,6 +212,20 @@ def pretrained_files(model_cfg: object) -> Iterator[tuple[str, str]]:
     """Key and name of all pretrained weights that building the model reads."""
     for key, rule in _rules(model_cfg, 'model'):
         yield f'{key}.checkpoint', rule['checkpoint']
+    yield from _addresses(model_cfg, 'model')
+
+
+def _addresses(node: object, key: str) -> Iterator[tuple[str, str]]:
+    """The same under ``pretrained``, as mmdet 2 and the necks of DetectoRS write it; only where it is no file."""
+    if isinstance(node, (list, tuple)):
+        for i, entry in enumerate(node):
+            yield from _addresses(entry, f'{key}.{i}')
+    elif isinstance(node, Mapping):
+        name = node.get('pretrained')
+        if isinstance(name, str) and '://' in name:
+            yield f'{key}.pretrained', name
+        for name, value in node.items():
+            yield from _addresses(value, f'{key}.{name}')
 
 
 def _rules(node: object, key: str) -> Iterator[tuple[str, Mapping]]:

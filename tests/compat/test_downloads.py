@@ -367,6 +367,15 @@ def test_training_without_a_network_is_one_message_with_the_key(web, offline, co
     assert said.count('\n') == 1 and 'Traceback' not in said
 
 
+def test_weights_under_their_old_key_are_one_message_with_it(web, offline, config, tmp_path, capsys):
+    options = ['model.backbone.init_cfg=None', 'model.backbone.pretrained=torchvision://resnet18']
+    with pytest.raises(SystemExit):
+        train.main([str(config), '--work-dir', str(tmp_path / 'out'), '--cfg-options', *options])
+    said = capsys.readouterr().err
+    assert 'error: model.backbone.pretrained: torchvision://resnet18' in said
+    assert '--cfg-options model.backbone.pretrained=None' in said
+
+
 def test_training_starts_from_the_cached_file(web, offline, config, tmp_path):
     cfg = train.train_config(train.parse_args([str(config), '--work-dir', str(tmp_path / 'run')]))
     backbone = train.Runner.build_model(None, cfg.model).backbone
