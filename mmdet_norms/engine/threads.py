@@ -6,6 +6,7 @@ with two threads than with one, and where nothing else runs, a fifth less (docs/
 
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,7 +70,8 @@ def fixed_by() -> str | None:
     """The variable with which the user has said how many threads; None if nobody has."""
     if os.environ.get(_MEASURED) == '1':
         return None
-    return next((name for name in _VARIABLES if os.environ.get(name)), None)
+    # what is no number, or 0, the libraries leave unheeded
+    return next((name for name in _VARIABLES if re.match(r'\s*0*[1-9]', os.environ.get(name, ''))), None)
 
 
 def _choose(asked: int | None, workers: int, processes: int) -> Choice:

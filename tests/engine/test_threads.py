@@ -135,3 +135,11 @@ def test_a_resumed_run_computes_with_as_many_threads_as_the_one_that_was_stopped
     for earlier in ([dict(state, threads='many')], [{k: v for k, v in state.items() if k != 'threads'}], [state] * 2):
         hook.after_load_checkpoint(Stopped(), {rng.KEY: dict(version=1, processes=earlier)})
         assert torch.get_num_threads() == 2 and not hook._differences
+
+
+@pytest.mark.parametrize(
+    'value, counts', [('2', True), (' 3', True), ('4,2', True), ('0', False), ('all', False), ('', False)]
+)
+def test_what_is_no_number_of_threads_says_nothing(monkeypatch, value, counts):
+    monkeypatch.setenv('OMP_NUM_THREADS', value)
+    assert fixed_by() == ('OMP_NUM_THREADS' if counts else None)
