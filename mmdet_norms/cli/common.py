@@ -327,7 +327,8 @@ def _packaged_config(name: str) -> Config:
     except (FileNotFoundError, ValueError) as error:
         known = [str(file.relative_to(mim / 'configs')) for file in (mim / 'configs').glob('[!_]*/**/*.py')]
         close = difflib.get_close_matches(path, known, n=1)
-        hint = f'; did you mean {package}::{close[0]}?' if close else f' ({error})'
+        hint = f'; those that it has are in {mim / "configs"}' if known else f' ({error})'
+        hint = f'; did you mean {package}::{close[0]}?' if close else hint
         raise UserError(f'config {name}: {package} has no such config{hint}') from error
 
 

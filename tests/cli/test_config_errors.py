@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 from mmdet_norms.cli import check, test, train
-from mmdet_norms.cli.common import load_config
+from mmdet_norms.cli.common import load_config, read_config
 from mmdet_norms.cli.config_checks import config_problems, norm_problems
+from mmdet_norms.errors import UserError
 
 
 def fails(capsys, main, *arguments):
@@ -172,3 +173,9 @@ def test_what_models_of_others_predict_is_left_to_them():
         assert not config_problems(cfg)
     finally:
         del MODELS._module_dict['OwnDetector']
+
+
+@pytest.mark.parametrize('name', ['mmdet_norms::', 'mmdet_norms::../../x.py', 'mmdet::nothing/like/it'])
+def test_a_packaged_config_that_is_far_from_all_is_told_where_they_are(name):
+    with pytest.raises(UserError, match=r'has no such config; those that it has are in \S+configs$'):
+        read_config(name)
