@@ -101,7 +101,7 @@ class Options(DictAction):
         """
         if text.startswith(('[', '(', '{', 'dict(')):
             try:
-                return _literal(ast.parse(text, mode='eval').body)
+                return literal(ast.parse(text, mode='eval').body)
             except (SyntaxError, ValueError):  # [bbox, segm], without quotes, is no Python
                 if '{' in text or 'dict(' in text:
                     raise
@@ -117,16 +117,17 @@ def _is_one_word(text: str) -> bool:
     return ',' not in text and not text.strip('\'"').startswith(('[', '('))
 
 
-def _literal(node: ast.expr) -> Any:
+def literal(node: ast.expr) -> Any:
+    """The value that an expression of a config writes down, without running it; ValueError where it is more."""
     match node:
         case ast.Call(func=ast.Name(id='dict'), args=[], keywords=keywords) if all(k.arg for k in keywords):
-            return {keyword.arg: _literal(keyword.value) for keyword in keywords}
+            return {keyword.arg: literal(keyword.value) for keyword in keywords}
         case ast.Dict(keys=keys, values=values) if None not in keys:
-            return {_literal(key): _literal(value) for key, value in zip(keys, values)}
+            return {literal(key): literal(value) for key, value in zip(keys, values)}
         case ast.List(elts=elements):
-            return [_literal(element) for element in elements]
+            return [literal(element) for element in elements]
         case ast.Tuple(elts=elements):
-            return tuple(_literal(element) for element in elements)
+            return tuple(literal(element) for element in elements)
         case ast.Set():
             raise ValueError('a set is no value of a config')
         case _:

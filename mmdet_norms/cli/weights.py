@@ -5,6 +5,7 @@ import ast
 import copy
 import functools
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,16 @@ from mmdet_norms.checkpoints.read import Checkpoint, read_checkpoint
 from mmdet_norms.compat.downloads import DownloadError
 from mmdet_norms.compat.reading import keep
 from mmdet_norms.datasets.annotations import other_order
-from mmdet_norms.datasets.sources import datasets
+from mmdet_norms.datasets.checks import in_both
+from mmdet_norms.datasets.parts import HELD_BACK
+from mmdet_norms.datasets.sources import datasets, sources
 from mmdet_norms.deploy import fuse, is_fused
 from mmdet_norms.entries import class_of, is_a
 from mmdet_norms.errors import UserError
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
 from .common import read_config
+from .options import literal
 
 ALLOW_PARTIAL = '--allow-partial'
 
@@ -48,7 +52,9 @@ def check_test(cfg: Config, args: argparse.Namespace) -> None:
     """
     _take_in(cfg, args)
     if _is_first():
-        _require_fit(cfg, args, read_checkpoint(args.checkpoint), 'CKPT')
+        checkpoint = read_checkpoint(args.checkpoint)
+        _require_fit(cfg, args, checkpoint, 'CKPT')
+        _warn_of_trained(cfg, checkpoint, 'test')
 
 
 def check_training(cfg: Config, args: argparse.Namespace) -> None:
@@ -68,6 +74,7 @@ def check_training(cfg: Config, args: argparse.Namespace) -> None:
         if cfg.get('resume'):
             checkpoint.require_resumable()
         _require_fit(cfg, args, checkpoint, option, exact=bool(cfg.get('resume')))
+        _warn_of_trained(cfg, checkpoint, 'val')
     _check_pretrained(cfg, args, replaced=start is not None)
     if start is not None:
         keep(start, checkpoint.content)
@@ -314,17 +321,42 @@ def _fits(model_cfg: Mapping, cfg: Config, checkpoint: Checkpoint) -> bool:
     return model is not None and bool(fit(model, checkpoint.state_dict))
 
 
-def _trained_with(checkpoint: Checkpoint) -> Iterator[str]:
-    """The norms in the config that mmengine saves as text: looked at, not run."""
+def _warn_of_trained(cfg: Config, checkpoint: Checkpoint, split: str) -> None:
+    """Say that images are evaluated that the checkpoint was trained on, as with another ``--val-fraction``.
+
+    Only of files that this option wrote: all others are what somebody has chosen, and long to read.
+    """
+    loader = next((a.value for a in _config_of(checkpoint) if a.targets[0].id == 'train_dataloader'), None)
+    try:
+        trained = sources(Config(dict(train_dataloader=literal(loader))), ('train',)) if loader is not None else []
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return
+    trained = [source for source in trained if HELD_BACK.search(source.ann_file) and os.path.isfile(source.ann_file)]
+    for finding in in_both([*trained, *sources(cfg, (split,))]) if trained else ():
+        if finding.level == 'warning':
+            print(
+                f'warning: {checkpoint.name} was trained with another division of the images than --val-fraction '
+                f'gives now; {finding}',
+                file=sys.stderr,
+            )
+
+
+def _config_of(checkpoint: Checkpoint) -> list[ast.Assign]:
+    """What the config that mmengine saves as text assigns: to be looked at, not run."""
     text = checkpoint.meta.get('cfg') or checkpoint.meta.get('config')
     if not isinstance(text, str):
-        return
+        return []
     try:
         tree = ast.parse(text[: 10**6])
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return
+        return []
+    return [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+
+
+def _trained_with(checkpoint: Checkpoint) -> Iterator[str]:
+    """The norms in the config that the checkpoint holds."""
     found = {}
-    for node in ast.walk(tree):
+    for node in (node for assigned in _config_of(checkpoint) for node in ast.walk(assigned)):
         if isinstance(node, ast.keyword) and node.arg in ('norm_cfg', 'norm_at'):
             for inner in ast.walk(node.value):
                 if isinstance(inner, ast.Call):

@@ -91,7 +91,7 @@ def _check(cfg: Config, splits: tuple[str, ...], full: bool) -> Report:
         _check_file(cfg, path, list(group), sound, report, full)
     for split in splits:
         _check_evaluators(cfg, split, [source for source in found if source.split == split], report)
-    report.findings += _in_both(sound)
+    report.findings += in_both(sound)
     report.findings = sorted(dict.fromkeys(report.findings), key=lambda finding: LEVELS.index(finding.level))
     return report
 
@@ -125,7 +125,7 @@ def _between_splits(found: list[Source]) -> Iterator[Finding]:
                 )
 
 
-def _in_both(found: list[Source]) -> Iterator[Finding]:
+def in_both(found: list[Source]) -> Iterator[Finding]:
     """Images that are trained on and evaluated; a whole file that is both is meant so, as when one tries to overfit."""
     seen: dict[str, set[str]] = {}
     for source in found:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 from mmdet_norms.files import replacing
@@ -11,6 +12,8 @@ from mmdet_norms.files import replacing
 from .annotations import DataError
 
 _SEED = 'mmdet_norms'  # of the split, the same for every run: runs with other seeds are to be compared
+HELD_BACK = re.compile(r'-(train|val)-[0-9a-f]{12}\.json$')
+"""Of the names of files that :func:`write_copy` writes for the two parts."""
 
 
 def held_back(content: dict, fraction: float) -> set[int]:

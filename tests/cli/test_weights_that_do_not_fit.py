@@ -464,3 +464,27 @@ def test_keys_that_the_detector_itself_renames_are_left_over(models, config, tmp
     # a head of a one-stage detector, which mmdet's two-stage ones take for their rpn_head
     state = {key.removeprefix('roi_head.'): v for key, v in models('sn').items() if key.startswith('roi_head.')}
     assert 'does not fit' in refused('test', config, save(tmp_path / 'a.pth', state))
+
+
+@pytest.mark.parametrize('tool', ['test', 'resume', 'load_from'])
+def test_images_that_were_trained_on_with_another_fraction_are_said(models, tmp_path, tool, capfd):
+    config = str(tiny.write_config(tmp_path))
+    root = tiny.write_dataset(tmp_path / 'ten images', num_images=10)
+
+    def arguments(fraction, work):
+        return [f'--data-root={root}', f'--val-fraction={fraction}', f'--work-dir={tmp_path / work}']
+
+    def check(fraction, work):
+        if tool == 'test':
+            args = test.parse_args([config, checkpoint, *arguments(fraction, work)])
+            weights.check_test(test.test_config(args), args)
+        else:
+            how = ['--resume', checkpoint] if tool == 'resume' else ['--cfg-options', f'load_from={checkpoint}']
+            args = train.parse_args([config, *arguments(fraction, work), *how])
+            weights.check_training(train.train_config(args), args)
+        return capfd.readouterr().err
+
+    cfg = train.train_config(train.parse_args([config, *arguments(0.2, 'first')]))
+    checkpoint = save(tmp_path / 'trained.pth', models(), meta=dict(cfg=cfg.pretty_text))
+    assert 'another division' not in check(0.2, 'first') + check(0.2, 'second') + check(0.1, 'third')
+    assert '2 of 4 images are trained on as well' in check(0.4, 'fourth')
