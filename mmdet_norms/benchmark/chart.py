@@ -60,7 +60,8 @@ def draw(result: dict, path: str | Path) -> None:
         for i, (_, *ratios) in enumerate(bars):
             for offset, ratio, colour in zip((-0.19, 0.19), ratios, (_PUBLISHED, _OURS)):
                 axis.barh(i + offset, ratio, 0.36, color=colour)
-                axis.annotate(f'{ratio:.1f}', (ratio, i + offset), (4, 0), textcoords='offset points', va='center')
+                beside = max(ratio, 1)  # not on the dotted line
+                axis.annotate(f'{ratio:.2f}', (beside, i + offset), (4, 0), textcoords='offset points', va='center')
         axis.set_yticks(range(len(bars)), [label for label, *_ in bars])
         axis.invert_yaxis()
         axis.axvline(1, color=_TEXT, lw=1, ls=':')
