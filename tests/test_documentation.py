@@ -163,8 +163,8 @@ def test_chart_of_the_front_page_is_the_table_it_is_drawn_from(tmp_path):
     for file in (ROOT / 'docs' / 'cost.svg', tmp_path / 'cost.svg'):
         shown = re.findall(r'>([^<>]+)</text>', file.read_text())
         assert {label for label, _, _ in bars} < {*shown}
-        numbers = [f'{ratio:.1f}' for _, *ratios in bars for ratio in ratios]
-        assert [text for text in shown if re.fullmatch(r'\d+\.\d', text)] == numbers
+        numbers = [f'{ratio:.2f}' for _, *ratios in bars for ratio in ratios]
+        assert [text for text in shown if re.fullmatch(r'\d+\.\d+', text)] == numbers
 
 
 def test_versions_that_stand_in_two_files():

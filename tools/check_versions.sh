@@ -9,6 +9,7 @@
 #
 # Settings, from the environment:
 #   WORK             folder for environments, data and logs (default: a new one under /tmp). ROW.log says what went wrong.
+#                    A wheel of this package that lies in it is taken as it is
 #   KEEP=1           keep the environments (1-6 GB each), which are otherwise deleted as soon as their row is done
 #   PYTHONS          where interpreters are besides PATH (default: $PYENV_ROOT/versions/*/bin)
 #   UV               a uv to install with (default: uv in PATH, else each environment's own pip)
