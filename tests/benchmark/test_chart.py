@@ -41,7 +41,7 @@ def test_it_is_drawn_from_files_without_measuring(tmp_path, capsys):
         benchmark.main(['--redraw', *files, '--chart', str(out)])
         assert str(out) in capsys.readouterr().out
     text = (tmp_path / 'cost.svg').read_text()
-    for said in ('BNET-5', 'CBN and its convolution', '>6.1<', '>1.3<', 'published formulation', 'mmdet_norms'):
+    for said in ('BNET-5', 'CBN and its convolution', '>6.10<', '>1.30<', 'published formulation', 'mmdet_norms'):
         assert said in text
     before = (tmp_path / 'cost.svg').read_bytes()
     benchmark.main(['--redraw', *files, '--chart', str(tmp_path / 'cost.svg')])
