@@ -183,7 +183,10 @@ class _Scaling:
         unit = 1
         if _counts_epochs(entry):
             whole = all(map(_is_whole, [*times.values(), *(value for values in lists.values() for value in values)]))
-            if not whole and not is_a(entry, 'ReduceOnPlateauParamScheduler', PARAM_SCHEDULERS):
+            # a curve that moves after each epoch stands still in one
+            still = not lists and 'step_size' not in times and not entry.get('convert_to_iter_based')
+            still = still and times.get('end', self.epochs) - times.get('begin', 0) <= 1
+            if (still or not whole) and not is_a(entry, 'ReduceOnPlateauParamScheduler', PARAM_SCHEDULERS):
                 unit = self.length
                 entry['by_epoch'] = False
                 entry.pop('convert_to_iter_based', None)

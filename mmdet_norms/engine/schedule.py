@@ -127,6 +127,11 @@ class _Training:
                 f'{name} is made for {self._at(s, s.begin + wanted)} and the training ends at {self._end}: the '
                 f'{_what(s)} does not come to where it should'
             )
+        if s.by_epoch and length <= 1 and s.end >= total and not _milestones(s) and not name.startswith('Constant'):
+            yield (
+                f'{name} changes the {_what(s)} after each epoch and has one only: it stays where it starts. Write '
+                'convert_to_iter_based=True'
+            )
         if 'Cosine' in name and 'Restart' not in name and s.T_max < length - 1:
             yield (
                 f'{name} is at its lowest at {self._at(s, s.begin + s.T_max)} and rises again from then on: '

@@ -92,6 +92,8 @@ def rates(cfg):
         ([dict(WARM_UP, by_epoch=True, end=5)], 4, ['the warm-up ends at epoch 5']),
         ([WARM_UP, dict(COSINE, begin=12, end=24)], 12, ['CosineAnnealingLR begins at epoch 12, which the training']),
         ([dict(COSINE, T_max=5)], 12, ['at its lowest at epoch 5 and rises again']),
+        ([dict(COSINE, T_max=1, end=1)], 1, ['the learning rate after each epoch and has one only']),
+        ([dict(COSINE, T_max=1, end=1, convert_to_iter_based=True)], 1, []),
         ([dict(COSINE, convert_to_iter_based=True)], 24, ['ends at iteration 1200 (epoch 12) and the']),
         ([dict(COSINE, by_epoch=False, end=900, T_max=900)], 12, ['ends at iteration 900 (epoch 9) and the']),
         ([dict(type='StepLR', step_size=20)], 12, ['StepLR never comes to its step at epoch 20']),
