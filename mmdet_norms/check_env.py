@@ -19,7 +19,7 @@ from glob import glob
 from importlib import metadata, util
 from pathlib import Path
 
-from mmdet_norms_start.commands import typed
+from mmdet_norms_start.commands import reader_may_leave, typed
 from mmdet_norms_start.requirements import NEEDED, PYTHON, STACK_IS, STACK_NEEDS, STACKS, extra
 
 from .version import __version__
@@ -509,4 +509,5 @@ def _said(found: Sequence[Problem]) -> list[str]:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    with reader_may_leave():
+        sys.exit(main())

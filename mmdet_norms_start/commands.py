@@ -8,8 +8,10 @@ import difflib
 import importlib
 import os
 import runpy
+import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,7 +123,33 @@ def run(name: str, argv: Sequence[str] | None = None) -> None:
         if SEE_DOCTOR not in str(error):  # a bug of ours
             raise
         sys.exit(f'error: {error}')
-    sys.exit(main_of_command(argv))
+    with reader_may_leave():
+        sys.exit(main_of_command(argv))
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Where whoever reads the output has had enough, as ``| head``, end without a word and as a shell's tools do."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        # Python flushes once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # SIGPIPE
+
+
+def _nobody_reads() -> bool:
+    """Whether it is the output that is broken, and not the pipe to some other process."""
+    if not hasattr(select, 'poll'):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(state & select.POLLERR for _, state in poll.poll(0))
 
 
 def main(argv: Sequence[str] | None = None, how: str = SCRIPT) -> None:
@@ -137,7 +165,8 @@ def main(argv: Sequence[str] | None = None, how: str = SCRIPT) -> None:
     if first in COMMANDS:
         run(first, given[1:])
     elif first in ('-h', '--help', 'help'):
-        print(_help(how))
+        with reader_may_leave():
+            print(_help(how))
     elif first in ('-V', '--version'):
         print('mmdet_norms', runpy.run_path(str(_ROOT / 'mmdet_norms' / 'version.py'))['__version__'])
     elif not given:

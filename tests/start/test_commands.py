@@ -105,6 +105,21 @@ def test_help_and_version_do_not_wait_for_torch():
     assert all(f'\n  {name} ' in said for name in commands.COMMANDS) and 'tools/' not in said
 
 
+@pytest.mark.parametrize('arguments', [['--help'], ['doctor']])
+def test_a_reader_that_leaves_ends_a_command_without_a_word(arguments):
+    reads, writes = os.pipe()
+    os.close(reads)
+    made = subprocess.run(
+        [sys.executable, '-c', 'from mmdet_norms_start.commands import main; main()', *arguments],
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(commands._ROOT)},
+    )
+    os.close(writes)
+    assert (made.returncode, made.stderr) == (141, '')
+
+
 def test_without_a_command_the_help_is_an_error():
     done = start('-c', 'from mmdet_norms_start.commands import main; main()')
     assert done.returncode == 1 and done.stderr.startswith('usage: mmdet-norms COMMAND')
