@@ -36,19 +36,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     """Print what is found; returns the number of errors."""
+
+    def show(text: str) -> None:
+        # copies, which are gone after a check; a run writes the same
+        print(text.replace(f'{args.copies}{os.sep}', ''))
+
     cfg = load_config(args)
     problems = [*config_problems(cfg), *_weights_problems(cfg, args)]
     for problem in problems:
-        print(f'{"error":<8} {problem}')
+        show(f'{"error":<8} {problem}')
     report = check_config(cfg, full=args.full)
     for finding in report.findings:
-        print(f'{finding.level:<8} {finding}')
+        show(f'{finding.level:<8} {finding}')
     for path, notes in report.completed.items():
         for note in notes:
-            print(f'filled   {path}: {note} (in a copy, when a run starts)')
+            show(f'filled   {path}: {note} (in a copy, when a run starts)')
     errors, warnings = len(problems) + len(report.of('error')), len(report.of('warning'))
     files = dict.fromkeys(source.ann_file for source in sources(cfg) if source.skipped is None)
-    print(f'{args.config}: {errors} errors, {warnings} warnings in {", ".join(files) or "no file in COCO format"}')
+    show(f'{args.config}: {errors} errors, {warnings} warnings in {", ".join(files) or "no file in COCO format"}')
     return errors
 
 

@@ -258,7 +258,10 @@ def move_and_merge(cfg: Config, args: argparse.Namespace) -> None:
         options = {**(getattr(args, 'cfg_options_new', None) or {}), **(args.cfg_options or {})}
         speaks = os.environ.get(RANKS.get(getattr(args, 'launcher', 'none'), ''), '0') == '0'
         reads = getattr(args, 'reads', SPLITS)
-        move_data_root(cfg, args.data_root, reads, speaks, val_fraction=fraction, copies=copies, options=options)
+        temporary = getattr(args, 'copies', None)
+        move_data_root(
+            cfg, args.data_root, reads, speaks, temporary, val_fraction=fraction, copies=copies, options=options
+        )
         merge_options(cfg, args, leave=_of_data)
     elif fraction is not None:
         raise UserError(
@@ -267,10 +270,18 @@ def move_and_merge(cfg: Config, args: argparse.Namespace) -> None:
         )
 
 
-def move_data_root(cfg: Config, root: str, reads: tuple[str, ...] = SPLITS, speaks: bool = True, **more: Any) -> None:
+def move_data_root(
+    cfg: Config,
+    root: str,
+    reads: tuple[str, ...] = SPLITS,
+    speaks: bool = True,
+    temporary: str | None = None,
+    **more: Any,
+) -> None:
     """``--data-root``: read another folder, which has the splits ``reads``, and say what had to be adapted to it.
 
     Args:
+        temporary: a folder to leave out of what is said.
         more: as for :func:`mmdet_norms.datasets.locate.use_data_root`.
     """
     try:
@@ -278,7 +289,8 @@ def move_data_root(cfg: Config, root: str, reads: tuple[str, ...] = SPLITS, spea
     except DataRootError as error:
         raise UserError(str(error) if str(error).startswith('--') else f'--data-root: {error}') from error
     for note in notes if speaks else ():
-        print(f'--data-root {root}: {note}')
+        said = f'--data-root {root}: {note}'
+        print(said.replace(f'{temporary}{os.sep}', '') if temporary else said)
 
 
 def copies_folder(work_dir: str | os.PathLike) -> str:

@@ -68,7 +68,7 @@ def _load(path: Path) -> ctypes.CDLL | None:
         pass
     warnings.warn(
         f'{path} was compiled from another version of mmdet_norms, so BNET does without it, which is slower: '
-        'install the package again (make install, or pip install -e .)',
+        'install the package again (in a checkout: make install); python -m mmdet_norms.check_env says what is missing',
         stacklevel=3,
     )
     return None

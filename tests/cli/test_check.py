@@ -210,3 +210,15 @@ def test_the_tool_lists_weights_that_cannot_be_used_beside_the_rest(config, fold
     for arguments in ([tmp_path / 'a.pth'], ['--cfg-options', f'load_from={tmp_path / "a.pth"}']):
         status, said = run(capsys, config, *arguments)
         assert status == 2 and str(tmp_path / 'a.pth') in said and 'bbox like' in said and '2 errors' in said
+
+
+def test_copies_of_a_check_are_called_by_their_names(tmp_path, capsys):
+    content = small.content(prefix='train')
+    folder = small.write(tmp_path / 'all', content, content)
+    (folder / 'annotations/val.json').unlink()
+    (folder / 'annotations/train.json').rename(folder / 'annotations.json')
+    path = tmp_path / 'small.py'
+    small.config(folder).dump(path)
+    check.main([str(path), '--data-root', str(folder), '--val-fraction', '0.5'])
+    said = capsys.readouterr().out
+    assert 'the run reads annotations-train-' in said and ' warnings in annotations-train-' in said
