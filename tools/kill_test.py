@@ -126,8 +126,8 @@ class Run:
             os.dup2(handle, 2)
             build = train.build_runner
 
-            def build_and_tell(cfg):
-                runner = build(cfg)
+            def build_and_tell(*args):
+                runner = build(*args)
                 os.write(self._ready[1], b'x')
                 if kill_at is not None:
                     die_at_file_operation(kill_at)
