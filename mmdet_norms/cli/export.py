@@ -7,27 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
 from torch import nn
 
 from mmdet_norms.checkpoints.read import read_checkpoint
 from mmdet_norms.commands import typed
 from mmdet_norms.deploy import PARTS, export_onnx, is_fused, require_onnx, save_fused
 from mmdet_norms.files import refuse_overwriting, remove_unfinished, require_writable
-from mmdet_norms.placement import PLACEMENTS
 
-from .common import (
-    UserError,
-    add_threads_argument,
-    command,
-    load_config,
-    require_checkpoint,
-    run_with_checkpoint,
-    use_threads,
-)
-from .config_checks import config_problems, require_none
-from .detector import load_detector
-from .options import add_option_arguments
+from .common import UserError, command, run_with_checkpoint, use_threads
+from .detector import add_detector_arguments, detector_config, load_detector
 from .weights import pretrained_weights
 
 ONNX_ONLY = ('size', 'batch', 'dynamic', 'part')
@@ -65,22 +53,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def add_arguments(parser: argparse.ArgumentParser, kinds: str) -> None:
     """What every command takes that folds a checkpoint into a file of one of ``kinds``."""
-    parser.add_argument('config', help='config file, or PACKAGE::path, e.g. mmdet::retinanet/...')
-    parser.add_argument('checkpoint', help='checkpoint file or URL, of the trained or of the fused model')
+    add_detector_arguments(parser, ('train',), 'the data that the model was trained on, where that was given')
     parser.add_argument('out', metavar='OUT', help=f'file to write: {kinds}')
-    parser.add_argument(
-        '--norm', metavar='NAME', help=f'the norms that the model was trained with: {", ".join(PLACEMENTS)}'
-    )
-    parser.add_argument(
-        '--data-root',
-        metavar='DIR',
-        help='the data that the model was trained on, where that was given',
-    )
     parser.add_argument('--force', action='store_true', help='replace OUT even if it is not what this tool wrote')
-    add_option_arguments(parser)
-    add_threads_argument(parser)
-    # what load_config reads besides
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0, reads=('train',), copies=None)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -91,12 +66,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f'OUT {args.out} is there already and not of this tool; choose another name, or add --force')
     require_writable(args.out, 'OUT')
     remove_unfinished(Path(args.out).parent)
-    cfg = load_config(args)
+    cfg = detector_config(args)
     refuse_overwriting(args.out, 'OUT', dict(pretrained_weights(cfg.model)))
-    require_none(config_problems(cfg, ()))
-    require_checkpoint(args.checkpoint, 'CKPT')
     print(use_threads(args, device='cpu'))
-    init_default_scope(cfg.get('default_scope') or 'mmdet')
     run_with_checkpoint(functools.partial(_export, cfg, args), args)
 
 
