@@ -93,6 +93,24 @@ def parameter_of(entry: Any, key: str, registry: Registry = MODELS) -> inspect.P
     return None
 
 
+def mappings(node: Any, key: str = '') -> Iterator[tuple[str, Mapping]]:
+    """Every dict in a part of a config, the outer ones first, with its key such as ``'model.roi_head.bbox_head.0'``.
+
+    Args:
+        node: a dict or list of the config; in anything else there is none.
+        key: its own.
+    """
+    if isinstance(node, (list, tuple)):
+        inner = enumerate(node)
+    elif isinstance(node, Mapping):
+        yield key, node
+        inner = node.items()
+    else:
+        return
+    for name, value in inner:
+        yield from mappings(value, f'{key}.{name}' if key else str(name))
+
+
 def spell_out(node: Any) -> None:
     """Name the classes of a config by their full paths, as mmengine writes those of python-style configs; in place.
 

@@ -22,7 +22,7 @@ from mmdet_norms.console import as_text
 from mmdet_norms.datasets.sources import SPLITS
 from mmdet_norms.engine.inference import displayable
 from mmdet_norms.engine.picture import Colours, Instance, class_colours, draw_gallery, save_sheet
-from mmdet_norms.entries import is_a
+from mmdet_norms.entries import is_a, mappings
 
 from .check import check_data
 from .common import (
@@ -184,14 +184,7 @@ def _image(inputs: torch.Tensor, normalized: Mapping | None) -> np.ndarray:
 
 def _normalizations(node: object) -> Iterator[Mapping]:
     """Every step of a pipeline in a config that normalizes."""
-    if isinstance(node, Mapping):
-        if is_a(node, 'Normalize', TRANSFORMS) and 'mean' in node:
-            yield node
-        for value in node.values():
-            yield from _normalizations(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from _normalizations(value)
+    return (entry for _, entry in mappings(node) if is_a(entry, 'Normalize', TRANSFORMS) and 'mean' in entry)
 
 
 def _instances(sample: DetDataSample, colours: Colours) -> list[Instance]:

@@ -11,7 +11,7 @@ from typing import Any
 from mmdet.registry import METRICS
 from mmengine.config import Config
 
-from mmdet_norms.entries import class_of, is_a, name_of
+from mmdet_norms.entries import class_of, is_a, mappings, name_of
 from mmdet_norms.errors import UserError
 from mmdet_norms.layers import NORMS
 
@@ -131,10 +131,4 @@ def _names(kind: object) -> list[str]:
 
 def _items(node: object) -> Iterator[tuple]:
     """All (key, value) pairs of a nested config."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield key, value
-            yield from _items(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from _items(value)
+    return (item for _, entry in mappings(node) for item in entry.items())

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import HOOKS, init_default_scope
+from mmengine.registry import HOOKS
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from mmdet_norms.checkpoints.read import Checkpoint, read_checkpoint
@@ -25,7 +24,7 @@ from mmdet_norms.console import as_text, plain_column, plain_console
 from mmdet_norms.datasets.images import decode
 from mmdet_norms.datasets.inputs import VIDEOS, find_inputs
 from mmdet_norms.datasets.locate import set_num_classes
-from mmdet_norms.datasets.sources import datasets
+from mmdet_norms.datasets.sources import datasets, metainfo_of
 from mmdet_norms.deploy import is_fused
 from mmdet_norms.engine.inference import (
     KEPT_SUFFIXES,
@@ -40,23 +39,12 @@ from mmdet_norms.engine.inference import (
 from mmdet_norms.engine.picture import Colours, class_colours
 from mmdet_norms.engine.pictures import MARK, note_pictures, picture_places, refuse_to_draw_over
 from mmdet_norms.engine.video import Video, writing_video
-from mmdet_norms.entries import class_of, is_a
+from mmdet_norms.entries import is_a
 from mmdet_norms.files import remove_unfinished, replacing, require_writable
-from mmdet_norms.placement import PLACEMENTS
 from mmdet_norms.version import __version__
 
-from .common import (
-    UserError,
-    add_threads_argument,
-    command,
-    load_config,
-    require_checkpoint,
-    run_with_checkpoint,
-    use_threads,
-)
-from .config_checks import config_problems, require_none
-from .detector import load_detector
-from .options import add_option_arguments
+from .common import UserError, command, run_with_checkpoint, use_threads
+from .detector import add_detector_arguments, detector_config, load_detector
 from .weights import classes_of
 
 DETECTIONS = 'detections.json'
@@ -74,10 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     threads = use_threads(args, device=device)
     if threads is not None:
         print(threads)
-    cfg = load_config(args)
-    require_none(config_problems(cfg, ()))
-    require_checkpoint(args.checkpoint, 'CKPT')
-    init_default_scope(cfg.get('default_scope') or 'mmdet')
+    cfg = detector_config(args)
     found: list[Run] = []
     run_with_checkpoint(lambda: found.append(Run(cfg, args, device, places)), args)
     run = found[0]
@@ -92,8 +77,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog=typed('infer'),
         description='Detect objects in images and videos: pictures with the detections, and detections.json.',
     )
-    parser.add_argument('config', help='config file, or PACKAGE::path, e.g. mmdet::retinanet/...')
-    parser.add_argument('checkpoint', help='checkpoint file or URL, of the trained or of the fused model')
+    add_detector_arguments(
+        parser, (), 'the data that the model was trained on; of use only where a checkpoint does not name its classes'
+    )
     parser.add_argument(
         'inputs',
         nargs='+',
@@ -107,7 +93,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--fuse', action='store_true', help='fold the norms into the convolutions first: faster')
     parser.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
-    add_threads_argument(parser)
     parser.add_argument(
         '--batch-size',
         type=int,
@@ -117,17 +102,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--no-pictures', action='store_true', help=f'write {DETECTIONS} only')
     parser.add_argument('--no-json', action='store_true', help='write pictures only')
-    parser.add_argument(
-        '--norm', metavar='NAME', help=f'the norms that the model was trained with: {", ".join(PLACEMENTS)}'
-    )
-    parser.add_argument(
-        '--data-root',
-        metavar='DIR',
-        help='the data that the model was trained on; of use only where a checkpoint does not name its classes',
-    )
-    add_option_arguments(parser)
-    # what load_config reads besides
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0, reads=(), copies=None)
     args = parser.parse_args(argv)
     if args.no_pictures and args.no_json:
         parser.error('--no-pictures and --no-json together leave nothing to write')
@@ -307,7 +281,7 @@ def _names(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint) -> tup
     if theirs and ours and len(theirs) != len(ours) and args.data_root is None:
         set_num_classes(cfg.model, len(ours), len(theirs))
     dataset = next(datasets((cfg.get('test_dataloader') or {}).get('dataset')), None) or {}
-    known = {**(getattr(class_of(dataset, DATASETS), 'METAINFO', None) or {}), **(dataset.get('metainfo') or {})}
+    known = metainfo_of(dataset)
     said = checkpoint.meta.get('dataset_meta')
     said = said if isinstance(said, dict) else {}
     names = theirs or ours or ()

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from mmdet.registry import DATASETS, HOOKS, MODELS, WEIGHT_INITIALIZERS
+from mmdet.registry import HOOKS, MODELS, WEIGHT_INITIALIZERS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import nn
@@ -23,9 +23,9 @@ from mmdet_norms.compat.reading import keep
 from mmdet_norms.datasets.annotations import other_order
 from mmdet_norms.datasets.checks import in_both
 from mmdet_norms.datasets.parts import HELD_BACK
-from mmdet_norms.datasets.sources import datasets, sources
+from mmdet_norms.datasets.sources import datasets, metainfo_of, sources
 from mmdet_norms.deploy import fuse, is_fused
-from mmdet_norms.entries import class_of, is_a
+from mmdet_norms.entries import is_a, mappings
 from mmdet_norms.errors import UserError
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
@@ -211,42 +211,27 @@ def _check_pretrained(cfg: Config, args: argparse.Namespace, replaced: bool) -> 
 
 def pretrained_weights(model_cfg: Mapping) -> Iterator[tuple[str, str]]:
     """What they are called in messages, and their files."""
-    for _, rule in _rules(model_cfg, 'model'):
+    for _, rule in _rules(model_cfg):
         yield f'the checkpoint of init_cfg ({rule["checkpoint"]})', rule['checkpoint']
 
 
 def pretrained_files(model_cfg: object) -> Iterator[tuple[str, str]]:
     """Key and name of all pretrained weights that building the model reads."""
-    for key, rule in _rules(model_cfg, 'model'):
+    for key, rule in _rules(model_cfg):
         yield f'{key}.checkpoint', rule['checkpoint']
-    yield from _addresses(model_cfg, 'model')
-
-
-def _addresses(node: object, key: str) -> Iterator[tuple[str, str]]:
-    """The same under ``pretrained``, as mmdet 2 and the necks of DetectoRS write it; only where it is no file."""
-    if isinstance(node, (list, tuple)):
-        for i, entry in enumerate(node):
-            yield from _addresses(entry, f'{key}.{i}')
-    elif isinstance(node, Mapping):
-        name = node.get('pretrained')
+    for key, entry in mappings(model_cfg, 'model'):  # as mmdet 2 and the necks of DetectoRS write it; or it is a file
+        name = entry.get('pretrained')
         if isinstance(name, str) and '://' in name:
             yield f'{key}.pretrained', name
-        for name, value in node.items():
-            yield from _addresses(value, f'{key}.{name}')
 
 
-def _rules(node: object, key: str) -> Iterator[tuple[str, Mapping]]:
+def _rules(model_cfg: object) -> Iterator[tuple[str, Mapping]]:
     """Where in a config the entries are that name pretrained weights, and the entries."""
-    if isinstance(node, (list, tuple)):
-        for i, entry in enumerate(node):
-            yield from _rules(entry, f'{key}.{i}')
-    elif isinstance(node, Mapping):
-        if node.get('checkpoint') and is_a(node, 'Pretrained', WEIGHT_INITIALIZERS):
-            if not isinstance(node['checkpoint'], str):
-                raise UserError(f'{key}.checkpoint: {node["checkpoint"]!r} must be the name of a file, in quotes')
-            yield key, node
-        for name, value in node.items():
-            yield from _rules(value, f'{key}.{name}')
+    for key, entry in mappings(model_cfg, 'model'):
+        if entry.get('checkpoint') and is_a(entry, 'Pretrained', WEIGHT_INITIALIZERS):
+            if not isinstance(entry['checkpoint'], str):
+                raise UserError(f'{key}.checkpoint: {entry["checkpoint"]!r} must be the name of a file, in quotes')
+            yield key, entry
 
 
 def _loads_by_itself(part: nn.Module) -> bool:
@@ -372,8 +357,7 @@ def classes_of(cfg: Config) -> tuple[str, ...] | None:
     """The names of the classes of a config's data, the test data's first; None if it does not say them."""
     for split in ('test_dataloader', 'val_dataloader', 'train_dataloader'):
         dataset = next(datasets((cfg.get(split) or {}).get('dataset')), None) or {}  # of several, all have the same
-        known = getattr(class_of(dataset, DATASETS), 'METAINFO', None) or {}
-        found = {**known, **(dataset.get('metainfo') or {})}.get('classes')
+        found = metainfo_of(dataset).get('classes')
         if isinstance(found, (list, tuple)):
             return tuple(map(str, found))
     return None

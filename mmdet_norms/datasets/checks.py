@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -13,7 +13,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 
 from mmdet_norms.commands import runnable
-from mmdet_norms.entries import name_of, parameter_of
+from mmdet_norms.entries import mappings, name_of, parameter_of
 
 from .annotations import DataError, class_order, no_collection, other_order, read_annotations
 from .columns import boxes, decompressed, is_id, is_mask, is_polygon, numbers, positions, size_of
@@ -177,17 +177,12 @@ def _heads(model: Any, found: list[Source]) -> Iterator[Finding]:
 
 def counted_classes(model: Any, key: str = 'model') -> Iterator[tuple[str, int]]:
     """Key and number of every head that counts the data's classes, as mmdet's NumClassCheckHook counts them."""
-    if isinstance(model, (list, tuple)):
-        for i, entry in enumerate(model):
-            yield from counted_classes(entry, f'{key}.{i}')
-    elif isinstance(model, Mapping):
-        head = re.search(r'(?<!rpn_)head(\.\d+)?$', key) and not key.endswith(('semantic_head', 'fusion_head'))
-        if head and 'type' in model:
-            count = model.get('num_classes', getattr(parameter_of(model, 'num_classes'), 'default', None))
+    for where, part in mappings(model, key):
+        head = re.search(r'(?<!rpn_)head(\.\d+)?$', where) and not where.endswith(('semantic_head', 'fusion_head'))
+        if head and 'type' in part:
+            count = part.get('num_classes', getattr(parameter_of(part, 'num_classes'), 'default', None))
             if isinstance(count, int) and not isinstance(count, bool):
-                yield f'{key}.num_classes', count
-        for name, value in model.items():
-            yield from counted_classes(value, f'{key}.{name}')
+                yield f'{where}.num_classes', count
 
 
 def _check_file(cfg: Config, path: str, group: list[Source], sound: list[Source], report: Report, full: bool) -> None:

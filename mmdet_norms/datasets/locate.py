@@ -9,7 +9,7 @@ from typing import Any
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 
-from mmdet_norms.entries import class_of, is_a, name_of
+from mmdet_norms.entries import class_of, is_a, mappings, name_of
 
 from .annotations import DataError, class_order, other_order, read_annotations
 from .checks import counted_classes
@@ -412,11 +412,6 @@ def _fit_classes(cfg: Config, source: Source, order: tuple[str, ...]) -> list[st
 
 def set_num_classes(node: object, old: int, new: int) -> None:
     """In every head that counted the old classes; an RPN counts none."""
-    if isinstance(node, dict):
-        if node.get('num_classes') == old:
-            node['num_classes'] = new
-        for value in node.values():
-            set_num_classes(value, old, new)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            set_num_classes(value, old, new)
+    for _, part in mappings(node):
+        if part.get('num_classes') == old:
+            part['num_classes'] = new

@@ -36,6 +36,11 @@ def located(node: object, key: str) -> Iterator[tuple[str, dict]]:
             yield from located(node.get(name), f'{key}.{name}')
 
 
+def metainfo_of(dataset: Mapping) -> dict:
+    """What a dataset config says of its classes and their colours, itself or by its class."""
+    return {**(getattr(class_of(dataset, DATASETS), 'METAINFO', None) or {}), **(dataset.get('metainfo') or {})}
+
+
 def metrics(cfg: Mapping, split: str) -> list[tuple[str, dict]]:
     """Key and config of every metric of a split's evaluator."""
     evaluator = cfg.get(f'{split}_evaluator')
