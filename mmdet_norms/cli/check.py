@@ -15,7 +15,7 @@ from mmdet_norms.datasets.parts import write_copy
 from mmdet_norms.datasets.sources import SPLITS, evaluated_files, sources
 from mmdet_norms.placement import PLACEMENTS
 
-from .common import UserError, add_data_arguments, command, copies_folder, load_config
+from .common import UserError, add_data_arguments, command, copies_folder, load_config, without_folder
 from .config_checks import config_problems
 from .options import add_option_arguments
 from .weights import check_test, check_training
@@ -38,8 +38,7 @@ def _check(args: argparse.Namespace) -> int:
     """Print what is found; returns the number of errors."""
 
     def show(text: str) -> None:
-        # copies, which are gone after a check; a run writes the same
-        print(text.replace(f'{args.copies}{os.sep}', ''))
+        print(without_folder(text, args.copies))
 
     cfg = load_config(args)
     problems = [*config_problems(cfg), *_weights_problems(cfg, args)]

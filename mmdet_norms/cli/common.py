@@ -254,11 +254,11 @@ def move_and_merge(cfg: Config, args: argparse.Namespace) -> None:
     merge_options(cfg, args)
     fraction = getattr(args, 'val_fraction', None)
     if args.data_root is not None:
-        copies = args.copies if hasattr(args, 'copies') else copies_folder(_work_dir(args, cfg))
+        temporary = getattr(args, 'copies', None)
+        copies = temporary if hasattr(args, 'copies') else copies_folder(_work_dir(args, cfg))
         options = {**(getattr(args, 'cfg_options_new', None) or {}), **(args.cfg_options or {})}
         speaks = os.environ.get(RANKS.get(getattr(args, 'launcher', 'none'), ''), '0') == '0'
         reads = getattr(args, 'reads', SPLITS)
-        temporary = getattr(args, 'copies', None)
         move_data_root(
             cfg, args.data_root, reads, speaks, temporary, val_fraction=fraction, copies=copies, options=options
         )
@@ -289,8 +289,12 @@ def move_data_root(
     except DataRootError as error:
         raise UserError(str(error) if str(error).startswith('--') else f'--data-root: {error}') from error
     for note in notes if speaks else ():
-        said = f'--data-root {root}: {note}'
-        print(said.replace(f'{temporary}{os.sep}', '') if temporary else said)
+        print(without_folder(f'--data-root {root}: {note}', temporary))
+
+
+def without_folder(text: str, folder: str | None) -> str:
+    """``text`` with the files in a folder by their names: it is gone after the command, and a run writes the same."""
+    return text.replace(f'{folder}{os.sep}', '') if folder else text
 
 
 def copies_folder(work_dir: str | os.PathLike) -> str:

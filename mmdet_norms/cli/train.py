@@ -214,13 +214,12 @@ def _resume(cfg: Config, args: argparse.Namespace) -> None:
         return
     cfg.load_from = str(newest.path)
     if is_finished(cfg.work_dir, newest.iter, _end(cfg)):
+        longer = 'raise ' + ' or '.join(f'train_cfg.{key}={value}' for key, value in _end(cfg).items())
+        if args.epochs is not None:
+            longer = f'start anew with more than --epochs {args.epochs}: the schedule of this run has come to its end'
         args.finished = (
             f'the run in {cfg.work_dir} was finished (epoch {newest.epoch}, iteration {newest.iter}); to train longer, '
-            + (
-                f'start anew with more than --epochs {args.epochs}: the schedule of this run has come to its end'
-                if args.epochs is not None
-                else 'raise ' + ' or '.join(f'train_cfg.{key}={value}' for key, value in _end(cfg).items())
-            )
+            f'{longer}'
         )
 
 
