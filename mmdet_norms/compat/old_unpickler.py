@@ -5,6 +5,7 @@ file is looked up in torch's own list of harmless ones and that of :mod:`.checkp
 objects or fill them take the few kinds of which checkpoints are made.
 """
 
+import functools
 import pickle
 from collections import OrderedDict
 
@@ -18,6 +19,11 @@ from .pickles import PlainArray, PlainDtype, encode
 UnpicklingError = pickle.UnpicklingError  # like Unpickler and load, what torch takes from the module that it is given
 
 
+@functools.cache
+def _known() -> dict[str, object]:
+    return {**_get_allowed_globals(), **{name: harmless for harmless, name in harmless_globals()}}
+
+
 class Unpickler(pickle._Unpickler):
     """The one written in Python, which can be told what each instruction may do."""
 
@@ -27,10 +33,10 @@ class Unpickler(pickle._Unpickler):
         full = f'{module}.{name}'
         if full == '_codecs.encode':  # of the bytes of an array; not in the list of torch < 2.6
             return encode
-        for known in ({name: harmless for harmless, name in harmless_globals()}, _get_allowed_globals()):
-            if full in known:
-                return known[full]
-        raise UnpicklingError(f'Unsupported class {full}')
+        known = _known()
+        if full not in known:
+            raise UnpicklingError(f'Unsupported class {full}')
+        return known[full]
 
     def load_newobj(self) -> None:
         arguments, cls = self.stack.pop(), self.stack.pop()
