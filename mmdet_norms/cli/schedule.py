@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import io
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -184,7 +185,7 @@ class _Scaling:
         if _counts_epochs(entry):
             whole = all(map(_is_whole, [*times.values(), *(value for values in lists.values() for value in values)]))
             # a curve that moves after each epoch stands still in one
-            still = not lists and 'step_size' not in times and not entry.get('convert_to_iter_based')
+            still = not {'milestones', 'step_size'} & {*lists, *times} and not entry.get('convert_to_iter_based')
             still = still and times.get('end', self.epochs) - times.get('begin', 0) <= 1
             if (still or not whole) and not is_a(entry, 'ReduceOnPlateauParamScheduler', PARAM_SCHEDULERS):
                 unit = self.length
@@ -193,7 +194,11 @@ class _Scaling:
         elif entry.get('begin') in self.warm_up:
             times['begin'] = self.warm_up[entry['begin']]
         entry.update({key: max(int(key != 'begin'), round(value * unit)) for key, value in times.items()})
-        entry.update({key: [max(1, round(value * unit)) for value in values] for key, values in lists.items()})
+        if 'periods' in lists:  # one after the other: what is rounded off one is the next one's
+            ends = [0, *(round(end * unit) for end in itertools.accumulate(lists['periods']))]
+            entry['periods'] = [max(1, after - before) for before, after in itertools.pairwise(ends)]
+        if 'milestones' in lists:
+            entry['milestones'] = [max(1, round(value * unit)) for value in lists['milestones']]
         if 'end' in times:
             entry['end'] = max(entry['end'], entry.get('begin', 0) + 1)
         if 'milestones' in lists:  # one that was in it stays in it

@@ -213,6 +213,27 @@ def test_the_curve_keeps_its_shape(name, epochs):
         assert min(was, *near) * 0.97 <= now <= max(was, *near) * 1.03, (part, was, now)
 
 
+CURVES = {
+    'cosine': COSINE,
+    'restart': dict(type='CosineRestartLR', periods=[12], restart_weights=[1], eta_min=0.001),
+    'restarts': dict(type='CosineRestartLR', periods=[4, 4, 4], restart_weights=[1, 1, 1], eta_min=0.001),
+    'poly': dict(type='PolyLR', end=12),
+    'linear': dict(type='LinearLR', start_factor=1.0, end_factor=0.1, end=12),
+    'exponential': dict(type='ExponentialLR', gamma=0.8),
+    'one cycle': dict(type='OneCycleLR', eta_max=0.1, total_steps=12),
+}
+
+
+@pytest.mark.parametrize('name', CURVES)
+def test_one_epoch_has_the_whole_curve(name):
+    cfg = config(CURVES[name])
+    before = rates(cfg)
+    scale_to(cfg, 1)
+    after = rates(cfg)
+    assert problems(cfg) == [] and after[0] == pytest.approx(before[0])
+    assert after[-1] <= before[-1] and len(after) == LENGTH
+
+
 def test_a_training_in_iterations_gets_those_of_so_many_epochs():
     steps = dict(STEPS, by_epoch=False, end=9000, milestones=[6000, 8000])
     hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1000))
