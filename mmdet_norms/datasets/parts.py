@@ -12,8 +12,8 @@ from mmdet_norms.files import replacing
 from .annotations import DataError
 
 _SEED = 'mmdet_norms'  # of the split, the same for every run: runs with other seeds are to be compared
-HELD_BACK = re.compile(r'-(train|val)-[0-9a-f]{12}\.json$')
-"""Of the names of files that :func:`write_copy` writes for the two parts."""
+HELD_BACK = re.compile(r'-(train|val)(-[0-9a-f]{12})+\.json$')
+"""Of the names of files that :func:`write_copy` writes for the two parts, and of changed copies of these."""
 
 
 def held_back(content: dict, fraction: float) -> set[int]:
