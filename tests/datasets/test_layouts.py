@@ -121,18 +121,17 @@ def test_neither_order_nor_seed_nor_ids_change_who_is_held_back():
     assert len(names - {more['images'][i]['file_name'] for i in held_back(more, 0.2)}) <= 1
 
 
-def test_copies_of_one_photo_stay_together():
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(lambda i: f'photo{i // 3}_jpg.rf.{i:032x}.jpg', id='copies that Roboflow makes'),
+        pytest.param(lambda i: f'{("", "./", "there/../")[i % 3]}{i // 3}.jpg', id='ways to write one path'),
+    ],
+)
+def test_entries_of_one_photo_stay_together(name):
     content = small.content(images=30)
     for i, image in enumerate(content['images']):
-        image['file_name'] = f'photo{i // 3}_jpg.rf.{i:032x}.jpg'
-    val = held_back(content, 0.2)
-    assert len(val) == 6 and {i // 3 for i in val}.isdisjoint(i // 3 for i in range(30) if i not in val)
-
-
-def test_two_ways_to_write_a_path_are_one_photo():
-    content = small.content(images=30)
-    for i, image in enumerate(content['images']):
-        image['file_name'] = f'{("", "./", "there/../")[i % 3]}{i // 3}.jpg'
+        image['file_name'] = name(i)
     val = held_back(content, 0.2)
     assert len(val) == 6 and {i // 3 for i in val}.isdisjoint(i // 3 for i in range(30) if i not in val)
 
