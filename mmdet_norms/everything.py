@@ -18,7 +18,7 @@ write_whole_files()
 serve_mmengine()
 serve_own_configs()
 
-from . import checkpoints, engine, models  # noqa: E402, F401  (registers hooks and backbones)
+from . import checkpoints, classification, engine, models  # noqa: E402, F401  (registers hooks, models, data sets)
 from .compat import recalls  # noqa: E402
 from .deploy import fuse  # noqa: E402
 from .engine import recompute_statistics  # noqa: E402

@@ -1,0 +1,16 @@
+"""Pretraining: any backbone as an image classifier on mmengine's runner, and data in folders of classes."""
+
+from .accuracy import Accuracy
+from .classifier import ClsDataPreprocessor, ImageClassifier, LinearClsHead
+from .image_folder import ImageFolder
+from .transforms import PackClsInputs, RandomResizedCrop
+
+__all__ = [
+    'Accuracy',
+    'ClsDataPreprocessor',
+    'ImageClassifier',
+    'ImageFolder',
+    'LinearClsHead',
+    'PackClsInputs',
+    'RandomResizedCrop',
+]
