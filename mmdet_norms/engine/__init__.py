@@ -2,6 +2,7 @@
 
 from .coco_detections import DumpCocoDetections
 from .dist import CPUAmpOptimWrapper, end_processes, start_cpu_processes
+from .freeze_taps import FreezeBNETHook
 from .fuse import FuseHook
 from .memory_format import ChannelsLastHook
 from .nonfinite import NonFiniteError, NonFiniteHook
@@ -22,6 +23,7 @@ __all__ = [
     'CPUAmpOptimWrapper',
     'ChannelsLastHook',
     'DumpCocoDetections',
+    'FreezeBNETHook',
     'FuseHook',
     'NonFiniteError',
     'NonFiniteHook',
