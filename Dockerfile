@@ -23,7 +23,7 @@ RUN pip install -c requirements/constraints.txt setuptools wheel && \
     pip install -c requirements/constraints.txt torch
 COPY . .
 # opencv-python needs libGL, which the image lacks; the headless build is the same module without it.
-RUN pip install -c requirements/constraints.txt --no-build-isolation '.[lite]' && \
+RUN pip install -c requirements/constraints.txt --no-build-isolation '.[lite,optim]' && \
     pip install -c requirements/constraints.txt --force-reinstall --no-deps opencv-python-headless
 
 FROM python:${PYTHON}-slim

@@ -59,7 +59,7 @@ $(STAMP): setup.py requirements/constraints.txt $(wildcard mmdet_norms/kernels/c
 	@echo 'installing 2/3: torch (some minutes where it brings CUDA)'
 	@$(PIP) torch
 	@echo 'installing 3/3: mmdet and the rest'
-	@$(PIP) --no-build-isolation -e '.[lite]'
+	@$(PIP) --no-build-isolation -e '.[lite,optim]'
 	@# opencv-python needs libGL, which bare machines lack; the headless build is the same module without it.
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || $(PIP) --force-reinstall --no-deps opencv-python-headless
 	@touch $@

@@ -19,6 +19,7 @@ version = {}
 exec((here / 'mmdet_norms' / 'version.py').read_text(), version)
 table = {}
 exec((here / 'mmdet_norms_start' / 'requirements.py').read_text(), table)
+optional = {extra: [name + of for name, of in needs.items()] for extra, needs in table['OPTIONAL'].items()}
 onnx = ['onnx', 'onnxscript', 'onnxruntime']  # tools/export.py to ONNX
 # Where the repository is published: links of the package's page lead there. GitHub's own builds say it by themselves.
 home = os.environ.get('MMDET_NORMS_HOME') or '/'.join(
@@ -120,6 +121,7 @@ setup(
     install_requires=table['needed'](),
     extras_require={
         **{stack: table['extra'](stack) for stack in table['STACKS']},
+        **optional,
         # Triton has wheels for Linux only; on GPUs torch pins its own, and its CPU builds come without.
         'dev': [
             'hypothesis',
@@ -129,8 +131,10 @@ setup(
             'pytest-xdist',
             'PyYAML',  # tools/make_zoo.py, tools/mutants.py
             'ruff',
+            'scikit-learn',  # real images for the tests: its digits
             'triton; platform_system == "Linux"',
             *onnx,
+            *optional['optim'],
         ],
         'onnx': onnx,
     },

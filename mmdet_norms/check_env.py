@@ -20,7 +20,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from mmdet_norms_start.commands import reader_may_leave, typed
-from mmdet_norms_start.requirements import NEEDED, PYTHON, STACK_IS, STACK_NEEDS, STACKS, extra
+from mmdet_norms_start.requirements import NEEDED, OPTIONAL, PYTHON, STACK_IS, STACK_NEEDS, STACKS, extra
 
 from .version import __version__
 
@@ -38,6 +38,7 @@ _PROBES = {  # what is asked of a process, and the distribution without which th
     'pycocotools': 'pycocotools',
     'rich': 'rich',
     'torchvision': 'torchvision',
+    'pytorch-optimizer': 'pytorch-optimizer',
     'mmengine': None,
     'mmcv': None,
     'mmcv ops': None,
@@ -325,6 +326,17 @@ def _less_than_could_be(facts: Facts) -> list[Problem]:
         )
         mend = [facts.install(f'torchvision=={match}', f'torch=={_public(torch)}')] if match else []
         found.append(Problem(what, mend or [facts.uninstall('torchvision')], fatal=False))
+    for name, versions in (item for needs in OPTIONAL.values() for item in needs.items()):
+        version, error = facts.packages.get(name), facts.error(name)
+        if version is None or facts.error('torch'):
+            continue
+        if not fits(version, versions):
+            what = f'{name} is {version}, and the optimizers that mmdet_norms takes from it need {versions}'
+            found.append(Problem(what, [facts.install(name + versions)], fatal=False))
+        elif error:
+            what = f'{name} {version} is installed and cannot be imported: {error}'
+            mend = [facts.install(name, options='--force-reinstall --no-deps --no-cache-dir')]
+            found.append(Problem(what, mend, fatal=False))
     if facts.probes.get('mmdet_norms', {}).get('no_kernels'):
         if (_ROOT / 'setup.py').is_file():
             mend = [facts.install(str(_ROOT), options='--no-deps --no-build-isolation -e')]
@@ -473,7 +485,7 @@ def _table(facts: Facts) -> list[str]:
     ]
     names = [*_SHOWN, *(name for name in _OPENCV if name in facts.packages)]
     names += [name for name in _all_of_stacks() if name in facts.packages]
-    for name in [*names, *_ONNX]:
+    for name in [*names, *_ONNX, *(name for needs in OPTIONAL.values() for name in needs)]:
         rows.append((name, facts.packages.get(name, '-')))
         if name == 'torch' and 'build' in torch:
             gpus = ', '.join(torch['gpus']) or 'no GPU'

@@ -96,6 +96,7 @@ PROBES = {
     'pycocotools': _module('pycocotools.mask'),
     'rich': _module('rich.console'),
     'torchvision': _torchvision,
+    'pytorch-optimizer': _module('pytorch_optimizer'),
     'mmengine': _module('mmengine'),
     'mmcv': _module('mmcv'),
     'mmcv ops': _mmcv_ops,

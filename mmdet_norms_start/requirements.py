@@ -15,6 +15,12 @@ NEEDED = {
     'rich': '',
 }
 
+# What some configs need: an extra of setup.py each. pytorch-optimizer is no hard requirement, because it asks for
+# numpy>1.24.4: pip would replace an older numpy by numpy 2, which a torch of that time cannot read.
+OPTIONAL = {
+    'optim': {'pytorch-optimizer': '>=4.1'},
+}
+
 # The mm* packages come in three sets, of which an environment can have one: the extras of setup.py. No set is a hard
 # requirement, because pip would install it over another one, whose modules have the same names.
 # What is imported -> (distribution, versions).
@@ -60,6 +66,11 @@ def needed() -> list[str]:
 def extra(stack: str) -> list[str]:
     """What an extra of setup.py asks for, e.g. ``extra('lite')``."""
     return [name + versions for name, versions in (*STACKS[stack].values(), *STACK_NEEDS[stack].items())]
+
+
+def optional(extra: str) -> str:
+    """What pip takes to install an extra that is in no set, quoted for a shell: ``'pytorch-optimizer>=4.1'``."""
+    return ' '.join(repr(name + versions) for name, versions in OPTIONAL[extra].items())
 
 
 def choices() -> str:

@@ -13,11 +13,16 @@ from mmdet_norms_start import requirements
 PACKAGE = Path(mmdet_norms.__file__).parent
 ROOT = PACKAGE.parent
 # Where a distribution is not called what one imports.
-DISTRIBUTIONS = {'PIL': 'pillow', 'markdown_it': 'markdown-it-py', 'yaml': 'PyYAML'}
+DISTRIBUTIONS = {
+    'PIL': 'pillow',
+    'markdown_it': 'markdown-it-py',
+    'yaml': 'PyYAML',
+    'pytorch_optimizer': 'pytorch-optimizer',
+}
 # By the extras of setup.py, of which one is chosen; cv2 comes with each mmcv.
 STACK = {'mmengine', 'mmcv', 'mmdet', 'cv2'}
 # Used where they are there.
-OPTIONAL = {'triton', 'onnx', 'onnxscript', 'onnxruntime', 'torchvision'}
+OPTIONAL = {'triton', 'onnx', 'onnxscript', 'onnxruntime', 'torchvision', 'pytorch_optimizer'}
 
 
 def imported(folder):
@@ -42,7 +47,8 @@ def declared():
         for node in ast.walk(ast.parse((ROOT / 'setup.py').read_text()))
         if getattr(node, 'keywords', None) and any(keyword.arg == 'install_requires' for keyword in node.keywords)
     )
-    texts = dict.fromkeys(map(str.lower, requirements.NEEDED), 'install_requires')
+    texts = dict.fromkeys((name for needs in requirements.OPTIONAL.values() for name in needs), 'extras_require')
+    texts |= dict.fromkeys(map(str.lower, requirements.NEEDED), 'install_requires')
     for keyword in call.keywords:
         if keyword.arg == 'extras_require':
             for node in ast.walk(keyword.value):
@@ -69,6 +75,7 @@ def test_no_set_of_mm_packages_is_installed_over_another():
 
 def test_extras_are_what_pip_takes():
     assert 'mmcv-lite>=2.0.0,<2.2.0' in requirements.extra('lite') and 'setuptools<82' in requirements.extra('lite')
+    assert requirements.optional('optim') == "'pytorch-optimizer>=4.1'"
     assert requirements.extra('onedl')[1].startswith('onedl-mmcv>=') and 'torch>=2.1' in requirements.needed()
 
 

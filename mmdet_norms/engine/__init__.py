@@ -8,6 +8,7 @@ from .memory_format import ChannelsLastHook
 from .nonfinite import NonFiniteError, NonFiniteHook
 from .norms import NormHook
 from .optim import NormOptimWrapperConstructor
+from .optimizers import Ralamb, Ranger, RangerLars
 from .pictures import PicturesHook
 from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
@@ -32,7 +33,10 @@ __all__ = [
     'PendingValidationHook',
     'PerClassCocoMetric',
     'PicturesHook',
+    'Ralamb',
     'RandomStateHook',
+    'Ranger',
+    'RangerLars',
     'ResultsHook',
     'ScheduleHook',
     'StartHook',

@@ -237,6 +237,15 @@ def test_without_pip_the_commands_are_those_of_uv():
     assert found.mend == ["uv pip install --python '/my env/bin/python' rich"]
 
 
+def test_what_some_configs_need_may_be_missing_but_not_broken():
+    assert not problems(healthy())
+    (found,) = problems(healthy(packages={**VERSIONS, 'pytorch-optimizer': '3.1.0'}))
+    assert not found.fatal and '3.1.0' in found.what and "'pytorch-optimizer>=4.1'" in found.mend[0]
+    probes = {**healthy().probes, 'pytorch-optimizer': dict(error='ImportError: no')}
+    (found,) = problems(healthy(packages={**VERSIONS, 'pytorch-optimizer': '4.1.0'}, probes=probes))
+    assert not found.fatal and 'ImportError: no' in found.what and '--force-reinstall' in found.mend[0]
+
+
 def test_our_own_import_is_the_last_to_be_blamed():
     probes = {**healthy().probes, 'mmdet_norms': dict(error='TypeError: no', kind='TypeError', missing='')}
     (found,) = problems(healthy(probes=probes))
