@@ -1,5 +1,14 @@
 """The one error that is an answer to the user."""
 
+import re
+
 
 class UserError(Exception):
     """Something the caller can put right: the tools show it as one message, without a traceback, and exit with 2."""
+
+    def __str__(self) -> str:
+        # torch raises the error of a data loader's worker again, with the worker's traceback in place of the message.
+        text = super().__str__()
+        if re.match(r'Caught \w+ in DataLoader worker process \d+\.\n', text):
+            text = re.split(rf'\n[\w.]*\b{type(self).__name__}: ', text)[-1].rstrip()
+        return text
