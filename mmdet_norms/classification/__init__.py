@@ -2,7 +2,7 @@
 
 from .accuracy import Accuracy
 from .classifier import ClsDataPreprocessor, ImageClassifier, LinearClsHead
-from .image_folder import ImageFolder
+from .image_folder import ImageFolder, classes_of_entry, counts_of, image_folders, problems_of
 from .transforms import PackClsInputs, RandomResizedCrop
 
 __all__ = [
@@ -13,4 +13,8 @@ __all__ = [
     'LinearClsHead',
     'PackClsInputs',
     'RandomResizedCrop',
+    'classes_of_entry',
+    'counts_of',
+    'image_folders',
+    'problems_of',
 ]

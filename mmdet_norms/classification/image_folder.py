@@ -1,13 +1,22 @@
 """Images in folders that are named after their classes: the layout of ImageNet and Imagenette."""
 
+import logging
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from mmdet.registry import DATASETS as MMDETS
 from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
+from ..datasets.images import decode, missing_files
+from ..entries import class_of, is_a, mappings
+from ..errors import UserError
+
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+_ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'\xaeB`\x82'}  # JPEG, PNG: how a whole file begins and ends
 
 
 @DATASETS.register_module()
@@ -15,47 +24,227 @@ class ImageFolder(BaseDataset):
     """``data_root/split/CLASS/*.JPEG``; labels are the places of the classes in their sorted names.
 
     Every split has the classes of ``train`` where there is that folder, so that a class without images in ``val`` moves
-    no label.
+    no label. They are ``metainfo['classes']``, which mmengine writes into checkpoints. Folders within those of classes
+    are read, too; hidden ones and hidden files are not.
 
     Args:
         data_root: the folder that holds ``train`` and ``val``.
         split: which of its folders to read.
+        ann_file: for a folder without those of classes, as ImageNet's ``val``: a file below ``data_root`` of lines
+            ``NAME LABEL``, with names below ``data_root/split``. Labels are names of classes, or else their places
+            from 0 on, as in mmpretrain's ``meta/val.txt``.
         classes_from: of which folder the names of the classes are. Default 'train'.
         extensions: of files that count as images, in lower case.
-        kwargs: as for :class:`mmengine.dataset.BaseDataset`. ``metainfo=dict(classes=[...])`` gives an order of one's
-            own.
+        metainfo: ``dict(classes=[...])`` is an order of one's own, or some of the classes.
+        kwargs: as for :class:`mmengine.dataset.BaseDataset`.
+
+    Raises:
+        UserError: what is in the way of reading the data (:meth:`problems`), or a file that is no whole image.
     """
 
     def __init__(
         self,
-        data_root: str,
+        data_root: str = '',
         split: str = 'train',
+        ann_file: str = '',
         classes_from: str = 'train',
         extensions: Sequence[str] = EXTENSIONS,
         metainfo: dict | None = None,
         **kwargs,
     ) -> None:
-        self.split, self.extensions = split, tuple(extensions)
-        metainfo = dict(metainfo or {})
-        if 'classes' not in metainfo:
-            metainfo['classes'] = classes_of_folder(data_root, classes_from, split)
-        super().__init__(data_root=data_root, metainfo=metainfo, **kwargs)
+        if 'data_prefix' in kwargs:
+            raise UserError(f"data_prefix={kwargs['data_prefix']!r}: ImageFolder reads data_root/split: split='val'")
+        self.split, self.classes_from, self.extensions = split, classes_from, tuple(extensions)
+        root, metainfo = os.fspath(data_root or ''), dict(metainfo or {})
+        self._named = 'classes' in metainfo
+        if not self._named:
+            folders = (os.path.join(root, name) for name in (classes_from, split))
+            metainfo['classes'] = next(filter(None, map(_folders, folders)), ())
+        super().__init__(ann_file=ann_file, data_root=root, metainfo=metainfo, **kwargs)
+
+    @property
+    def folder(self) -> str:
+        """Where the images are."""
+        return os.path.join(self.data_root, self.split)
+
+    def problems(self) -> list[str]:
+        """What is in the way of reading the data: each a sentence that begins with the key and its value."""
+        root, folder, classes = self.data_root, self.folder, self.metainfo['classes']
+        if not root or not os.path.isdir(root):
+            return [f'data_root={root!r}: there is no such folder; write the one that holds train/ and val/']
+        if not os.path.isdir(folder):
+            near = (os.path.dirname(os.path.abspath(root)), *(os.path.join(root, name) for name in _folders(root)))
+            instead = [path for path in near if os.path.isdir(os.path.join(path, self.split))]
+            hint = f'did you mean data_root={instead[0]!r}?' if instead else f'it has {_some(_folders(root)) or "none"}'
+            return [f'split={self.split!r}: there is no such folder in data_root={root!r}; {hint}']
+        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+            return [f"metainfo.classes={classes!r:.80} is no list of names; write ('cat', 'dog')"]
+        if len(set(classes)) < len(classes):
+            twice = [name for name, count in Counter(classes).items() if count > 1]
+            return [f'metainfo.classes names {_some(twice)} twice; name every class once']
+        if not classes:
+            return [
+                f'data_root={root!r}: neither {self.classes_from}/ nor {self.split}/ holds folders of classes; write '
+                'the folder that holds train/CLASS/*.jpg, or metainfo=dict(classes=[...]) with ann_file'
+            ]
+        return self._lines()[1] if self.ann_file else self._folder_problems()
+
+    def _folder_problems(self) -> list[str]:
+        folder, classes, names = self.folder, self.metainfo['classes'], _folders(self.folder)
+        other = [name for name in names if name not in set(classes)]
+        empty = [name for name in classes if name in set(names) and next(self._images(name), None) is None]
+        problems = []
+        if not names:
+            problems.append(f'split={self.split!r}: {folder} has no folders of classes; for a flat one write ann_file')
+        if other and not self._named:
+            problems.append(
+                f'split={self.split!r}: {_some(other)} in {folder} is no class of {self.classes_from}/; rename or '
+                f'delete it ({_count(classes)}: {_some(classes)})'
+            )
+        if empty:
+            problems.append(
+                f'split={self.split!r}: no image in {_some(empty)} of {folder}; delete it, or add images '
+                f'({", ".join(self.extensions)})'
+            )
+        if not set(classes) & set(names) and self._named:
+            problems.append(f'metainfo.classes={_some(classes)}: none is a folder of {folder}: {_some(names)}')
+        return problems
 
     def load_data_list(self) -> list[dict]:
-        folder, label = Path(self.data_root, self.split), {}
-        label = {name: i for i, name in enumerate(self.metainfo['classes'])}
+        """A dict with ``img_path`` and ``gt_label`` for every image."""
+        problems = self.problems()
+        if problems:
+            raise UserError(f'ImageFolder: {"; ".join(problems)}')
+        if self.ann_file:
+            return [dict(img_path=path, gt_label=label) for path, label in self._lines()[0]]
+        classes, names = self.metainfo['classes'], _folders(self.folder)
+        for some, what in (
+            ([name for name in classes if name not in set(names)], 'has no folder of'),
+            ([name for name in names if name not in set(classes)], 'has folders of other classes, which are left out:'),
+        ):
+            if some:
+                print_log(f'{self.folder} {what} {_some(some)}', logger='current', level=logging.WARNING)
         return [
-            dict(img_path=str(path), gt_label=label[name])
-            for name in label
-            for path in sorted((folder / name).iterdir() if (folder / name).is_dir() else ())
-            if path.suffix.lower() in self.extensions
+            dict(img_path=path, gt_label=label)
+            for label, name in enumerate(classes)
+            for path in sorted(self._images(name))
         ]
 
+    def prepare_data(self, idx: int) -> Any:
+        """The image through the pipeline; whatever fails at a file that is no whole image names the file."""
+        image = self.get_data_info(idx)
+        if not _ends_as_begun(image['img_path']):
+            _require_image(image['img_path'])
+        try:
+            return self.pipeline(image)
+        except Exception:
+            _require_image(image['img_path'])
+            raise
 
-def classes_of_folder(data_root: str | os.PathLike, *splits: str) -> tuple[str, ...]:
-    """The sorted names of the folders in the first of ``splits`` that is there."""
-    for split in splits:
-        folder = Path(data_root, split)
-        if folder.is_dir():
-            return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-    return ()
+    def _images(self, name: str) -> Iterator[str]:
+        """Paths of the images of a class, without asking the file system for each."""
+        folders, seen = [os.path.join(self.folder, name)], set()
+        while folders:
+            folder = folders.pop()
+            if os.path.realpath(folder) in seen or not os.path.isdir(folder):  # a link to a folder above
+                continue
+            seen.add(os.path.realpath(folder))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith('.'):
+                        continue
+                    if entry.name.lower().endswith(self.extensions) and not entry.is_dir(follow_symlinks=False):
+                        yield entry.path
+                    elif entry.is_dir():
+                        folders.append(entry.path)
+
+    def _lines(self) -> tuple[list[tuple[str, int]], list[str]]:
+        """Path and label of every line of ``ann_file``, and what is wrong with it."""
+        try:
+            with open(self.ann_file, encoding='utf-8') as file:
+                lines = [(number, line.rsplit(maxsplit=1)) for number, line in enumerate(file, 1) if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            return [], [f'ann_file={self.ann_file!r}: {getattr(error, "strerror", None) or "is no text"}']
+        classes = self.metainfo['classes']
+        labels = {name: place for place, name in enumerate(classes)}
+        if not all(len(line) == 2 and line[1] in labels for _, line in lines):
+            labels = {str(place): place for place in range(len(classes))}
+        for number, line in lines:
+            if len(line) != 2 or line[1] not in labels:
+                return [], [
+                    f'ann_file={self.ann_file!r}, line {number}: {" ".join(line)!r:.80} must be NAME LABEL, with a '
+                    f'label of 0 to {len(classes) - 1}, or all labels names of classes: {_some(classes)}'
+                ]
+        if not lines:
+            return [], [f'ann_file={self.ann_file!r}: is empty; write lines of NAME LABEL']
+        gone = missing_files(self.folder, [name for _, (name, _) in lines])
+        if gone:
+            names = [lines[place][1][0] for place in gone]
+            return [], [f'ann_file={self.ann_file!r}: names {_some(names)}, not there in {self.folder}']
+        return [(os.path.join(self.folder, name), labels[label]) for _, (name, label) in lines], []
+
+
+def image_folders(node: Any, key: str = '') -> Iterator[tuple[str, Mapping]]:
+    """Every entry of an :class:`ImageFolder` in a part of a config, with its key; wrappers are looked through."""
+    return ((at, entry) for at, entry in mappings(node, key) if is_a(entry, ImageFolder, MMDETS))
+
+
+def problems_of(entry: Mapping, key: str = 'dataset') -> list[str]:
+    """What is wrong with the data of a config's entry: sentences such as ``{key}.data_root='x': there is no ...``.
+
+    Args:
+        entry: of an :class:`ImageFolder`; other entries have none.
+        key: of the entry in the config.
+    """
+    return [f'{key}.{problem}' for problem in (_unread(entry).problems() if is_a(entry, ImageFolder, MMDETS) else ())]
+
+
+def classes_of_entry(entry: Mapping) -> tuple[str, ...]:
+    """The classes of a config's entry of an :class:`ImageFolder`, in the order of their labels; no image is listed."""
+    return tuple(_unread(entry).metainfo['classes'])
+
+
+def counts_of(entry: Mapping) -> dict[str, int]:
+    """How many images each class of a config's entry has. Raises what reading the data would."""
+    data = _unread(entry)
+    counts = Counter(image['gt_label'] for image in data.load_data_list())
+    return {name: counts[label] for label, name in enumerate(data.metainfo['classes'])}
+
+
+def _unread(entry: Mapping) -> ImageFolder:
+    options = {key: value for key, value in entry.items() if key not in ('type', 'pipeline', '_scope_')}
+    return class_of(entry, MMDETS)(**{**options, 'lazy_init': True})
+
+
+def _folders(folder: str) -> tuple[str, ...]:
+    """The sorted names of the folders in a folder; none where there is no such folder."""
+    try:
+        with os.scandir(folder or '.') as entries:
+            return tuple(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith('.')))
+    except OSError:
+        return ()
+
+
+def _ends_as_begun(path: str) -> bool:
+    """Whether a file ends as those of its kind do. OpenCV fills what is missing of an image with grey, untold."""
+    try:
+        with open(path, 'rb') as file:
+            end = _ENDS.get(file.read(2), b'')
+            file.seek(-len(end), os.SEEK_END)
+            return file.read() == end
+    except OSError:
+        return False
+
+
+def _require_image(path: str) -> None:
+    wrong = decode(path)
+    if isinstance(wrong, str):
+        raise UserError(f'{path} {wrong}; replace or delete the file')
+
+
+def _some(names: Sequence[str]) -> str:
+    return ', '.join(map(repr, names[:5])) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
+
+
+def _count(classes: Sequence[str]) -> str:
+    return f'{len(classes)} class{"es" * (len(classes) != 1)}'
