@@ -8,6 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requi
 DEMO_CONFIG := configs/demo/mask-rcnn_r50_fpn_bnet5_shapes.py
 DEMO_DIR := work_dirs/demo
 
+PRETRAIN_CONFIG := configs/demo/resnet50_bnet5_shapes-cls.py
+PRETRAIN_DIR := work_dirs/pretrain
+
 # Processes that share the tests: a number, or auto for one per core. Each takes up to 2 GB of memory.
 JOBS ?= auto --maxprocesses=4
 
@@ -32,10 +35,11 @@ endif
 endif
 HAS_OPS := $(COMPILED)/bin/python -c 'import torch, mmcv._ext'
 
-.PHONY: help install data demo test test-compiled bench asan docs lint clean clean-all
+.PHONY: help install data demo data-cls pretrain test test-compiled bench asan docs lint clean clean-all
 
 help:
 	@echo 'make demo   install, generate shapes, train a small Mask R-CNN with BNET-5, test it, draw a picture sheet'
+	@echo 'make pretrain  install, generate shapes-cls, train the demo'"'"'s backbone as a classifier, print its top-1'
 	@echo 'make test   the whole test suite'
 	@echo 'make test-compiled [MMCV_WHEEL=mmcv-....whl]  what calls ops of mmcv, with compiled ones, in .venv-compiled'
 	@echo 'make bench  what each norm costs beside batch norm: layers, convolutions, Faster R-CNN (docs/benchmark.md)'
@@ -44,7 +48,8 @@ help:
 	@echo 'make lint   ruff: style and format'
 	@echo 'make install  the environment in .venv, versions from requirements/constraints.txt'
 	@echo 'make data   the generated data set of the demo, in data/shapes'
-	@echo 'make clean  delete what is made again: build products, caches, data/shapes. Trained runs stay'
+	@echo 'make data-cls  the generated data set of make pretrain, in data/shapes-cls'
+	@echo 'make clean  delete what is made again: build products, caches, data/shapes*. Trained runs stay'
 	@echo 'make clean-all  ... and, after asking, work_dirs with every trained run in it, .venv and .venv-compiled'
 	@echo 'make test and make lint add their own packages to what the others install: pytest, ONNX, Triton, ...'
 
@@ -79,6 +84,15 @@ demo: data
 	@$(BIN)/python tools/picture_sheet.py $(DEMO_CONFIG) $(DEMO_DIR)/results.pkl --out $(DEMO_DIR)/pictures.png --overwrite
 	@$(BIN)/python tools/compare.py $(DEMO_DIR)
 	@echo 'AP: $(DEMO_DIR)/results.json   pictures: $(DEMO_DIR)/pictures.png   log and checkpoint: $(DEMO_DIR)/'
+
+data-cls: $(STAMP)
+	@$(BIN)/python tools/make_shapes.py --classification --out data/shapes-cls
+
+pretrain: data-cls
+	@$(BIN)/python tools/train.py $(PRETRAIN_CONFIG) --work-dir $(PRETRAIN_DIR) --overwrite
+	@$(BIN)/python tools/test.py $(PRETRAIN_CONFIG) "$$(cat $(PRETRAIN_DIR)/last_checkpoint)" --work-dir $(PRETRAIN_DIR)
+	@$(BIN)/python tools/compare.py $(PRETRAIN_DIR)
+	@echo 'accuracy: $(PRETRAIN_DIR)/results.json   checkpoint, for init_cfg of a detector: docs/pretrain.md'
 
 # Stealing keeps most tests of a file, and so what they share, in one process, and still evens out at the end.
 test: $(DEV_STAMP)
@@ -125,7 +139,7 @@ lint: $(DEV_STAMP)
 	@$(BIN)/python -m ruff format --check --quiet .
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis data/shapes
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis data/shapes data/shapes-cls
 	find mmdet_norms mmdet_norms_start tests tools configs -name __pycache__ -prune -exec rm -rf {} +
 
 # YES=1 answers the question.

@@ -53,7 +53,9 @@ COMMANDS = {
     'pictures': Command('picture_sheet.py', 'mmdet_norms.cli.picture_sheet', 'draw detections beside ground truth'),
     'browse': Command('browse.py', 'mmdet_norms.cli.browse', 'draw a data set as training sees it'),
     'check': Command('check.py', 'mmdet_norms.cli.check', 'find what is wrong with config and data'),
-    'shapes': Command('make_shapes.py', 'mmdet_norms.datasets.shapes', 'write the generated data set of the demo'),
+    'shapes': Command(
+        'make_shapes.py', 'mmdet_norms.cli.shapes', 'write a generated data set, for detection or classification'
+    ),
     'convert': Command('convert_checkpoint.py', 'mmdet_norms.cli.convert_checkpoint', 'load a published checkpoint'),
     'fuse': Command('fuse.py', 'mmdet_norms.cli.fuse', 'fold the norms of a checkpoint into its convolutions'),
     'export': Command('export.py', 'mmdet_norms.cli.export', 'write the folded model, as *.onnx or *.pth'),

@@ -19,27 +19,19 @@ Image ``i`` of a split is drawn from a random generator seeded with ``[seed, spl
 it does not depend on how many images are made, nor on the order in which they are made.
 """
 
-import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from ..commands import typed
-from ..console import plain_column, plain_console
-from ..files import explain
+from .generated import SPLITS, Generated, ShapesError, image_name, png, require_counts, sha256, write_generated
 
 __all__ = [
     'CLASSES',
@@ -49,9 +41,9 @@ __all__ = [
     'ShapesConfig',
     'ShapesError',
     'annotate',
-    'main',
     'make_shapes',
     'render_scene',
+    'render_single',
 ]
 
 #: Changes whenever the same arguments would give other pixels or annotations.
@@ -65,15 +57,9 @@ METAINFO = dict(
     palette=[(220, 20, 60), (0, 130, 200), (60, 180, 75), (255, 200, 25), (145, 30, 180), (70, 220, 220)],
 )
 
-_SPLITS = ('train', 'val')
-_NAME = 'mmdet_norms shapes'
 _SUPERSAMPLE = 4  # outlines are drawn this many times finer, then averaged down
 _CROWD = 128  # ids from here up in a scene's id map belong to the crowd
 _TRIES = 12  # placements tried before an object is given up
-
-
-class ShapesError(RuntimeError):
-    """The target folder cannot be used as asked; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +71,7 @@ class ShapesConfig:
     a quarter of the later ones hide part of an earlier one.
 
     Args:
-        size: Side of the square images, px, 64 to 1024.
+        size: Side of the square images, px, 32 to 1024.
         min_object: Smallest object diameter as a fraction of ``size``.  At the default size
             it is 23 px, below COCO's "small" limit of 32^2 px area.
         max_object: Largest object diameter as a fraction of ``size``.  Diameters are
@@ -131,7 +117,7 @@ class ShapesConfig:
             if not ok:
                 raise ValueError(f'ShapesConfig: {message}')
 
-        check(64 <= self.size <= 1024, f'size must be 64 to 1024 px, not {self.size}')
+        check(32 <= self.size <= 1024, f'size must be 32 to 1024 px, not {self.size}')
         check(
             0 < self.min_object <= self.max_object <= 0.9,
             'need 0 < min_object <= max_object <= 0.9 (fractions of the image side), got '
@@ -305,9 +291,11 @@ def _place(
     placed: list[_Placed],
     blocked: list[tuple[float, float, float]],
     base: np.ndarray,
+    label: int | None = None,
 ) -> bool:
-    """Draw one more object into ``ids``; False if no place was found for it."""
-    label = int(rng.integers(len(CLASSES)))
+    """Draw one more object, of a random class by default, into ``ids``; False if no place was found for it."""
+    if label is None:
+        label = int(rng.integers(len(CLASSES)))
     over = bool(placed) and rng.random() < cfg.occlusion
     target = placed[int(rng.integers(len(placed)))] if over else None
     visible = np.bincount(ids.ravel(), minlength=256) if over else None
@@ -402,7 +390,7 @@ def render_scene(cfg: ShapesConfig, seed: int, split: str, index: int) -> Scene:
     Returns:
         The image and its objects, in drawing order (later ones hide earlier ones).
     """
-    rng = np.random.default_rng([seed, _SPLITS.index(split), index])
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
     size, fine_size = cfg.size, cfg.size * _SUPERSAMPLE
     base = rng.uniform(0.1, 0.9, 3)
     image = _background(cfg, base, rng)
@@ -426,15 +414,38 @@ def render_scene(cfg: ShapesConfig, seed: int, split: str, index: int) -> Scene:
         for i in range(crowd_count):
             colour = _colour(rng, [(base, cfg.min_contrast)]).astype(np.float32)
             image += _cover(ids == _CROWD + i, size)[..., None] * (colour - image)
+    return Scene(_expose(cfg, _paint(cfg, image, ids, placed, rng), rng), objects + _visible(ids, placed, size))
+
+
+def _paint(
+    cfg: ShapesConfig, image: np.ndarray, ids: np.ndarray, placed: Sequence[_Placed], rng: np.random.Generator
+) -> np.ndarray:
+    """The background with the placed objects on it."""
     paint = image.copy()  # weights of all layers add up to one at every pixel
     for i, p in enumerate(placed, 1):
-        fine = ids == i
-        cover = _cover(fine, size)
-        shade = _texture(size, 0.5 * cfg.texture * rng.uniform(0.0, 1.0), rng)
+        shade = _texture(cfg.size, 0.5 * cfg.texture * rng.uniform(0.0, 1.0), rng)
         colour = p.colour.astype(np.float32) + shade[..., None]
-        paint += cover[..., None] * (colour - image)
-        objects.append(SceneObject(p.label, fine, cover > 0.5, False, min(1.0, float(fine.sum()) / p.area)))
-    return Scene(_expose(cfg, paint, rng), objects)
+        paint += _cover(ids == i, cfg.size)[..., None] * (colour - image)
+    return paint
+
+
+def _visible(ids: np.ndarray, placed: Sequence[_Placed], size: int) -> list[SceneObject]:
+    found = []
+    for i, p in enumerate(placed, 1):
+        fine = ids == i
+        found.append(SceneObject(p.label, fine, _cover(fine, size) > 0.5, False, min(1.0, float(fine.sum()) / p.area)))
+    return found
+
+
+def render_single(cfg: ShapesConfig, rng: np.random.Generator, label: int) -> Scene:
+    """Draw one object of a class, as :func:`render_scene` draws it."""
+    base = rng.uniform(0.1, 0.9, 3)
+    image = _background(cfg, base, rng)
+    ids = np.zeros((cfg.size * _SUPERSAMPLE, cfg.size * _SUPERSAMPLE), np.uint8)
+    placed: list[_Placed] = []
+    while not placed:  # an unlucky try is given up
+        _place(cfg, rng, ids, placed, [], base, label)
+    return Scene(_expose(cfg, _paint(cfg, image, ids, placed, rng), rng), _visible(ids, placed, cfg.size))
 
 
 def _expose(cfg: ShapesConfig, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -519,10 +530,8 @@ def _write_split(folder: Path, cfg: ShapesConfig, seed: int, split: str, count: 
     images, annotations = [], []
     for index in range(count):
         scene = render_scene(cfg, seed, split, index)
-        name = _image_name(index)
-        ok, data = cv2.imencode('.png', scene.image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
-        assert ok
-        (folder / split / name).write_bytes(data.tobytes())  # raises on a full disk
+        name = image_name(index)
+        (folder / split / name).write_bytes(png(scene.image))  # raises on a full disk
         images.append(dict(id=index + 1, file_name=name, width=cfg.size, height=cfg.size))
         for obj in scene.objects:
             annotations.append(dict(id=len(annotations) + 1, image_id=index + 1, **annotate(obj)))
@@ -530,7 +539,7 @@ def _write_split(folder: Path, cfg: ShapesConfig, seed: int, split: str, count: 
     # No date: the same seed has to give the same bytes.
     content = dict(
         info=dict(
-            description=f'{_NAME}, {split} split',
+            description=f'mmdet_norms shapes, {split} split',
             version=str(VERSION),
             year=2024,
             contributor='',
@@ -546,47 +555,26 @@ def _write_split(folder: Path, cfg: ShapesConfig, seed: int, split: str, count: 
     (folder / 'annotations' / f'{split}.json').write_text(text, encoding='utf-8')
 
 
-def _image_name(index: int) -> str:
-    return f'{index:06d}.png'
-
-
-def _read_meta(root: Path) -> dict | None:
-    """The folder's ``meta.json`` if this generator wrote it."""
-    try:
-        meta = json.loads((root / 'meta.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return None
-    return meta if isinstance(meta, dict) and meta.get('generator') == _NAME else None
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return None
-
-
-def _complete(root: Path, meta: dict) -> bool:
+def _is_complete(root: Path, meta: dict) -> bool:
     """Whether all files that ``meta.json`` speaks of are there."""
-    for split in _SPLITS:
+    for split in SPLITS:
         expected = meta['arguments'][f'num_{split}']
         folder = root / split
         if not folder.is_dir() or sum(name.endswith('.png') for name in os.listdir(folder)) != expected:
             return False
         path = root / 'annotations' / f'{split}.json'
-        if _sha256(path) != meta.get('sha256', {}).get(path.name):
+        if sha256(path) != meta.get('sha256', {}).get(path.name):
             return False
     return True
 
 
-def _foreign(root: Path, meta: dict) -> list[str]:
-    """Files and folders below ``root``, at any depth, that are not of the data set that ``meta.json`` tells of."""
-    arguments = meta.get('arguments') or {}
-    own = {'annotations', 'meta.json', *_SPLITS}
-    for split in _SPLITS:
+def _files(arguments: Mapping) -> set[str]:
+    """Every file and folder that belongs to the data set of such arguments."""
+    own = {'annotations', *SPLITS}
+    for split in SPLITS:
         own.add(f'annotations/{split}.json')
-        own.update(f'{split}/{_image_name(i)}' for i in range(arguments.get(f'num_{split}', 0)))
-    return sorted(name for path in root.rglob('*') if (name := path.relative_to(root).as_posix()) not in own)
+        own.update(f'{split}/{image_name(i)}' for i in range(arguments.get(f'num_{split}', 0)))
+    return own
 
 
 def make_shapes(
@@ -628,123 +616,22 @@ def make_shapes(
     config = config or ShapesConfig()
     if size is not None:
         config = dataclasses.replace(config, size=size)
-    for name, value, least in (('num_train', num_train, 1), ('num_val', num_val, 1), ('seed', seed, 0)):
-        if value < least:
-            raise ValueError(f'{name} must be at least {least}, not {value}')
-    arguments = dict(num_train=int(num_train), num_val=int(num_val), seed=int(seed), **dataclasses.asdict(config))
-    root = Path(root).expanduser()
-    target = root.resolve()  # a link to a folder on another disk stays a link
-    if _is_done(target, root, arguments, overwrite):
-        return root
+    require_counts(num_train=(num_train, 1), num_val=(num_val, 1), seed=(seed, 0))
+    counts = dict(train=num_train, val=num_val)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tag = secrets.token_hex(4)  # not the process id: in containers that is often the same
-    fresh = target.with_name(f'.{target.name}.new-{tag}')
-    old = target.with_name(f'.{target.name}.old-{tag}')
-    fresh.mkdir()
-    try:
+    def write(fresh: Path) -> Iterator[None]:
         (fresh / 'annotations').mkdir()
-        counts = dict(train=num_train, val=num_val)
-        columns = (
-            plain_column('{task.description}'),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            plain_column('left'),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=plain_console(stderr=True), disable=not progress) as bar:
-            task = bar.add_task('shapes', total=num_train + num_val)
-            for split, count in counts.items():
-                for _ in _write_split(fresh, config, seed, split, count):
-                    bar.advance(task)
-        meta = dict(
-            generator=_NAME,
-            version=VERSION,
-            arguments=arguments,
-            classes=list(CLASSES),
-            sha256={f'{split}.json': _sha256(fresh / 'annotations' / f'{split}.json') for split in counts},
-        )
-        (fresh / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n', encoding='utf-8')
-        # Somebody else may have written the folder meanwhile.
-        if not _is_done(target, root, arguments, overwrite):
-            if target.exists():
-                target.rename(old)
-            fresh.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)  # the second rename failed
-        for folder in (fresh, old):
-            if folder.exists():
-                shutil.rmtree(folder)
-    return root
+        for split, count in counts.items():
+            yield from _write_split(fresh, config, seed, split, count)
 
+    def hashes(fresh: Path) -> dict[str, str]:
+        return {f'{split}.json': sha256(fresh / 'annotations' / f'{split}.json') for split in SPLITS}
 
-def _is_done(target: Path, root: Path, arguments: dict, overwrite: bool) -> bool:
-    """Whether the dataset is there already; ShapesError if it must not be written."""
-    if not target.exists() or (target.is_dir() and not os.listdir(target)):
-        return False
-    meta = _read_meta(target) if target.is_dir() else None
-    if meta is None:
-        raise ShapesError(
-            f'{root} exists and is not a shapes dataset. Choose another folder (--out), or '
-            'delete it yourself; --overwrite replaces shapes datasets only.'
-        )
-    if (meta.get('version'), meta.get('arguments')) != (VERSION, arguments):
-        problem = 'holds a shapes dataset made by another version or with other arguments'
-    elif not _complete(target, meta):
-        problem = 'holds this shapes dataset, but files are missing or were changed'
-    else:
-        return True
-    foreign = _foreign(target, meta) if overwrite else []
-    if foreign:
-        raise ShapesError(
-            f'{root} holds files that are not part of the dataset '
-            f'({", ".join(foreign[:5])}). Move them away before replacing it.'
-        )
-    if not overwrite:
-        raise ShapesError(
-            f'{root} {problem}. Use --overwrite (overwrite=True) to replace it, or choose another folder (--out).'
-        )
-    return False
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``tools/make_shapes.py``; returns the exit status."""
-    defaults = ShapesConfig()
-    parser = argparse.ArgumentParser(
-        prog=typed('shapes'),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description='Generate the shapes dataset (COCO format) from a seed.',
+    return write_generated(
+        root,
+        Generated('shapes', VERSION, CLASSES, write, hashes, _is_complete, _files),
+        dict(num_train=int(num_train), num_val=int(num_val), seed=int(seed), **dataclasses.asdict(config)),
+        images=num_train + num_val,
+        overwrite=overwrite,
+        progress=progress,
     )
-    parser.add_argument('--out', default='data/shapes', metavar='DIR', help='folder to write')
-    parser.add_argument('--train', type=int, default=1600, metavar='N', help='train images')
-    parser.add_argument('--val', type=int, default=200, metavar='N', help='val images')
-    parser.add_argument('--size', type=int, default=defaults.size, metavar='PX', help='side of the square images')
-    parser.add_argument('--seed', type=int, default=0, metavar='S', help='random seed')
-    parser.add_argument('--overwrite', action='store_true', help='replace another shapes dataset in DIR')
-    args = parser.parse_args(argv)
-    try:
-        root = make_shapes(
-            args.out, args.train, args.val, args.size, args.seed, overwrite=args.overwrite, progress=True
-        )
-    except (ShapesError, ValueError, OSError) as error:
-        said = explain(error) if isinstance(error, OSError) else None
-        print(f'error: {said or error}', file=sys.stderr)
-        return 2
-    print(f'shapes dataset in {root}')
-    for split in _SPLITS:
-        path = root / 'annotations' / f'{split}.json'
-        content = json.loads(path.read_text(encoding='utf-8'))
-        crowds = sum(a['iscrowd'] for a in content['annotations'])
-        empty = len(content['images']) - len({a['image_id'] for a in content['annotations']})
-        print(
-            f'  {split + ":":6} {len(content["images"])} images ({empty} without objects), '
-            f'{len(content["annotations"]) - crowds} objects, {crowds} crowds; {path}'
-        )
-    print(f'  classes: {", ".join(CLASSES)}')
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

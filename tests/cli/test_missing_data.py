@@ -40,7 +40,8 @@ def test_other_data_are_asked_for_by_the_option(tmp_path):
 @pytest.mark.skipif(not shutil.which('make'), reason='make is not installed')
 def test_make_clean_keeps_trained_runs(tmp_path):
     shutil.copy(ROOT / 'Makefile', tmp_path)
-    for name in ('work_dirs/run/epoch_1.pth', 'data/shapes/meta.json', 'data/coco/a.json', 'build/x', '.venv/y'):
+    made = ('data/shapes/meta.json', 'data/shapes-cls/meta.json', 'build/x')
+    for name in ('work_dirs/run/epoch_1.pth', 'data/coco/a.json', '.venv/y', *made):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     for package in ('mmdet_norms', 'mmdet_norms_start', 'tests', 'tools', 'configs'):

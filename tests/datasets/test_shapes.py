@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from mmdet_norms.cli.shapes import main
 from mmdet_norms.datasets import shapes
 from mmdet_norms.datasets.shapes import (
     CLASSES,
@@ -509,15 +510,15 @@ def test_counts_and_seed_out_of_range_are_named(tmp_path, kwargs):
 
 def test_the_command_says_what_it_wrote_and_fails_with_one_line(tmp_path, capsys):
     command = ['--out', str(tmp_path / 'shapes'), '--train', '3', '--val', '2', '--size', '64']
-    assert shapes.main(command) == 0
+    assert main(command) == 0
     out, err = capsys.readouterr()
     assert str(tmp_path / 'shapes') in out and '3 images' in out and '2 images' in out
-    assert shapes.main([*command, '--seed', '1']) == 2
+    assert main([*command, '--seed', '1']) == 2
     out, err = capsys.readouterr()
     assert out == '' and err.count('\n') == 1 and '--overwrite' in err
-    assert shapes.main([*command, '--seed', '1', '--overwrite']) == 0
+    assert main([*command, '--seed', '1', '--overwrite']) == 0
     capsys.readouterr()
-    assert shapes.main([*command, '--size', '7']) == 2
+    assert main([*command, '--size', '7']) == 2
     assert 'size must be' in capsys.readouterr().err
 
 
