@@ -58,14 +58,14 @@ _WHOLE_BACKBONE = ('MABN', 'BRN', 'SN', 'FrozenBN')
 
 # Keys that mean in these norms what they mean in batch norm. Hosts whose batch norm has its own (YOLOX, EfficientNet)
 # hand them on, without which their pretrained weights would be another function.
-_AS_IN_BN = {norm: ('eps', 'momentum') for norm in ('BN', 'SyncBN', 'BNET', 'AN', 'SN')}
+_AS_IN_BN = {norm: ('eps', 'momentum') for norm in ('BN', 'SyncBN', 'GhostBN', 'BNET', 'AN', 'SN')}
 _AS_IN_BN |= {norm: ('eps',) for norm in ('FrozenBN', 'BRN', 'CBN')}
 
 # Norms that another may replace: those of feature maps, not the layer norm of tokens.
-_REPLACED = ('BN', 'SyncBN', 'GN', 'LN2d', 'IN', 'BNET', 'CBN', 'MABN', 'AN', 'BRN', 'SN', 'FrozenBN')
+_REPLACED = ('BN', 'SyncBN', 'GhostBN', 'GN', 'LN2d', 'IN', 'BNET', 'CBN', 'MABN', 'AN', 'BRN', 'SN', 'FrozenBN')
 
 # With running statistics that a checkpoint has; a user's own subclasses included.
-_BATCH_NORMS = ('BN', 'SyncBN', nn.BatchNorm2d, nn.SyncBatchNorm)
+_BATCH_NORMS = ('BN', 'SyncBN', 'GhostBN', nn.BatchNorm2d, nn.SyncBatchNorm)
 
 # Box heads of Faster R-CNN, which become 4conv1fc heads; those of published checkpoints keep their box convention.
 _BOX_HEADS = ('Shared2FCBBoxHead', 'Shared4Conv1FCBBoxHead', 'NormShared4Conv1FCBBoxHead', 'ConvFCBBoxHead')

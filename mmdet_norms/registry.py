@@ -73,6 +73,17 @@ def explain_unknown(name: str) -> UnknownNormError:
     )
 
 
+class _BatchNorm2dOrGhost:
+    """What ``type='BN'`` is to mmcv's builder: ``nn.BatchNorm2d``, or with a ``norm_batch`` the norm of groups."""
+
+    _abbr_ = 'bn'
+
+    def __new__(cls, num_features: int, *args, norm_batch: int | None = None, **kwargs) -> nn.Module:
+        if norm_batch is None:
+            return nn.BatchNorm2d(num_features, *args, **kwargs)
+        return layers.GhostBN(num_features, norm_batch, *args, **kwargs)
+
+
 class _NormLookup:
     """Stands in for ``MODELS`` inside mmcv's norm builder.
 
@@ -97,7 +108,7 @@ class _NormLookup:
         layer = layer or self._registry.get(name)
         if layer is None:
             raise explain_unknown(name)
-        return layer
+        return _BatchNorm2dOrGhost if layer is nn.BatchNorm2d else layer
 
 
 def register_norm_layers() -> None:

@@ -19,6 +19,7 @@ CFGS = dict(
     BN=dict(type='BN'),
     SyncBN=dict(type='SyncBN'),
     BRN=dict(type='BRN'),
+    GhostBN=dict(type='BN', norm_batch=2),
     FrozenBN=dict(type='FrozenBN'),
     BNET=dict(type='BNET', kernel_size=3),
     SN=dict(type='SN'),
@@ -29,7 +30,7 @@ CFGS = dict(
     GN=dict(type='GN', num_groups=2),
     LN2d=dict(type='LN2d'),
 )
-LIKE_BN = ('BN', 'SyncBN', 'BRN', 'FrozenBN')
+LIKE_BN = ('BN', 'GhostBN', 'SyncBN', 'BRN', 'FrozenBN')
 CAN_BE_BN = (*LIKE_BN, 'BNET', 'SN', 'AN', 'CBN')
 LOADERS = {
     'strict': lambda module, state: module.load_state_dict(state),
@@ -219,7 +220,7 @@ def outputs(part: nn.Module, x) -> torch.Tensor:
 
 @pytest.mark.parametrize('place', PLACES)
 @pytest.mark.parametrize(
-    'norm', ['SyncBN', 'BRN', 'FrozenBN', 'BNET', 'SN', 'AN', 'CBN', 'MABN', 'GN', 'AN_GN', 'LN2d']
+    'norm', ['GhostBN', 'SyncBN', 'BRN', 'FrozenBN', 'BNET', 'SN', 'AN', 'CBN', 'MABN', 'GN', 'AN_GN', 'LN2d']
 )
 def test_every_norm_in_every_part_of_a_detector(place, norm):
     cfg, example = PLACES[place]

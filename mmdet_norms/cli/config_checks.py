@@ -14,11 +14,13 @@ from mmengine.config import Config
 from mmdet_norms.entries import class_of, is_a, mappings, name_of
 from mmdet_norms.errors import UserError
 from mmdet_norms.layers import NORMS
+from mmdet_norms.layers._args import NOT_GROUPED
 
 KINDS = ('bbox', 'segm', 'proposal', 'proposal_fast')
 """What ``CocoMetric`` evaluates."""
 
 _MASK_TYPES = ('MaskFormer', 'Mask2Former', 'RTMDetIns')  # masks without anything called a mask head
+_NOT_BY_CLASS = " (torch's class does not take it: write type='BN', or the class mmdet_norms.layers.GhostBN)"
 _CHANNELS = ('num_features', 'num_channels', 'normalized_shape')  # what the host gives, by any name
 
 
@@ -60,12 +62,15 @@ def _unknown_keys(norm_cfg: Any, path: str) -> Iterator[str]:
     if not isinstance(norm_cfg, Mapping) or norm_cfg.get('type') is None:
         return
     name = name_of(norm_cfg)
-    valid = _keys_of(NORMS.get(name) or class_of(norm_cfg))
+    # A class is called as it is; the name is batch norm's, or with a norm_batch that of groups: see registry.py.
+    grouped = name == 'BN' and 'norm_batch' in norm_cfg and isinstance(norm_cfg['type'], str)
+    valid = _keys_of(NORMS['GhostBN'] if grouped else NORMS.get(name) or class_of(norm_cfg))
     unknown = [] if valid is None else [key for key in norm_cfg if key not in (*valid, 'type', '_scope_')]
     if unknown:
         key = unknown[0]
         close = difflib.get_close_matches(key, valid, n=1)
-        hint = f' (did you mean {close[0]!r}?)' if close else ''
+        hint = _NOT_BY_CLASS if key == 'norm_batch' and name == 'BN' else NOT_GROUPED if key == 'norm_batch' else ''
+        hint = hint or (f' (did you mean {close[0]!r}?)' if close else '')
         kept = ', '.join(f'{k}={v!r}' for k, v in norm_cfg.items() if k not in (*unknown, 'type'))
         yield (
             f'{path} of type {name!r} has an unknown key {key}={norm_cfg[key]!r}{hint}; valid keys: {", ".join(valid)}'

@@ -64,7 +64,8 @@ def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
     ======================================  ============================================================================
     norm                                    what remains
     ======================================  ============================================================================
-    BN, SyncBN, FrozenBN, CBN, BRN, MABN    nothing; the convolution has their scale, and their shift as bias
+    BN, SyncBN, FrozenBN, GhostBN, CBN,     nothing; the convolution has their scale, and their shift as bias
+    BRN, MABN
     BNET                                    the depthwise convolution; its batch norm is in the convolution in front.
                                             At the end of a residual block it adds the shortcut and applies ReLU, too
     AN                                      moments, attention and one scale-shift pass; statistics are in its matrices

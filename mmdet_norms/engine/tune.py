@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..compat.torch_versions import autocast_is_on, is_compiling
 from ..deploy.dataflow import Dataflow, may_fold
 from ..kernels.bnet import normalize_and_convolve, serves
-from ..layers import BNET, BRN, FrozenBN
+from ..layers import BNET, BRN, FrozenBN, GhostBN
 from ..layers._fold import CannotFoldError
 from ..layers._watched import is_watched
 
@@ -78,7 +78,7 @@ def tune_mode(model: nn.Module) -> TuneReport:
     ==========================================  ======================================================================
     norm                                        in tune mode
     ==========================================  ======================================================================
-    BN, SyncBN, BRN                             where they are in eval mode while the model trains: ``norm_eval=True``
+    BN, GhostBN, SyncBN, BRN                    where they are in eval mode while the model trains: ``norm_eval=True``
                                                 (backbones), ``frozen_stages``; asked in each forward
     FrozenBN, FrozenBatchNorm2d                 always
     BNET                                        as BN; its depthwise convolution remains
@@ -188,7 +188,7 @@ def _conv_of(norm: nn.Module, name: str, dataflow: Dataflow, rewritten: list[str
 
 
 def _batch_norm_in(norm: nn.Module) -> nn.Module:
-    return norm.bn if isinstance(norm, (BNET, BRN)) else norm
+    return norm.bn if isinstance(norm, (BNET, BRN, GhostBN)) else norm
 
 
 def _has_batch_norm(norm: nn.Module) -> bool:

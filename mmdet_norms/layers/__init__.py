@@ -6,13 +6,14 @@ from .batch_renorm import BRN
 from .bnet import BNET
 from .cbn import CBN, link_convs
 from .frozen_bn import FrozenBN
+from .ghost import GhostBN
 from .group_norm import GN
 from .layer_norm import LN2d
 from .mabn import MABN, CenConv2d, warn_if_uncentred
 from .switch_norm import SN
 from .sync_bn import SyncBN
 
-NORMS = {cls.__name__: cls for cls in (AN, BNET, BRN, CBN, FrozenBN, GN, LN2d, MABN, SN, SyncBN)}
+NORMS = {cls.__name__: cls for cls in (AN, BNET, BRN, CBN, FrozenBN, GhostBN, GN, LN2d, MABN, SN, SyncBN)}
 """The norm layers by the name that ``norm_cfg.type`` takes."""
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     'AnotherFunctionWarning',
     'CenConv2d',
     'FrozenBN',
+    'GhostBN',
     'LN2d',
     'SyncBN',
     'another_function_allowed',

@@ -6,6 +6,9 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+NOT_GROUPED = ' (the norms that take statistics over groups of images are BN, BRN and MABN)'
+"""Said of a ``norm_batch`` elsewhere."""
+
 
 class ConfigError(ValueError, TypeError):
     """An argument that a config got wrong; the message says which, and what to write.
@@ -31,7 +34,7 @@ def reject_unknown(cls: type, unknown: dict) -> None:
     valid.append('requires_grad')
     key, value = next(iter(unknown.items()))
     close = difflib.get_close_matches(key, valid, n=1)
-    hint = f' (did you mean {close[0]!r}?)' if close else ''
+    hint = NOT_GROUPED if key == 'norm_batch' else f' (did you mean {close[0]!r}?)' if close else ''
     raise ConfigError(
         f'norm_cfg of type {cls.__name__!r} has an unknown key {key}={value!r}{hint}; valid keys: {", ".join(valid)}'
     )

@@ -21,7 +21,7 @@ _MARKS = {
     'SN': ('mean_weight', 'var_weight'),
     'MABN': ('iters', 'buffer_x2', 'buffer_gz'),
     'CBN': ('iter_count', 'history_patch', 'history_grad', 'history_moments', 'history_index'),
-    'BN': ('running_mean', 'num_batches_tracked'),  # also SyncBN, BRN, FrozenBN: all the same function in eval mode
+    'BN': ('running_mean', 'num_batches_tracked'),  # and GhostBN, SyncBN, BRN, FrozenBN: the same function in eval
     'MABN of ImageNet': ('running_var',),  # without a mean
     'affine': ('weight', 'bias'),  # group, layer and instance norm; batch norm with its statistics folded in
 }
@@ -38,6 +38,7 @@ _TAKES = {
     'BRN': ('BN',),
     'CBN': ('BN',),
     'FrozenBN': ('BN', 'affine'),
+    'GhostBN': ('BN',),
     'GN': ('affine',),
     'LN2d': ('affine',),
     'MABN': ('BN', 'MABN of ImageNet', 'affine'),

@@ -25,6 +25,7 @@ CFGS = dict(
     BNET=dict(type='BNET'),
     AN=dict(type='AN', k=4),
     BRN=dict(type='BRN'),
+    BN_norm_batch=dict(type='BN', norm_batch=2),
     BRN_at_once=dict(type='BRN', warmup_iters=0, r_iters=0, d_iters=0),
     SN=dict(type='SN'),
     CBN=dict(type='CBN', burnin=2),
@@ -62,6 +63,7 @@ def first_norm(name: str, data: list[torch.Tensor], model: nn.Module) -> tuple[t
     """What the statistics of the first norm should be."""
     with torch.no_grad():
         maps = [model[0].conv(x) for x in data]
+        maps = [part for m in maps for part in m.split(CFGS[name].get('norm_batch', len(m)))]
     mean = torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0)
     correction = 0 if name == 'SN' else 1  # as published
     var = [m.square().mean((0, 2, 3)) if name == 'MABN' else m.var((0, 2, 3), correction=correction) for m in maps]

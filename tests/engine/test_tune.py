@@ -28,7 +28,7 @@ from mmdet_norms.benchmark.groups import Setting
 from mmdet_norms.benchmark.measure import owned_tensors, saved_bytes
 from mmdet_norms.cli import train
 from mmdet_norms.engine import TuneModeHook, tune_mode, undo_tune_mode
-from mmdet_norms.layers import BNET, BRN, FrozenBN, SyncBN
+from mmdet_norms.layers import BNET, BRN, FrozenBN, GhostBN, SyncBN
 
 BACKBONES = {
     'bn': dict(type='ResNet', norm_cfg=dict(type='BN')),
@@ -49,6 +49,7 @@ NORMS = {
     'BN without affine': lambda channels: nn.BatchNorm2d(channels, affine=False),
     'SyncBN': SyncBN,
     'BRN': BRN,
+    'GhostBN': GhostBN,
     'FrozenBN': FrozenBN,
     "mmdet's FrozenBatchNorm2d": FrozenBatchNorm2d,
     'BNET': lambda channels: BNET(channels, 3),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_norms.layers import AN, BNET, BRN, CBN, MABN, SN, CenConv2d, SyncBN
+from mmdet_norms.layers import AN, BNET, BRN, CBN, MABN, SN, CenConv2d, GhostBN, SyncBN
 
 NORMS = {
     'BNET': lambda: BNET(4),
@@ -15,6 +15,8 @@ NORMS = {
     'AN': lambda: AN(4, k=3),
     'BRN': lambda: BRN(4, warmup_iters=2, r_iters=4, d_iters=4),
     'SN': lambda: SN(4),
+    'GhostBN': lambda: GhostBN(4, norm_batch=3),
+    'GhostBN, image by image': lambda: GhostBN(4, norm_batch=1),
     'SyncBN': lambda: SyncBN(4),
     'SyncBN average': lambda: SyncBN(4, momentum=None),
     'CBN': lambda: CBN(4, burnin=2),
@@ -128,7 +130,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
     return Checkpointed()
 
 
-@pytest.mark.parametrize('name', ['BNET', 'AN', 'BRN', 'SN', 'SyncBN', 'MABN'])
+@pytest.mark.parametrize('name', ['BNET', 'AN', 'BRN', 'SN', 'GhostBN', 'SyncBN', 'MABN'])
 @pytest.mark.filterwarnings('ignore')
 def test_in_compiled_code_too(name):
     model = net(NORMS[name]())
@@ -145,7 +147,7 @@ def test_in_compiled_code_too(name):
     assert finite(model)
 
 
-@pytest.mark.parametrize('name', ['BNET', 'AN', 'BRN', 'SN', 'SyncBN', 'CBN', 'MABN'])
+@pytest.mark.parametrize('name', ['BNET', 'AN', 'BRN', 'SN', 'GhostBN', 'SyncBN', 'CBN', 'MABN'])
 def test_an_overflow_in_half_precision(name):
     """Under autocast a convolution overflows to inf; in a model of halves so does a variance when it is written."""
     model = net(NORMS[name]())

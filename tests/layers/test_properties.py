@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_norms.layers import AN, BNET, BRN, CBN, GN, MABN, NORMS, SN, CenConv2d, FrozenBN, LN2d, SyncBN, link_convs
+from mmdet_norms.layers import AN, BNET, BRN, CBN, GN, MABN, NORMS, SN, CenConv2d, FrozenBN, GhostBN, LN2d, SyncBN, link_convs
 
 C = 6
 
@@ -43,6 +43,7 @@ MAKE = {
     'BRN': lambda: BRN(C, warmup_iters=1, r_iters=3, d_iters=3, momentum=0.1),
     'CBN': lambda: CBN(C, buffer_num=2, burnin=2),
     'FrozenBN': lambda: FrozenBN(C),
+    'GhostBN': lambda: GhostBN(C, norm_batch=1),
     'GN': lambda: GN(C, num_groups=2),
     'LN2d-C': lambda: LN2d(C),
     'LN2d-CHW': lambda: LN2d(C, over='CHW'),

@@ -21,6 +21,7 @@ NORMS = dict(
     BNET=dict(type='BNET'),
     BRN=dict(type='BRN', warmup_iters=0, r_iters=2, d_iters=2, momentum=0.3),
     CBN=dict(type='CBN', burnin=0),
+    BN_norm_batch=dict(type='BN', norm_batch=1),
     GN=dict(type='GN', num_groups=2),
     MABN=dict(type='MABN', warmup_iters=0, buffer_size=2),
     SN=dict(type='SN'),

@@ -24,6 +24,7 @@ NORMS = dict(
     CBN_burnin=dict(type='CBN', burnin=100),
     CBN_window=dict(type='CBN', burnin=1, rho=0.0),  # else the gradient is of other constants at other weights
     FrozenBN=dict(type='FrozenBN'),
+    BN_norm_batch=dict(type='BN', norm_batch=1),
     GN=dict(type='GN', num_groups=2),
     LN2d=dict(type='LN2d'),
     LN2d_CHW=dict(type='LN2d', over='CHW'),

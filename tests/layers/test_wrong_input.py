@@ -75,7 +75,7 @@ def test_the_norm_behind_a_convolution_of_other_channels_says_it(name, training)
             net(torch.randn(2, 3, 16, 16))
 
 
-@pytest.mark.parametrize('name', ['BNET', 'BNET-1', 'BNET-7', 'FrozenBN', 'SyncBN', 'BRN', 'CBN', 'MABN'])
+@pytest.mark.parametrize('name', ['BNET', 'BNET-1', 'BNET-7', 'FrozenBN', 'GhostBN', 'SyncBN', 'BRN', 'CBN', 'MABN'])
 def test_neither_fusing_nor_tune_mode_hides_it(name):
     net = nn.Sequential(nn.Conv2d(3, 6, 3), MAKE[name]())
     for module in net.modules():
@@ -107,7 +107,7 @@ def test_a_shortcut_of_another_shape_is_not_spread_over_the_map():
             fused[1](x, torch.randn(shape))
 
 
-@pytest.mark.parametrize('name', ['BNET', 'AN', 'FrozenBN', 'GN', 'LN2d', 'SN', 'BRN'])
+@pytest.mark.parametrize('name', ['BNET', 'AN', 'FrozenBN', 'GhostBN', 'GN', 'LN2d', 'SN', 'BRN'])
 def test_compiled_code_says_it_as_well_and_asks_in_one_graph(name):
     layer = MAKE[name]().eval()
     torch.compiler.reset()

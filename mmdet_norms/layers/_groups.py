@@ -1,0 +1,51 @@
+"""A simulated normalization batch: statistics over consecutive groups of ``norm_batch`` images of a larger batch.
+
+So what the size of that batch does to a network can be measured, with all else of its training as it is: batch and rate
+of the optimizer, images per process.
+"""
+
+import torch
+from torch import Tensor
+
+from ._args import ConfigError
+
+
+def check_norm_batch(kind: str, norm_batch) -> None:
+    """Raise :class:`ConfigError` unless ``norm_batch`` is a whole number of images. ``kind`` is ``norm_cfg.type``."""
+    if isinstance(norm_batch, bool) or not isinstance(norm_batch, int) or norm_batch < 1:
+        raise ConfigError(
+            f'norm_cfg of type {kind!r}: norm_batch={norm_batch!r} must be an integer of at least 1: the number of '
+            'images whose statistics are taken together; without the key it is the whole batch'
+        )
+
+
+def check_groups(kind: str, norm_batch: int, x: Tensor) -> None:
+    """Raise :class:`ConfigError` unless the images of ``x`` can be grouped."""
+    images = len(x)
+    if images % norm_batch:
+        raise ConfigError(
+            f'norm_cfg of type {kind!r}: norm_batch={norm_batch} does not divide this batch of {images}, and training '
+            f'normalizes whole groups. Write a batch_size that is a multiple of {norm_batch}, such as '
+            f'{-(-images // norm_batch) * norm_batch}, and drop_last=True in train_dataloader, as the last batch of an '
+            'epoch may be smaller. A head whose batch are regions of interest cannot have norm_batch'
+        )
+
+
+def pooled_moments(mean: Tensor, var: Tensor, norm_batch: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``(G, C)`` of the groups from those of their images ``(N, C)``."""
+    mean, var = (t.unflatten(0, (-1, norm_batch)) for t in (mean, var))
+    of_group = mean.mean(1)
+    # from deviations, so that a mean that is large against them costs no digits
+    return of_group, (var + (mean - of_group.unsqueeze(1)).square()).mean(1)
+
+
+def group_moments(x: Tensor, norm_batch: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``(G, C)`` of the groups, by torch's operators."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(wide.unflatten(0, (-1, norm_batch)), (1, 3, 4), correction=0)
+    return mean, var
+
+
+def for_images(rows: Tensor, norm_batch: int) -> Tensor:
+    """``(N, C)``: what each image takes from the ``(G, C)`` of the groups."""
+    return rows.unsqueeze(1).expand(-1, norm_batch, -1).flatten(0, 1)

@@ -1,0 +1,99 @@
+"""Ghost batch norm: batch norm of groups of images, each by its own statistics."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.instance_affine import instance_affine, serves
+from ._args import check_map, check_number, reject_unknown
+from ._fold import fold_batch_norm
+from ._groups import check_groups, check_norm_batch, for_images, group_moments, pooled_moments
+from ._recompute import in_backward, running_statistics
+from ._with_batch_norm import WithBatchNorm
+
+
+class GhostBN(WithBatchNorm):
+    r"""Batch norm with a simulated normalization batch: ``norm_cfg=dict(type='BN', norm_batch=B)``.
+
+    Image i of a batch belongs to group :math:`g = \lfloor i / B \rfloor`, and
+
+    .. math::
+        y = \gamma\, \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} + \beta
+
+    with mean and biased variance per channel over the ``(B, H, W)`` of the group. So a batch of 32 with ``B=2`` is
+    normalized, forward and backward, as 16 batch norms of pairs would. One batch is one step of the running statistics:
+    towards the average over groups of mean and unbiased variance, counted once. Eval is plain batch norm, of any batch.
+
+    Shapes: x and y ``(N, C, H, W)``, N a multiple of B in training; N = 0 passes through and changes no state. State
+    dict as ``nn.BatchNorm2d``'s, so checkpoints go both ways. Statistics in fp32 for fp16/bf16 inputs; y has the dtype
+    and layout of x. A single value per channel and group has no variance: such a batch is normalized with the running
+    statistics and leaves them. Activation checkpointing counts nothing twice; inf and nan leave no trace. SyncBN
+    conversion keeps the groups, whose statistics stay those of this process.
+
+    Args:
+        num_features: C.
+        norm_batch: B. Default 2, the hard case of the published rows.
+        eps: added to the variance inside the root. Default 1e-5.
+        momentum: weight of the newest batch in the running statistics (torch's convention); ``None`` averages over
+            all batches. Default 0.1.
+        affine: with weight and bias. Default True.
+
+    Raises:
+        ValueError: a number out of range; in training, a batch that is no multiple of B; an input that is not
+            ``(N, C, H, W)``.
+        TypeError: an unknown key.
+
+    Source: Hoffer et al., "Train longer, generalize better", arXiv:1705.08741, section 4; the running statistics as
+    Yan et al., arXiv:2001.06838, simulate small batches.
+    """
+
+    _abbr_ = 'bn'  # the attribute name in host models: batch norm's, so that its checkpoints load by key
+
+    def __init__(
+        self,
+        num_features: int,
+        norm_batch: int = 2,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        **unknown,
+    ):
+        reject_unknown(type(self), unknown)
+        check_norm_batch('BN', norm_batch)
+        check_number(type(self), 'eps', eps, 0)
+        if momentum is not None:
+            check_number(type(self), 'momentum', momentum, 0, 1)
+        super().__init__(num_features, nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=affine))
+        self.norm_batch = norm_batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_map(self, self.num_features, x)
+        bn = self.bn
+        if not bn.training:
+            return bn(x)
+        check_groups('BN', self.norm_batch, x)
+        if self.norm_batch * x.shape[2] * x.shape[3] <= 1 or not x.numel():
+            return F.batch_norm(x, *running_statistics(bn), bn.weight, bn.bias, False, 0.0, bn.eps)
+        if serves(x):
+            return instance_affine(x, lambda mean, var: self._of_images(*pooled_moments(mean, var, self.norm_batch), x))
+        mean, var = group_moments(x, self.norm_batch)
+        scale, origin, shift = (t[..., None, None] for t in self._of_images(mean, var, x))
+        return (scale * (x - origin) + shift).to(x.dtype)
+
+    def _of_images(self, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, origin and shift ``(N, C)`` of the images from the moments ``(G, C)`` of the groups, which count."""
+        bn = self.bn
+        if not in_backward():  # activation checkpointing repeats a forward that was counted
+            count = self.norm_batch * x.shape[2] * x.shape[3]
+            self._update(mean.detach().mean(0), var.detach().mean(0) * (count / (count - 1)))
+        scale, shift = (var + bn.eps).rsqrt(), torch.zeros_like(mean)
+        if bn.affine:
+            scale, shift = scale * bn.weight.to(mean.dtype), shift + bn.bias.to(mean.dtype)
+        return tuple(for_images(t, self.norm_batch) for t in (scale, mean, shift))
+
+    def fold_into(self, conv: nn.Module) -> None:
+        """See :mod:`._fold`: eval is batch norm, of which nothing remains."""
+        fold_batch_norm(conv, self.bn)
+
+    def extra_repr(self) -> str:
+        return f'norm_batch={self.norm_batch}'
