@@ -24,7 +24,22 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_norms.layers import AN, BNET, BRN, CBN, GN, MABN, NORMS, SN, CenConv2d, FrozenBN, GhostBN, LN2d, SyncBN, link_convs
+from mmdet_norms.layers import (
+    AN,
+    BNET,
+    BRN,
+    CBN,
+    GN,
+    MABN,
+    NORMS,
+    SN,
+    CenConv2d,
+    FrozenBN,
+    GhostBN,
+    LN2d,
+    SyncBN,
+    link_convs,
+)
 
 C = 6
 
