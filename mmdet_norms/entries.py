@@ -93,6 +93,11 @@ def parameter_of(entry: Any, key: str, registry: Registry = MODELS) -> inspect.P
     return None
 
 
+def is_classifier(model_cfg: Any) -> bool:
+    """Whether a model config is that of an image classifier, this package's or mmpretrain's."""
+    return is_a(model_cfg, 'ImageClassifier')
+
+
 def mappings(node: Any, key: str = '') -> Iterator[tuple[str, Mapping]]:
     """Every dict in a part of a config, the outer ones first, with its key such as ``'model.roi_head.bbox_head.0'``.
 

@@ -2,14 +2,15 @@
 
 import copy
 import difflib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mmengine.registry import MODELS
 from torch import nn
 
-from .entries import class_of, is_a, name_of
+from .entries import class_of, is_a, is_classifier, name_of
 from .norm_cfg import CENTRED, MISSING, conv_is_plain, default_of, norm_of, parts_with, set_keys, takes
 
 BATCH_NORM = dict(type='BN', requires_grad=True)
@@ -67,6 +68,8 @@ _REPLACED = ('BN', 'SyncBN', 'GhostBN', 'GN', 'LN2d', 'IN', 'BNET', 'CBN', 'MABN
 # With running statistics that a checkpoint has; a user's own subclasses included.
 _BATCH_NORMS = ('BN', 'SyncBN', 'GhostBN', nn.BatchNorm2d, nn.SyncBatchNorm)
 
+_PLAIN = ('BN', nn.BatchNorm2d)
+
 # Box heads of Faster R-CNN, which become 4conv1fc heads; those of published checkpoints keep their box convention.
 _BOX_HEADS = ('Shared2FCBBoxHead', 'Shared4Conv1FCBBoxHead', 'NormShared4Conv1FCBBoxHead', 'ConvFCBBoxHead')
 _LEGACY_BOX_HEADS = ('PlusOneShared2FCBBoxHead', 'PlusOneShared4Conv1FCBBoxHead')
@@ -85,7 +88,8 @@ class Placement:
     """One named choice. Each field holds config keys for one part of the detector; an empty one leaves it alone.
 
     Args:
-        where: for people: which norms of the detector it replaces.
+        where: for people: which norms of a detector it replaces.
+        in_classifier: for people: which norms of an image classifier; empty if it has nothing for one.
         norm_at: ``norm_at`` of the backbone: position -> norm_cfg. Other positions keep batch norm.
         backbone: keys of the backbone; without a ``norm_cfg`` here, the backbone has batch norm.
         neck: keys of the FPN, or whatever neck there is.
@@ -93,20 +97,29 @@ class Placement:
             ``norm_cfg`` list has one entry per convolution).
         mask_head: keys of every mask head of a Mask R-CNN.
         head: keys of every other head, where it has norms in the stock detector (FCOS, RTMDet, SOLO, ...).
+        classifier: keys of the backbone of a classifier, where these are others than in a detector.
     """
 
     where: str
+    in_classifier: str
     norm_at: dict = field(default_factory=dict)
     backbone: dict = field(default_factory=dict)
     neck: dict = field(default_factory=dict)
     box_head: dict = field(default_factory=dict)
     mask_head: dict = field(default_factory=dict)
     head: dict = field(default_factory=dict)
+    classifier: dict = field(default_factory=dict)
+
+
+# Where there is no pretraining, statistics are learned.
+_NOTHING_FIXED = dict(norm_eval=False, frozen_stages=-1)
+_EVERY = 'every norm of the backbone'
 
 
 def _bnet(kernel_size: int) -> Placement:
     return Placement(
         where='last norm of every residual block of the backbone (norm3 of a Bottleneck); all others stay BN',
+        in_classifier='the same',
         norm_at=dict(last=dict(type='BNET', kernel_size=kernel_size)),
     )
 
@@ -116,10 +129,12 @@ def _in_heads(norm_cfg: dict) -> Placement:
     part = dict(norm_cfg=norm_cfg)
     return Placement(
         where='FPN, 4conv1fc box head and mask head; the backbone keeps the (frozen) BN of its config',
+        in_classifier=_EVERY,
         neck=part,
         box_head=part,
         mask_head=part,
         head=part,
+        classifier=dict(part, **_NOTHING_FIXED),
     )
 
 
@@ -128,7 +143,8 @@ def _everywhere(norm_cfg: dict, **more) -> Placement:
     part = dict(norm_cfg=norm_cfg, **more)
     return Placement(
         where='backbone, FPN, 4conv1fc box head and mask head; nothing frozen',
-        backbone=dict(part, norm_eval=False, frozen_stages=-1),
+        in_classifier=_EVERY + ', behind centred convolutions' * ('conv_cfg' in more),
+        backbone=dict(part, **_NOTHING_FIXED),
         neck=part,
         box_head=part,
         mask_head=part,
@@ -144,23 +160,28 @@ def _an(norm: str) -> list[dict]:
 _AN_AT = dict(norm2=_an('BN'))
 
 PLACEMENTS: dict[str, Placement] = {
-    'bn': Placement(where='batch norm everywhere in the backbone, as in stock mmdet: the baseline'),
+    'bn': Placement(
+        where='batch norm everywhere in the backbone, as in stock mmdet: the baseline',
+        in_classifier=_EVERY,
+    ),
     'bnet3': _bnet(3),
     'bnet5': _bnet(5),
     'bnet7': _bnet(7),
     'cbn': _in_heads(dict(type='CBN', buffer_num=3, burnin=8)),
     'gn': _in_heads(GROUP_NORM),
     'syncbn': _in_heads(dict(type='SyncBN', requires_grad=True)),
-    'mabn': _everywhere(dict(type='MABN', B=2, real_B=32), conv_cfg=CENTRED),
+    'mabn': _everywhere(dict(type='MABN', B=2, real_B=32), f'{_EVERY}, behind centred convolutions', conv_cfg=CENTRED),
     'brn': _everywhere(dict(type='BRN')),
     'sn': _everywhere(dict(type='SN')),
     'an': Placement(
         where='second norm of every block of the backbone (bn2), 10, 10, 20, 20 components in the four stages',
+        in_classifier='the same',
         norm_at=_AN_AT,
     ),
     'an-gn-head': Placement(
         where='as `an`, and AN(GN) with 10, 10, 20, 20 components in the four convolutions of a 4conv1fc box head, GN '
         'in FPN and mask head',
+        in_classifier='',
         norm_at=_AN_AT,
         neck=dict(norm_cfg=GROUP_NORM),
         box_head=dict(norm_cfg=_an('GN')),
@@ -168,7 +189,8 @@ PLACEMENTS: dict[str, Placement] = {
         head=dict(norm_cfg=dict(type='AN', norm='GN', k=10)),
     ),
     'frozen': Placement(
-        where='every norm of the backbone is a fixed affine map (needs pretrained weights)',
+        where=f'{_EVERY} is a fixed affine map (needs pretrained weights)',
+        in_classifier='the same',
         backbone=dict(norm_cfg=dict(type='FrozenBN')),
     ),
 }
@@ -199,8 +221,11 @@ def apply_norm(model_cfg: Mapping, name: str) -> Mapping:
     A neck or head that stays without the norm is named in one warning, with the reason. In semi-supervised and tracking
     models, ``model.detector`` is the detector.
 
+    In an image classifier the names of the heads (``cbn``, ``gn``, ``syncbn``) mean every norm of the backbone, too, as
+    in the ImageNet experiments of their papers, and ``bn`` means BN where the config has another norm.
+
     Args:
-        model_cfg: ``cfg.model`` of any mmdet 3.x detector. Not changed.
+        model_cfg: ``cfg.model`` of any mmdet 3.x detector, or of an ``ImageClassifier``. Not changed.
         name: a key of :data:`PLACEMENTS`.
 
     Returns:
@@ -219,11 +244,25 @@ def apply_norm(model_cfg: Mapping, name: str) -> Mapping:
     detector = model_cfg
     while 'backbone' not in detector and isinstance(detector.get('detector'), Mapping):
         detector = detector['detector']
+    classifier = is_classifier(detector)
+    if classifier:
+        placement = _for_classifier(name, placement)
     for path, backbone in _backbones(detector, name):
-        _place_in_backbone(path, backbone, name, placement)
+        _place_in_backbone(path, backbone, name, placement, classifier)
     if placement.neck:
         _place_in_neck_and_heads(detector, name, placement)
     return model_cfg
+
+
+def _for_classifier(name: str, placement: Placement) -> Placement:
+    """What of a named choice there is in an image classifier, which has a backbone and a linear layer."""
+    if not placement.in_classifier:
+        raise ValueError(
+            f"norm {name!r} sits in the convolutions of a detector's heads, and an image classifier has none: write "
+            "'an', which is its backbone"
+        )
+    backbone = placement.classifier or placement.backbone
+    return replace(placement, backbone=backbone, neck={}, box_head={}, mask_head={}, head={})
 
 
 def _backbones(detector: dict, name: str) -> Iterator[tuple[str, dict]]:
@@ -231,7 +270,7 @@ def _backbones(detector: dict, name: str) -> Iterator[tuple[str, dict]]:
     if not isinstance(backbone, Mapping) or 'type' not in backbone:
         raise ValueError(
             f'norm {name!r} sits in the backbone, but model.backbone of {name_of(detector)!r} is {backbone!r}; '
-            'use a detector config with a backbone dict'
+            'use a config with a backbone dict'
         )
     yield 'backbone', backbone
     for neck in _parts(detector.get('neck')):
@@ -239,20 +278,20 @@ def _backbones(detector: dict, name: str) -> Iterator[tuple[str, dict]]:
             yield 'neck.rfp_backbone', neck['rfp_backbone']
 
 
-def _place_in_backbone(path: str, backbone: dict, name: str, placement: Placement) -> None:
+def _place_in_backbone(path: str, backbone: dict, name: str, placement: Placement, classifier: bool) -> None:
     stock = _STOCK.get(name_of(backbone), name_of(backbone))
     if not _is_host(stock, backbone, placement):
         batch_norm = is_a(norm_of(backbone), _BATCH_NORMS)
         if not (placement.norm_at or placement.backbone) and (placement.neck or batch_norm):
             return  # a name that leaves the backbone alone
-        _refuse_backbone(path, backbone, name, placement)
+        _refuse_backbone(path, backbone, name, placement, classifier)
     backbone.pop('norm_at', None)
     if name_of(backbone.get('conv_cfg')) == CENTRED['type']:
         del backbone['conv_cfg']
     norm = norm_of(backbone) or BATCH_NORM
     if 'norm_cfg' in placement.backbone:
         _place_in_whole_backbone(path, backbone, name, placement.backbone)
-    elif name_of(norm) in _WHOLE_BACKBONE:
+    elif name_of(norm) in _WHOLE_BACKBONE or (classifier and not is_a(norm, _PLAIN)):
         backbone['norm_cfg'] = copy.deepcopy(default_of(backbone, 'norm_cfg'))
     elif not is_a(norm, _BATCH_NORMS):
         _start_from_batch_norm(backbone, name)
@@ -287,12 +326,14 @@ def _place_in_whole_backbone(path: str, backbone: dict, name: str, keys: dict) -
         kind = name_of(backbone)
         raise ValueError(f'norm {name!r}: model.{path}.type={kind!r} {missing}; use another norm')
     keys = dict(keys, norm_cfg=_as_batch_norm(keys['norm_cfg'], backbone))
+    if 'num_groups' in keys['norm_cfg'] and 'base_channels' in backbone:  # narrower than the groups are many
+        keys['norm_cfg']['num_groups'] = math.gcd(keys['norm_cfg']['num_groups'], backbone['base_channels'])
     if 'frozen_stages' in keys and takes(backbone, 'frozen_stages'):
         keys['frozen_stages'] = default_of(backbone, 'frozen_stages')  # 0 in EfficientNet, elsewhere -1
     set_keys(backbone, keys)
 
 
-def _refuse_backbone(path: str, backbone: dict, name: str, placement: Placement) -> None:
+def _refuse_backbone(path: str, backbone: dict, name: str, placement: Placement, classifier: bool) -> None:
     kind = name_of(backbone)
     reason = _NO_HOSTS.get(kind, 'has no blocks with batch norm that it could be placed in')
     if class_of(backbone) is None:
@@ -302,9 +343,9 @@ def _refuse_backbone(path: str, backbone: dict, name: str, placement: Placement)
         norm_cfg = next(iter(placement.norm_at.values()))
         norm_cfg = norm_cfg[0] if isinstance(norm_cfg, list) else norm_cfg
         everywhere = f', or put it at every norm by model.{path}.norm_cfg={norm_cfg}'
+    alone = '' if classifier else f'. The names {", ".join(_IN_HEADS)} leave the backbone alone'
     raise ValueError(
-        f'norm {name!r}: model.{path}.type={kind!r} {reason}; use one of: {", ".join(HOSTS)}{everywhere}. '
-        f'The names {", ".join(_IN_HEADS)} leave the backbone alone'
+        f'norm {name!r}: model.{path}.type={kind!r} {reason}; use one of: {", ".join(HOSTS)}{everywhere}{alone}'
     )
 
 
