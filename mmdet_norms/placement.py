@@ -170,7 +170,7 @@ PLACEMENTS: dict[str, Placement] = {
     'cbn': _in_heads(dict(type='CBN', buffer_num=3, burnin=8)),
     'gn': _in_heads(GROUP_NORM),
     'syncbn': _in_heads(dict(type='SyncBN', requires_grad=True)),
-    'mabn': _everywhere(dict(type='MABN', B=2, real_B=32), f'{_EVERY}, behind centred convolutions', conv_cfg=CENTRED),
+    'mabn': _everywhere(dict(type='MABN', B=2, real_B=32), conv_cfg=CENTRED),
     'brn': _everywhere(dict(type='BRN')),
     'sn': _everywhere(dict(type='SN')),
     'an': Placement(
