@@ -4,10 +4,15 @@ So what the size of that batch does to a network can be measured, with all else 
 of the optimizer, images per process.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from ..kernels.instance_affine import instance_affine, serves
 from ._args import ConfigError
+
+Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def check_norm_batch(kind: str, norm_batch) -> None:
@@ -31,21 +36,29 @@ def check_groups(kind: str, norm_batch: int, x: Tensor) -> None:
         )
 
 
-def pooled_moments(mean: Tensor, var: Tensor, norm_batch: int) -> tuple[Tensor, Tensor]:
+def normalize_groups(x: Tensor, norm_batch: int, rule: Rule) -> Tensor:
+    """``y = scale * (x - origin) + shift`` with parameters that ``rule`` computes from the moments of every group.
+
+    Args:
+        x: ``(N, C, H, W)``, N a multiple of ``norm_batch`` and not 0.
+        rule: ``(mean, var) -> (scale, origin, shift)``; mean and biased variance of the groups, all ``(G, C)`` and in
+            fp32, or fp64 for fp64 maps. Gradients flow through them, of any order.
+    """
+
+    def for_images(rows: Tensor) -> Tensor:
+        return rows.unsqueeze(1).expand(-1, norm_batch, -1).flatten(0, 1)
+
+    if serves(x):
+        return instance_affine(x, lambda mean, var: tuple(map(for_images, rule(*_pooled(mean, var, norm_batch)))))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (-1, norm_batch))
+    var, mean = torch.var_mean(wide, (1, 3, 4), correction=0)
+    scale, origin, shift = (rows[:, None, :, None, None] for rows in rule(mean, var))
+    return (scale * (wide - origin) + shift).flatten(0, 1).to(x.dtype)
+
+
+def _pooled(mean: Tensor, var: Tensor, norm_batch: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance ``(G, C)`` of the groups from those of their images ``(N, C)``."""
-    mean, var = (t.unflatten(0, (-1, norm_batch)) for t in (mean, var))
+    mean, var = (rows.unflatten(0, (-1, norm_batch)) for rows in (mean, var))
     of_group = mean.mean(1)
     # from deviations, so that a mean that is large against them costs no digits
     return of_group, (var + (mean - of_group.unsqueeze(1)).square()).mean(1)
-
-
-def group_moments(x: Tensor, norm_batch: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance ``(G, C)`` of the groups, by torch's operators."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    var, mean = torch.var_mean(wide.unflatten(0, (-1, norm_batch)), (1, 3, 4), correction=0)
-    return mean, var
-
-
-def for_images(rows: Tensor, norm_batch: int) -> Tensor:
-    """``(N, C)``: what each image takes from the ``(G, C)`` of the groups."""
-    return rows.unsqueeze(1).expand(-1, norm_batch, -1).flatten(0, 1)

@@ -122,13 +122,13 @@ class Calls:
 
     def __init__(self):
         self._last: deque[tuple[Tensor, ...]] = deque(maxlen=_REMEMBERED_CALLS)
-        self._taken: Tensor | None = None
+        self._taken: dict[torch.Size, Tensor] = {}  # by shape of the key, how often each call was
 
     def add(self, call: tuple[Tensor, ...]) -> None:
-        """``call[0]`` is the key: a vector that depends on the input."""
+        """``call[0]`` is the key: a vector, or rows of them, that depend on the input."""
         if not remember(self, call):
             self._last.append(call)
-            self._taken = None
+            self._taken = {}
 
     def recall(self, key: Tensor) -> tuple[Tensor, ...] | None:
         """The call that is being repeated. None if there is none: a forward that only looks like a repetition."""
@@ -136,17 +136,18 @@ class Calls:
 
     def _nearest(self, key: Tensor) -> tuple[Tensor, ...] | None:
         """Without looking at a value on the host."""
-        calls = [call for call in self._last if call[0].device == key.device]
+        calls = [call for call in self._last if (call[0].device, call[0].shape) == (key.device, key.shape)]
         if not calls:
             return None
-        if self._taken is None or len(self._taken) != len(calls):
-            self._taken = torch.zeros(len(calls), dtype=torch.int64, device=key.device)
+        taken = self._taken.get(key.shape)
+        if taken is None or len(taken) != len(calls):
+            taken = self._taken[key.shape] = torch.zeros(len(calls), dtype=torch.int64, device=key.device)
         stacks = [torch.stack(vectors) for vectors in zip(*calls)]
         # A batch with an inf or nan is near to nothing; nan would count as the least of all distances.
-        distance = (stacks[0] - key).abs().sum(1).nan_to_num(nan=float('inf'))
-        order = torch.arange(len(calls), device=key.device) - len(calls) * self._taken
+        distance = (stacks[0] - key).abs().flatten(1).sum(1).nan_to_num(nan=float('inf'))
+        order = torch.arange(len(calls), device=key.device) - len(calls) * taken
         best = torch.where(distance <= distance.min(), order, torch.full_like(order, -(2**62))).argmax(0, keepdim=True)
-        self._taken.index_add_(0, best, torch.ones_like(best))
+        taken.index_add_(0, best, torch.ones_like(best))
         return tuple(stack.index_select(0, best)[0] for stack in stacks)
 
     def __reduce__(self):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..compat.torch_versions import is_compiling
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
+from ._groups import check_groups, check_norm_batch, normalize_groups
 from ._recompute import in_backward
 from ._replay import Calls, handle_of, layer_of
 from ._with_batch_norm import WithBatchNorm
@@ -41,6 +42,10 @@ class BRN(WithBatchNorm):
     Under activation checkpointing the recomputed forward finds r and d of the original one and does not update the
     statistics a second time.
 
+    With ``norm_batch=B`` the batch is normalized in consecutive groups of B images, as B images alone would be: each
+    group has its own statistics, r and d, the latter against the running statistics before this batch. These then take
+    one step, towards the average over groups of mean and unbiased variance, and count one batch.
+
     ``norm_eval`` makes it plain batch norm with running statistics, which defeats the method.
 
     Args:
@@ -54,10 +59,11 @@ class BRN(WithBatchNorm):
         momentum: weight of the newest batch in the running statistics (torch's convention); ``None`` averages over
             all batches. Default 0.01, as published: the running statistics take part in training, so they must be
             steady.
+        norm_batch: B. Default ``None``: the whole batch.
 
     Raises:
         ValueError: a number out of range, or ``r_iters`` or ``d_iters`` below ``warmup_iters``; an input that is not
-            ``(N, C, H, W)``.
+            ``(N, C, H, W)``, or in training no multiple of ``norm_batch``.
         TypeError: an unknown key.
 
     Source: Ioffe, "Batch Renormalization", arXiv:1702.03275, sections 3 and 4.1.
@@ -75,6 +81,7 @@ class BRN(WithBatchNorm):
         d_iters: int = 25000,
         eps: float = 1e-5,
         momentum: float | None = 0.01,
+        norm_batch: int | None = None,
         **unknown,
     ):
         reject_unknown(type(self), unknown)
@@ -86,7 +93,10 @@ class BRN(WithBatchNorm):
         _check_at_least('warmup_iters', warmup_iters, 0, int)
         _check_at_least('r_iters', r_iters, warmup_iters, int, ' (warmup_iters)')
         _check_at_least('d_iters', d_iters, warmup_iters, int, ' (warmup_iters)')
+        if norm_batch is not None:
+            check_norm_batch('BRN', norm_batch)
         super().__init__(num_features, nn.BatchNorm2d(num_features, eps=eps, momentum=momentum))
+        self.norm_batch = norm_batch
         self.momentum = momentum
         self.r_max, self.d_max = r_max, d_max
         self.warmup_iters, self.r_iters, self.d_iters = warmup_iters, r_iters, d_iters
@@ -102,18 +112,34 @@ class BRN(WithBatchNorm):
         weight, bias = bn.weight.to(dtype), bn.bias.to(dtype)
         if not x.numel():
             return (x * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)).to(x.dtype)
-        count = x.numel() // x.shape[1]
+        if self.norm_batch is not None:
+            return self._by_groups(x, weight, bias)
         with torch.no_grad():
             var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
-            if is_compiling():
-                state = bn.running_mean, bn.running_var, bn.num_batches_tracked
-                r, d = _compiled_call(mean, var, *state, self._handle, count)
-            else:
-                r, d = self._call(mean, var, count, bn)
+            r, d = self._r_and_d(mean, var, x.numel() // x.shape[1])
         # Renormalization is affine, so it can share the step of weight and bias.
         # torch.batch_norm, since F.batch_norm refuses a single value per channel.
         weight, bias = weight * r, weight * d + bias
         return torch.batch_norm(x, weight, bias, None, None, True, 0.0, bn.eps, torch.backends.cudnn.enabled)
+
+    def _by_groups(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        check_groups('BRN', self.norm_batch, x)
+        count = self.norm_batch * x.shape[2] * x.shape[3]
+
+        def affine_of(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            with torch.no_grad():
+                r, d = self._r_and_d(mean.detach(), var.detach(), count)
+            return weight * r * (var + self.bn.eps).rsqrt(), mean, weight * d + bias
+
+        return normalize_groups(x, self.norm_batch, affine_of)
+
+    def _r_and_d(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """From moments over ``count`` values each, ``(C,)`` or of the groups ``(G, C)``."""
+        bn = self.bn
+        if is_compiling():
+            state = bn.running_mean, bn.running_var, bn.num_batches_tracked
+            return _compiled_call(mean, var, *state, self._handle, count)
+        return self._call(mean, var, count, bn)
 
     def _call(self, mean: Tensor, var: Tensor, count: int, bn) -> tuple[Tensor, Tensor]:
         """r and d of this batch, which then counts; or of the call that is being repeated. ``bn`` has the state."""
@@ -121,6 +147,7 @@ class BRN(WithBatchNorm):
         r, d = known[1:] if known else self._correction(mean, var, bn)
         if not in_backward():
             self._calls.add((mean, r, d))
+            mean, var = (t.mean(0) if t.dim() > 1 else t for t in (mean, var))
             self._update(mean, var * (count / (count - 1)) if count > 1 else None, bn)
         return r, d
 
@@ -155,6 +182,7 @@ class BRN(WithBatchNorm):
         return (
             f'r_max={self.r_max}, d_max={self.d_max}, warmup_iters={self.warmup_iters}, '
             f'r_iters={self.r_iters}, d_iters={self.d_iters}'
+            + (f', norm_batch={self.norm_batch}' if self.norm_batch else '')
         )
 
 

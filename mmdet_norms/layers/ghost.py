@@ -4,10 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.instance_affine import instance_affine, serves
 from ._args import check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
-from ._groups import check_groups, check_norm_batch, for_images, group_moments, pooled_moments
+from ._groups import check_groups, check_norm_batch, normalize_groups
 from ._recompute import in_backward, running_statistics
 from ._with_batch_norm import WithBatchNorm
 
@@ -72,24 +71,20 @@ class GhostBN(WithBatchNorm):
         if not bn.training:
             return bn(x)
         check_groups('BN', self.norm_batch, x)
-        if self.norm_batch * x.shape[2] * x.shape[3] <= 1 or not x.numel():
+        count = self.norm_batch * x.shape[2] * x.shape[3]
+        if count <= 1 or not x.numel():
             return F.batch_norm(x, *running_statistics(bn), bn.weight, bn.bias, False, 0.0, bn.eps)
-        if serves(x):
-            return instance_affine(x, lambda mean, var: self._of_images(*pooled_moments(mean, var, self.norm_batch), x))
-        mean, var = group_moments(x, self.norm_batch)
-        scale, origin, shift = (t[..., None, None] for t in self._of_images(mean, var, x))
-        return (scale * (x - origin) + shift).to(x.dtype)
+        return normalize_groups(x, self.norm_batch, lambda mean, var: self._of_groups(mean, var, count))
 
-    def _of_images(self, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, origin and shift ``(N, C)`` of the images from the moments ``(G, C)`` of the groups, which count."""
+    def _of_groups(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, origin and shift of every group from its moments over ``count`` values, which the batch adds."""
         bn = self.bn
         if not in_backward():  # activation checkpointing repeats a forward that was counted
-            count = self.norm_batch * x.shape[2] * x.shape[3]
             self._update(mean.detach().mean(0), var.detach().mean(0) * (count / (count - 1)))
         scale, shift = (var + bn.eps).rsqrt(), torch.zeros_like(mean)
         if bn.affine:
             scale, shift = scale * bn.weight.to(mean.dtype), shift + bn.bias.to(mean.dtype)
-        return tuple(for_images(t, self.norm_batch) for t in (scale, mean, shift))
+        return scale, mean, shift
 
     def fold_into(self, conv: nn.Module) -> None:
         """See :mod:`._fold`: eval is batch norm, of which nothing remains."""

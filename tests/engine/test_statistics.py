@@ -27,6 +27,7 @@ CFGS = dict(
     BRN=dict(type='BRN'),
     BN_norm_batch=dict(type='BN', norm_batch=2),
     BRN_at_once=dict(type='BRN', warmup_iters=0, r_iters=0, d_iters=0),
+    BRN_norm_batch=dict(type='BRN', warmup_iters=0, r_iters=0, d_iters=0, norm_batch=2),
     SN=dict(type='SN'),
     CBN=dict(type='CBN', burnin=2),
     MABN=dict(type='MABN', buffer_size=3, warmup_iters=0),

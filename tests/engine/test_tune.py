@@ -50,6 +50,7 @@ NORMS = {
     'SyncBN': SyncBN,
     'BRN': BRN,
     'GhostBN': GhostBN,
+    'BRN norm_batch': lambda channels: BRN(channels, norm_batch=2),
     'FrozenBN': FrozenBN,
     "mmdet's FrozenBatchNorm2d": FrozenBatchNorm2d,
     'BNET': lambda channels: BNET(channels, 3),

@@ -8,6 +8,8 @@ import torch
 from mmcv.cnn import build_norm_layer
 from torch import nn
 
+from mmdet_norms.layers import _groups
+from mmdet_norms.layers._args import ConfigError
 from mmdet_norms.layers.batch_renorm import BRN
 
 
@@ -163,12 +165,75 @@ class TestPlace:
         torch.testing.assert_close(results[0], expected)
 
 
+class TestNormBatch:
+    @pytest.mark.parametrize('way', ['kernels', 'operators'])
+    @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize('r_max, d_max', [(3, 5), (1.2, 0.3)])
+    def test_each_group_equals_the_formulas_written_out_and_the_batch_counts_once(
+        self, r_max, d_max, layout, way, monkeypatch
+    ):
+        if way == 'operators':  # what compiled code and other devices get
+            monkeypatch.setattr(_groups, 'serves', lambda x: False)
+        layer = random_brn(r_max=r_max, d_max=d_max, momentum=0.1, eps=1e-3, norm_batch=2)
+        for step in range(3):
+            x = (torch.randn(6, 3, 4, 5, dtype=torch.float64) * 3 + step).contiguous(memory_format=layout)
+            gy = torch.randn_like(x)
+            pairs = [oracle(layer, pair.numpy(), r_max, d_max) for pair in x.split(2)]
+            gs = [g.numpy() for g in gy.split(2)]
+            done = layer.bn.num_batches_tracked.item()
+            layer.zero_grad()
+            out = layer(x.requires_grad_())
+            out.backward(gy)
+            wanted = dict(
+                y=(out.detach(), np.concatenate([pair[0] for pair in pairs])),
+                gx=(x.grad, np.concatenate([pair[1](g) for pair, g in zip(pairs, gs)])),
+                gw=(layer.bn.weight.grad, sum(pair[2](g) for pair, g in zip(pairs, gs))),
+                gb=(layer.bn.bias.grad, gy.sum((0, 2, 3)).numpy()),
+                mean=(layer.bn.running_mean, np.mean([pair[3] for pair in pairs], 0)),
+                var=(layer.bn.running_var, np.mean([pair[4] for pair in pairs], 0)),
+            )
+            for name, (actual, expected) in wanted.items():
+                np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-10, atol=1e-11, err_msg=name)
+            assert layer.bn.num_batches_tracked == done + 1 and out.is_contiguous(memory_format=layout)
+
+    def test_with_the_whole_batch_as_group_it_is_as_without(self):
+        plain, grouped = random_brn(), random_brn(norm_batch=4)
+        for _ in range(3):
+            x = torch.randn(4, 3, 5, 4, dtype=torch.float64)
+            torch.testing.assert_close(grouped(x), plain(x))
+        for key, value in plain.state_dict().items():
+            torch.testing.assert_close(grouped.state_dict()[key], value)
+
+    def test_a_batch_that_is_no_multiple_is_refused_in_training_only(self):
+        layer = random_brn(norm_batch=2)
+        before, x = copy.deepcopy(layer.state_dict()), torch.randn(3, 3, 4, 4, dtype=torch.float64)
+        with pytest.raises(ConfigError, match="'BRN': norm_batch=2 does not divide this batch of 3"):
+            layer(x)
+        assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+        assert layer(x[:0]).shape == (0, 3, 4, 4) and layer.eval()(x).isfinite().all()
+
+    @pytest.mark.parametrize('reentrant', [True, False])
+    def test_recomputation_uses_the_corrections_of_the_forward_it_repeats(self, reentrant):
+        plain = random_brn(momentum=0.5, norm_batch=2)
+        saved = copy.deepcopy(plain)
+        xs = [(torch.randn(n, 3, 4, 4, dtype=torch.float64) + n).requires_grad_() for n in (4, 2, 4)]
+        expected = torch.autograd.grad(sum(plain(x).pow(3).sum() for x in xs), xs)
+        for x in xs:
+            x.grad = None
+        ys = [torch.utils.checkpoint.checkpoint(saved, x, use_reentrant=reentrant) for x in xs]
+        sum(y.pow(3).sum() for y in ys).backward()
+        for x, wanted in zip(xs, expected):
+            torch.testing.assert_close(x.grad, wanted, rtol=1e-12, atol=1e-12)
+        assert all(torch.equal(plain.state_dict()[k], v) for k, v in saved.state_dict().items())
+
+
 class TestBadArguments:
     @pytest.mark.parametrize(
         'key, value, rest',
         [('r_max', 0.5, 'a number of at least 1'), ('d_max', -1, 'a number of at least 0'),
          ('r_max', 'x', 'a number'), ('d_max', float('inf'), 'a number'), ('warmup_iters', -1, 'an integer'),
          ('warmup_iters', 1.5, 'an integer'), ('r_iters', 4999, r'an integer of at least 5000 \(warmup_iters\)'),
+         ('norm_batch', 0, 'an integer of at least 1'),
          ('d_iters', 10, r'at least 5000 \(warmup_iters\)'), ('r_iters', None, 'an integer')],
     )  # fmt: skip
     def test_a_limit_or_schedule_out_of_range_is_named(self, key, value, rest):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdet_norms import fuse
 from mmdet_norms.cli.config_checks import norm_problems
-from mmdet_norms.layers import GN, GhostBN, ghost
+from mmdet_norms.layers import GN, GhostBN, _groups
 from mmdet_norms.layers._args import ConfigError
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -30,7 +30,7 @@ def ghost_bn(channels=4, norm_batch=2, **kwargs):
 def way(request, monkeypatch):
     """Eager code on a CPU, and what compiled code and other devices get."""
     if request.param == 'operators':
-        monkeypatch.setattr(ghost, 'serves', lambda x: False)
+        monkeypatch.setattr(_groups, 'serves', lambda x: False)
 
 
 class TestMaths:

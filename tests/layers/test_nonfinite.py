@@ -14,6 +14,7 @@ NORMS = {
     'BNET average': lambda: BNET(4, momentum=None),
     'AN': lambda: AN(4, k=3),
     'BRN': lambda: BRN(4, warmup_iters=2, r_iters=4, d_iters=4),
+    'BRN norm_batch': lambda: BRN(4, warmup_iters=2, r_iters=4, d_iters=4, norm_batch=1),
     'SN': lambda: SN(4),
     'GhostBN': lambda: GhostBN(4, norm_batch=3),
     'GhostBN, image by image': lambda: GhostBN(4, norm_batch=1),
@@ -130,7 +131,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
     return Checkpointed()
 
 
-@pytest.mark.parametrize('name', ['BNET', 'AN', 'BRN', 'SN', 'GhostBN', 'SyncBN', 'MABN'])
+@pytest.mark.parametrize('name', ['BNET', 'AN', 'BRN', 'BRN norm_batch', 'SN', 'GhostBN', 'SyncBN', 'MABN'])
 @pytest.mark.filterwarnings('ignore')
 def test_in_compiled_code_too(name):
     model = net(NORMS[name]())
@@ -147,7 +148,7 @@ def test_in_compiled_code_too(name):
     assert finite(model)
 
 
-@pytest.mark.parametrize('name', ['BNET', 'AN', 'BRN', 'SN', 'GhostBN', 'SyncBN', 'CBN', 'MABN'])
+@pytest.mark.parametrize('name', ['BNET', 'AN', 'BRN', 'BRN norm_batch', 'SN', 'GhostBN', 'SyncBN', 'CBN', 'MABN'])
 def test_an_overflow_in_half_precision(name):
     """Under autocast a convolution overflows to inf; in a model of halves so does a variance when it is written."""
     model = net(NORMS[name]())

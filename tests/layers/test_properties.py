@@ -56,6 +56,7 @@ MAKE = {
     'BNET': lambda: BNET(C),
     'BNET-5': lambda: BNET(C, kernel_size=5, momentum=None),
     'BRN': lambda: BRN(C, warmup_iters=1, r_iters=3, d_iters=3, momentum=0.1),
+    'BRN norm_batch': lambda: BRN(C, warmup_iters=1, r_iters=3, d_iters=3, momentum=0.1, norm_batch=1),
     'CBN': lambda: CBN(C, buffer_num=2, burnin=2),
     'FrozenBN': lambda: FrozenBN(C),
     'GhostBN': lambda: GhostBN(C, norm_batch=1),

@@ -20,6 +20,7 @@ NORMS = dict(
     AN=dict(type='AN', k=2),
     BNET=dict(type='BNET'),
     BRN=dict(type='BRN', warmup_iters=0, r_iters=2, d_iters=2, momentum=0.3),
+    BRN_norm_batch=dict(type='BRN', warmup_iters=0, r_iters=2, d_iters=2, momentum=0.3, norm_batch=1),
     CBN=dict(type='CBN', burnin=0),
     BN_norm_batch=dict(type='BN', norm_batch=1),
     GN=dict(type='GN', num_groups=2),
@@ -238,20 +239,20 @@ def test_gradients_and_state_are_those_without_checkpointing(norm, arrangement):
 @pytest.mark.parametrize('reentrant', [True, False])
 @pytest.mark.parametrize('backward', [backward_twice, backward_one_by_one], ids=lambda f: f.__name__)
 @pytest.mark.parametrize('arrangement', [twice_equal, nested, two_regions], ids=lambda f: f.__name__)
-@pytest.mark.parametrize('norm', ['BRN', 'CBN', 'MABN'])
+@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN'])
 def test_accumulated_and_repeated_backward_passes(norm, arrangement, backward, reentrant):
     results = (train(norm, arrangement, cp, backward, forwards=3) for cp in (by(reentrant), plain))
     assert_same(*results)
 
 
-@pytest.mark.parametrize('norm', ['BRN', 'CBN', 'MABN'])
+@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN'])
 def test_early_stop_off(norm):
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):
         for arrangement in twice_equal, nested, two_regions:
             assert_same(train(norm, arrangement, by(False)), train(norm, arrangement, plain))
 
 
-@pytest.mark.parametrize('norm', ['BRN', 'CBN', 'MABN'])
+@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN'])
 def test_a_hundred_calls_before_one_backward(norm):
     """More than any fixed memory of calls would hold."""
 
@@ -261,7 +262,7 @@ def test_a_hundred_calls_before_one_backward(norm):
     assert_same(train(norm, many, by(False), steps=2), train(norm, many, plain, steps=2))
 
 
-@pytest.mark.parametrize('norm', ['BRN', 'CBN', 'MABN'])
+@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN'])
 def test_checkpoint_sequential(norm):
     def in_segments(net, cp, x):
         if cp is plain:
@@ -305,7 +306,7 @@ def test_a_look_at_saved_tensors_counts_nothing(norm):
 
 
 @pytest.mark.parametrize('reentrant', [True, False])
-@pytest.mark.parametrize('norm', ['BRN', 'CBN', 'MABN'])
+@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN'])
 def test_compiled_code_inside_a_checkpoint(norm, reentrant):
     def compiled(net, cp, x):
         def function(z):

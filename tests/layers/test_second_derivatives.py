@@ -21,6 +21,7 @@ NORMS = dict(
     BNET3=dict(type='BNET', kernel_size=3),
     BNET7=dict(type='BNET', kernel_size=7),
     BRN=dict(type='BRN'),
+    BRN_norm_batch=dict(type='BRN', norm_batch=1),
     CBN_burnin=dict(type='CBN', burnin=100),
     CBN_window=dict(type='CBN', burnin=1, rho=0.0),  # else the gradient is of other constants at other weights
     FrozenBN=dict(type='FrozenBN'),
