@@ -3,13 +3,15 @@
 from .accuracy import Accuracy
 from .classifier import ClsDataPreprocessor, ImageClassifier, LinearClsHead
 from .image_folder import ImageFolder, classes_of_entry, counts_of, image_folders, problems_of
-from .transforms import PackClsInputs, RandomResizedCrop
+from .transforms import ColorJitter, Lighting, PackClsInputs, RandomResizedCrop
 
 __all__ = [
     'Accuracy',
     'ClsDataPreprocessor',
+    'ColorJitter',
     'ImageClassifier',
     'ImageFolder',
+    'Lighting',
     'LinearClsHead',
     'PackClsInputs',
     'RandomResizedCrop',

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from mmengine.model import BaseModel, BaseModule, ImgDataPreprocessor
 from mmengine.registry import MODELS
@@ -9,6 +10,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import UserError
 from ..layers._args import ConfigError
 
 
@@ -33,6 +35,12 @@ class ImageClassifier(BaseModel):
         super().__init__(data_preprocessor or dict(type='ClsDataPreprocessor'), init_cfg)
         self.backbone = MODELS.build(backbone)
         self.head = MODELS.build(head)
+        mixed, known = getattr(self.data_preprocessor, 'num_classes', None), getattr(self.head, 'num_classes', None)
+        if mixed not in (None, known):
+            raise ConfigError(
+                f'data_preprocessor.num_classes={mixed!r} must be head.num_classes={known!r}, or left out'
+            )
+        self.data_preprocessor.num_classes = known
 
     def extract_feat(self, inputs: Tensor) -> Tensor:
         """The backbone's last output, ``(N, C, H, W)``."""
@@ -84,6 +92,9 @@ class LinearClsHead(BaseModule):
         self.fc = nn.Linear(in_channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to scores ``(N, num_classes)``."""
+        if x.shape[1] != self.in_channels:
+            raise ConfigError(f'head.in_channels={self.in_channels} must be {x.shape[1]}, as the backbone gives')
         return self.fc(self.dropout(x.mean((2, 3))))
 
     def loss(self, scores: Tensor, data_samples: Sequence[BaseDataElement]) -> dict[str, Tensor]:
@@ -104,33 +115,72 @@ class LinearClsHead(BaseModule):
 
 @MODELS.register_module()
 class ClsDataPreprocessor(ImgDataPreprocessor):
-    """Stack, normalize and, in training, mix images.
+    """Stack, normalize and, in training, mix images. Labels go to the device in one piece.
 
     Args:
-        num_classes: of the data; needed for mixup only.
+        num_classes: of the data. Default: the head's.
         mixup: alpha of ``Beta(alpha, alpha)``, from which one weight per batch is drawn (Zhang et al.,
             arXiv:1710.09412): each image and its label become ``w * own + (1 - w) * another's`` of the batch. Default
             0: none.
         kwargs: as for :class:`mmengine.model.ImgDataPreprocessor`: ``mean``, ``std``, ``bgr_to_rgb``, ...
+
+    Raises:
+        UserError: images of different sizes, or a label that no class has.
     """
 
     def __init__(self, num_classes: int | None = None, mixup: float = 0.0, **kwargs) -> None:
         super().__init__(**kwargs)
-        if mixup and num_classes is None:
-            raise ConfigError(f'data_preprocessor.mixup={mixup!r} needs data_preprocessor.num_classes, as in the head')
+        if isinstance(mixup, bool) or not isinstance(mixup, (int, float)) or not 0 <= mixup < float('inf'):
+            raise ConfigError(f'data_preprocessor.mixup={mixup!r} must be a number of at least 0, such as 0.2')
         self.num_classes, self.mixup = num_classes, mixup
 
     def forward(self, data: dict, training: bool = False) -> dict:
-        data = super().forward(data, training)
-        if training and self.mixup:
-            self._mix(data)
-        return data
+        """``inputs``, a tensor or a list of ``(3, H, W)``, become one normalized ``(N, 3, H, W)``."""
+        inputs, samples = data['inputs'], data.get('data_samples')
+        if not isinstance(inputs, Tensor):
+            inputs = _stacked(inputs, samples)
+        inputs = super().forward(dict(inputs=inputs), training)['inputs']
+        if samples is not None and all('gt_label' in sample for sample in samples):
+            samples = [sample.new() for sample in samples]
+            labels = torch.stack([sample.gt_label for sample in samples])
+            if self.num_classes is not None and labels.device.type == 'cpu':
+                _require_classes(labels, samples, self.num_classes)
+            labels = labels.to(inputs.device, non_blocking=True)
+            for sample, label in zip(samples, labels):
+                sample.gt_label = label
+            if training and self.mixup:
+                inputs = self._mix(inputs, labels, samples)
+        return dict(data, inputs=inputs, data_samples=samples)
 
-    def _mix(self, data: dict) -> None:
-        images, samples = data['inputs'], data['data_samples']
-        weight = torch.distributions.Beta(self.mixup, self.mixup).sample().to(images.device)
-        order = torch.randperm(len(images)).to(images.device)
-        labels = F.one_hot(torch.stack([sample.gt_label for sample in samples]), self.num_classes).float()
-        data['inputs'] = images.lerp(images[order], 1 - weight)
-        for sample, mixed in zip(samples, labels.lerp(labels[order], 1 - weight)):
+    def _mix(self, images: Tensor, labels: Tensor, samples: Sequence[BaseDataElement]) -> Tensor:
+        if self.num_classes is None:
+            raise ConfigError(f'data_preprocessor.mixup={self.mixup!r} needs data_preprocessor.num_classes')
+        # Drawn in the main process, from generators that a resumed run restores; nothing waits for the device.
+        others = 1 - float(np.random.beta(self.mixup, self.mixup))
+        order = torch.randperm(len(images)).to(images.device, non_blocking=True)
+        labels = F.one_hot(labels, self.num_classes).float()
+        for sample, mixed in zip(samples, labels.lerp(labels[order], others)):
             sample.gt_score = mixed
+        return images.lerp(images[order], others)
+
+
+def _stacked(images: Sequence[Tensor], samples: Sequence[BaseDataElement] | None) -> Tensor:
+    """A batch of images, which must be of one size."""
+    sizes = {tuple(image.shape): place for place, image in enumerate(images)}
+    if len(sizes) > 1:
+        names = [getattr(samples[place], 'img_path', place) if samples else place for place in sizes.values()]
+        found = [f'{w} x {h} ({name})' for (_, h, w), name in zip(sizes, names)]
+        raise UserError(
+            f'images of different sizes in one batch: {", ".join(found[:3])}; end the pipeline with RandomResizedCrop, '
+            'or with Resize and CenterCrop(auto_pad=True)'
+        )
+    return torch.stack(list(images))
+
+
+def _require_classes(labels: Tensor, samples: Sequence[BaseDataElement], num_classes: int) -> None:
+    worst = int(labels.argmax())
+    if labels[worst] >= num_classes:
+        raise UserError(
+            f'{getattr(samples[worst], "img_path", "an image")} has gt_label={int(labels[worst])}, and '
+            f'model.head.num_classes={num_classes}: write the number of classes of the data'
+        )
