@@ -3,6 +3,7 @@
 from .accuracy import Accuracy
 from .classifier import ClsDataPreprocessor, ImageClassifier, LinearClsHead
 from .image_folder import ImageFolder, classes_of_entry, counts_of, image_folders, problems_of
+from .mini import mininest_ba, mininest_bn, mininet, resnest50, xmininet, xsemininet
 from .transforms import ColorJitter, Lighting, PackClsInputs, RandomResizedCrop
 
 __all__ = [
@@ -18,5 +19,11 @@ __all__ = [
     'classes_of_entry',
     'counts_of',
     'image_folders',
+    'mininest_ba',
+    'mininest_bn',
+    'mininet',
     'problems_of',
+    'resnest50',
+    'xmininet',
+    'xsemininet',
 ]

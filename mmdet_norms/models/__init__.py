@@ -1,8 +1,10 @@
 """Hosts that stock mmdet lacks."""
 
 from . import legacy  # noqa: F401  (registers the conventions of published checkpoints)
+from .activations import BentIdentity, Mila
 from .aognet import AOGNet
 from .heads import NormFCNMaskHead, NormShared4Conv1FCBBoxHead
+from .mini import MiniNeStBA, MiniNeStBN, MiniNet, ResNeSt50, XMiniNet, XSEMiniNet
 from .other_backbones import (
     NormCSPDarknet,
     NormCSPNeXt,
@@ -25,6 +27,11 @@ from .resnet import (
 
 __all__ = [
     'AOGNet',
+    'BentIdentity',
+    'Mila',
+    'MiniNeStBA',
+    'MiniNeStBN',
+    'MiniNet',
     'NormCSPDarknet',
     'NormCSPNeXt',
     'NormDarknet',
@@ -42,4 +49,7 @@ __all__ = [
     'NormResNetV1d',
     'NormShared4Conv1FCBBoxHead',
     'NormTridentResNet',
+    'ResNeSt50',
+    'XMiniNet',
+    'XSEMiniNet',
 ]
