@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .entries import name_of, parameter_of
+from .entries import class_of, name_of, parameter_of
 
 CENTRED = dict(type='CenConv')
 
@@ -91,6 +91,8 @@ def set_keys(part: dict, keys: dict) -> None:
     """Set those of ``keys`` that the part takes; a centred convolution belongs to the norm that goes."""
     if name_of(part.get('conv_cfg')) == CENTRED['type']:
         del part['conv_cfg']
+    if 'norm_cfg' in keys and part.get('norm') in norms_by_name(part):
+        del part['norm']
     for key, value in copy.deepcopy(keys).items():
         if takes(part, key) and (key != 'conv_cfg' or conv_is_plain(part)):
             part[key] = value
@@ -106,8 +108,16 @@ def norm_of(part: Mapping) -> Mapping | None:
     """The ``norm_cfg`` that a part has, explicit or by the default of its class; None where it has none."""
     if name_of(part) in _DEAF:
         return None
+    named = norms_by_name(part).get(part.get('norm'))
+    if named is not None:
+        return named
     norm = part['norm_cfg'] if 'norm_cfg' in part else default_of(part, 'norm_cfg')
     return norm if isinstance(norm, Mapping) and 'type' in norm else None
+
+
+def norms_by_name(part: Mapping) -> Mapping[str, Mapping]:
+    """What the names mean that the class of ``part`` takes as its ``norm``; most take none."""
+    return getattr(class_of(part), 'norms_by_name', {})
 
 
 def takes(part: Mapping, key: str) -> bool:

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from .entries import class_of, is_a, is_classifier, name_of
-from .norm_cfg import CENTRED, MISSING, conv_is_plain, default_of, norm_of, parts_with, set_keys, takes
+from .norm_cfg import CENTRED, MISSING, conv_is_plain, default_of, norm_of, norms_by_name, parts_with, set_keys, takes
 
 BATCH_NORM = dict(type='BN', requires_grad=True)
 GROUP_NORM = dict(type='GN', num_groups=32, requires_grad=True)
@@ -221,6 +221,8 @@ def apply_norm(model_cfg: Mapping, name: str) -> Mapping:
     A neck or head that stays without the norm is named in one warning, with the reason. In semi-supervised and tracking
     models, ``model.detector`` is the detector.
 
+    The Imagenette networks (``XSEMiniNet``, ...) have a norm that sits in the backbone at every convolution.
+
     In an image classifier the names of the heads (``cbn``, ``gn``, ``syncbn``) mean every norm of the backbone, too, as
     in the ImageNet experiments of their papers, and ``bn`` means BN where the config has another norm.
 
@@ -279,6 +281,9 @@ def _backbones(detector: dict, name: str) -> Iterator[tuple[str, dict]]:
 
 
 def _place_in_backbone(path: str, backbone: dict, name: str, placement: Placement, classifier: bool) -> None:
+    if norms_by_name(backbone):
+        _place_by_name(backbone, name, placement, classifier)
+        return
     stock = _STOCK.get(name_of(backbone), name_of(backbone))
     if not _is_host(stock, backbone, placement):
         batch_norm = is_a(norm_of(backbone), _BATCH_NORMS)
@@ -308,6 +313,21 @@ def _place_in_backbone(path: str, backbone: dict, name: str, placement: Placemen
         }
     elif name_of(backbone) in _STOCK:
         _rename(backbone, stock)
+
+
+def _place_by_name(backbone: dict, name: str, placement: Placement, classifier: bool) -> None:
+    """In a backbone that has the named norm at every convolution, as its paper has."""
+    if not (classifier or placement.norm_at or placement.backbone):
+        if is_a(norm_of(backbone), _BATCH_NORMS):
+            return  # a name of neck and heads, beside a backbone with batch norm
+        name = 'bn'
+    for key in ('norm_cfg', 'norm_at'):
+        backbone.pop(key, None)
+    if name_of(backbone.get('conv_cfg')) == CENTRED['type']:
+        del backbone['conv_cfg']
+    backbone['norm'] = 'an' if name == 'an-gn-head' else name
+    for key in set(placement.backbone) & set(_NOTHING_FIXED):
+        backbone[key] = placement.backbone[key]
 
 
 def _is_host(stock: str, backbone: dict, placement: Placement) -> bool:

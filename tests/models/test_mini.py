@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdet_norms import classification, fuse
+from mmdet_norms import PLACEMENTS, apply_norm, classification, fuse, replace_norm_cfg
 from mmdet_norms.layers import AN, BNET, BRN, CBN, GN, MABN, SN, CenConv2d, FrozenBN, LN2d, SyncBN
 from mmdet_norms.layers._args import ConfigError
 from mmdet_norms.models import BentIdentity, Mila
@@ -424,6 +424,43 @@ def test_hessian_vector_products(name, act_cls):
     for ours, up, down in zip(product, *sides):
         difference = (up - down) / (2 * step)
         torch.testing.assert_close(ours, difference, rtol=1e-4, atol=1e-6 * float(difference.abs().max()) + 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ --norm
+
+
+def model_cfg(kind, **keys):
+    neck = dict(neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=256, num_outs=5))
+    return dict(type=kind, backbone=dict(type='XSEMiniNet', **keys), **(neck if kind == 'FasterRCNN' else {}))
+
+
+@pytest.mark.parametrize('kind', ['ImageClassifier', 'FasterRCNN'])
+@pytest.mark.parametrize('before', [dict(norm='mabn'), dict(norm_cfg=dict(type='BNET', kernel_size=9)), {},
+                                    dict(norm_cfg=dict(type='MABN'), conv_cfg=dict(type='CenConv'))])  # fmt: skip
+def test_a_name_puts_its_norm_at_every_convolution(kind, before):
+    for name in set(PLACEMENTS) - {'an-gn-head'}:
+        in_heads = kind == 'FasterRCNN' and name in ('cbn', 'gn', 'syncbn')
+        given = model_cfg(kind, frozen_stages=0, **before)
+        placed = apply_norm(given, name)
+        built = backbone(**{'name' if k == 'type' else k: v for k, v in placed['backbone'].items()})
+        assert len(norms_of(built, TYPES['bn' if in_heads else name])) == 3 + 4 * 2 + 3, name
+        everywhere = name in ('mabn', 'brn', 'sn') or (name in ('cbn', 'gn', 'syncbn') and not in_heads)
+        assert built.frozen_stages == (-1 if everywhere else 0), name
+        assert any(isinstance(m, CenConv2d) for m in built.modules()) == (name == 'mabn'), name
+        assert apply_norm(placed, name) == placed
+        assert given == model_cfg(kind, frozen_stages=0, **before)
+
+
+def test_in_a_detector_an_gn_head_is_an_in_the_backbone():
+    placed = apply_norm(model_cfg('FasterRCNN', norm='bnet'), 'an-gn-head')
+    assert placed['backbone']['norm'] == 'an' and placed['neck']['norm_cfg']['type'] == 'GN'
+    with pytest.raises(ValueError, match='an image classifier has none'):
+        apply_norm(model_cfg('ImageClassifier'), 'an-gn-head')
+
+
+def test_one_norm_cfg_in_place_of_every_other_takes_the_place_of_a_name():
+    placed = replace_norm_cfg(model_cfg('FasterRCNN', norm='bnet'), dict(type='SN'), types=('BNET',))
+    assert placed == model_cfg('FasterRCNN', norm_cfg=dict(type='SN'))
 
 
 def test_the_functions_make_plain_models():

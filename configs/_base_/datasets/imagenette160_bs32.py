@@ -1,4 +1,4 @@
-# Imagenette with a shorter side of 160 px: https://github.com/fastai/imagenette (imagenette2-160.tgz), unpacked in data/.
+# Imagenette with a shorter side of 160 px (imagenette2-160.tgz of https://github.com/fastai/imagenette), in data/.
 dataset_type = 'ImageFolder'
 data_root = 'data/imagenette2-160/'
 
