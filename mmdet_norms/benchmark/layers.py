@@ -240,8 +240,9 @@ def settle(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, (MABN, ReferenceMABN)) and module.training and 0 < int(module.iters) < _PAST_RENORM_DELAY:
-            row = int(module.iters) % len(module.buffer_x2)
-            module.running_var.copy_(module.buffer_x2[row].view_as(module.running_var))
-            for window in (module.buffer_x2, module.buffer_gz):
+            windows = [getattr(module, name) for name in getattr(module, 'WINDOWS', MABN.WINDOWS)]
+            row = -1 if hasattr(module, 'norm_batch') else int(module.iters) % len(windows[0])  # the newest
+            module.running_var.copy_(windows[0][row].view_as(module.running_var))
+            for window in windows:
                 window.copy_(window[row].expand_as(window).clone())
             module.iters.fill_(_PAST_RENORM_DELAY)

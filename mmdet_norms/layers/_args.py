@@ -29,8 +29,8 @@ def reject_unknown(cls: type, unknown: dict) -> None:
     """
     if not unknown:
         return
-    parameters = inspect.signature(cls).parameters.values()
-    valid = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    valid = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][2:]
     valid.append('requires_grad')
     key, value = next(iter(unknown.items()))
     close = difflib.get_close_matches(key, valid, n=1)

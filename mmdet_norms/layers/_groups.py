@@ -44,16 +44,21 @@ def normalize_groups(x: Tensor, norm_batch: int, rule: Rule) -> Tensor:
         rule: ``(mean, var) -> (scale, origin, shift)``; mean and biased variance of the groups, all ``(G, C)`` and in
             fp32, or fp64 for fp64 maps. Gradients flow through them, of any order.
     """
-
-    def for_images(rows: Tensor) -> Tensor:
-        return rows.unsqueeze(1).expand(-1, norm_batch, -1).flatten(0, 1)
-
     if serves(x):
-        return instance_affine(x, lambda mean, var: tuple(map(for_images, rule(*_pooled(mean, var, norm_batch)))))
+
+        def of_images(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
+            return tuple(for_images(rows, norm_batch) for rows in rule(*_pooled(mean, var, norm_batch)))
+
+        return instance_affine(x, of_images)
     wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (-1, norm_batch))
     var, mean = torch.var_mean(wide, (1, 3, 4), correction=0)
     scale, origin, shift = (rows[:, None, :, None, None] for rows in rule(mean, var))
     return (scale * (wide - origin) + shift).flatten(0, 1).to(x.dtype)
+
+
+def for_images(rows: Tensor, norm_batch: int) -> Tensor:
+    """``(N, C)``: what each image takes from the rows ``(G, C)`` of the groups."""
+    return rows.unsqueeze(1).expand(-1, norm_batch, -1).flatten(0, 1)
 
 
 def _pooled(mean: Tensor, var: Tensor, norm_batch: int) -> tuple[Tensor, Tensor]:

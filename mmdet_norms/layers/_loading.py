@@ -19,7 +19,7 @@ _MARKS = {
     'BNET': ('bnconv',),
     'AN': ('weight_', 'attention_weights'),
     'SN': ('mean_weight', 'var_weight'),
-    'MABN': ('iters', 'buffer_x2', 'buffer_gz'),
+    'MABN': ('iters', 'buffer_x2', 'buffer_gz', 'pre_x2', 'pre_gz'),
     'CBN': ('iter_count', 'history_patch', 'history_grad', 'history_moments', 'history_index'),
     'BN': ('running_mean', 'num_batches_tracked'),  # and GhostBN, SyncBN, BRN, FrozenBN: the same function in eval
     'MABN of ImageNet': ('running_var',),  # without a mean
@@ -123,7 +123,7 @@ def adopt(host: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
     for name, child in host._modules.items():
         if _is_norm_of_ours(type(child)):
             _rename(host, name, child, state, prefix)
-            if hasattr(child, 'buffer_x2') and conv and kind_of(state, f'{prefix}{name}.') == 'BN':
+            if conv and _kind(child) == 'MABN' and kind_of(state, f'{prefix}{name}.') == 'BN':
                 _check_centred(child, f'{prefix}{name}.', state.get(f'{prefix}{conv}.weight'))
         weight = getattr(child, 'weight', None)
         if isinstance(weight, Tensor) and weight.dim() > 2:

@@ -21,19 +21,22 @@ from ._recompute import in_backward
 from ._replay import Calls, handle_of, layer_of
 
 _FIX = "write conv_cfg=dict(type='CenConv') beside norm_cfg=dict(type='MABN')"
-_NO_DERIVATIVE = (
+NO_DERIVATIVE = (
     'MABN has no second derivative (create_graph=True): its backward pass averages over iterations and is the '
     'derivative of no function, by design (Yan et al. 2020, arXiv:2001.06838), so to differentiate it again would give '
     'a wrong number. '
     'For gradient penalties, AdaHessian or Hessian-vector products use another norm that suits small batches '
     "(norm_cfg type 'GN', 'CBN' or 'BRN'), or put MABN into eval mode, where it is an affine map"
 )
-_WINDOWS = ('iters', 'buffer_x2', 'buffer_gz')
+_ALL_WINDOWS = ('buffer_x2', 'buffer_gz', 'pre_x2', 'pre_gz')
 _UNSAVED = ('_handle', '_calls')
 
 
-class _Call(NamedTuple):
-    """What one training forward computed: moment of the batch, moment used, renorm factor (C,); iteration (1,)."""
+class Call(NamedTuple):
+    """What one training forward computed: moment of the batch, moment used, renorm factor (C,); iteration (1,).
+
+    With groups, the first three are (G, C).
+    """
 
     batch: Tensor
     used: Tensor
@@ -94,7 +97,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled() and not is_compiling():
-            raise RuntimeError(_NO_DERIVATIVE)
+            raise RuntimeError(NO_DERIVATIVE)
         x, weight, moment, renorm, t = ctx.saved_tensors
         buffer_gz, inverse = ctx.buffer_gz, (moment + ctx.eps).rsqrt()
         scale = weight.to(moment.dtype) * renorm * inverse
@@ -178,7 +181,8 @@ class MABN(AveragesOnRequest):
       and both windows start from 0, which a warning says. In training mode x is divided by its second moment
       about 0, so the functions agree as far as its mean is 0. A weight that was trained uncentred gives another x when
       it is loaded into a :class:`CenConv2d`; the authors found such weights to train badly.
-    * A state without complete windows, such as the authors' ImageNet models: ``iters`` and windows restart from 0.
+    * A state without complete windows, or with those of groups (``norm_batch``, and the authors' ImageNet models):
+      ``iters`` and windows restart from 0, of the latter with a warning.
 
     Args:
         num_features: C.
@@ -189,6 +193,8 @@ class MABN(AveragesOnRequest):
         momentum: weight of the **old** value in ``running_var``, unlike torch's. Default 0.98, as published.
         eps: added inside the roots. Default 1e-5, as published.
         buffer_size: m, in place of B and real_B.
+        norm_batch: images whose statistics are taken together, inside a larger batch: makes a
+            :class:`~mmdet_norms.layers.mabn_groups.GroupedMABN`, the published ImageNet variant. Default ``None``.
 
     The delay of 1000 iterations before r is used and its limits [1/5, 5], which keep training and eval statistics
     from parting while the former still move fast, are fixed as published: ``RENORM_DELAY`` and ``RENORM_LIMITS``.
@@ -205,6 +211,14 @@ class MABN(AveragesOnRequest):
     _abbr_ = 'bn'
     RENORM_DELAY = 1000
     RENORM_LIMITS = (1 / 5, 5.0)
+    WINDOWS = ('buffer_x2', 'buffer_gz')
+    _KINDS = ('iterations', 'groups of images')  # of which the window is, here; and where there is a norm_batch
+
+    def __new__(cls, *args, norm_batch: int | None = None, **kwargs):
+        """With a ``norm_batch``, the variant that has it."""
+        if cls is MABN and (norm_batch, *args[7:]) != (None,):
+            from .mabn_groups import GroupedMABN as cls  # which is made of this class
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -215,11 +229,12 @@ class MABN(AveragesOnRequest):
         momentum: float = 0.98,
         eps: float = 1e-5,
         buffer_size: int | None = None,
+        norm_batch: int | None = None,
         **unknown,
     ):
-        reject_unknown(type(self), unknown)
-        check_number(type(self), 'eps', eps, 0)
-        check_number(type(self), 'momentum', momentum, 0, 1)
+        reject_unknown(MABN, unknown)
+        check_number(MABN, 'eps', eps, 0)
+        check_number(MABN, 'momentum', momentum, 0, 1)
         _check_count('warmup_iters', warmup_iters, 0)
         super().__init__(num_features, eps, 1 - momentum)
         self.num_features = num_features
@@ -229,13 +244,16 @@ class MABN(AveragesOnRequest):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
-        self.register_buffer('running_var', torch.ones(1, num_features, 1, 1))
-        self.register_buffer('iters', torch.zeros(1, dtype=torch.int64))
-        self.register_buffer('buffer_x2', torch.zeros(self.buffer_size, num_features))
-        self.register_buffer('buffer_gz', torch.zeros(self.buffer_size, num_features))
+        self._register_state()
         self._handle = handle_of(self)
         self._forget_calls()
         self._conv_checked = False
+
+    def _register_state(self) -> None:
+        self.register_buffer('running_var', torch.ones(1, self.num_features, 1, 1))
+        self.register_buffer('iters', torch.zeros(1, dtype=torch.int64))
+        self.register_buffer('buffer_x2', torch.zeros(self.buffer_size, self.num_features))
+        self.register_buffer('buffer_gz', torch.zeros(self.buffer_size, self.num_features))
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(self, self.num_features, x)
@@ -250,31 +268,36 @@ class MABN(AveragesOnRequest):
                     f'MABN subtracts no mean, but the convolution in front of it does not centre its weight; {_FIX}',
                     stacklevel=2,
                 )
-        call = self._statistics(x.detach())
+        return self._normalize(x, self._statistics(x.detach()))
+
+    def _normalize(self, x: Tensor, call: Call) -> Tensor:
         return _Normalize.apply(
             x, self.weight, self.bias, call.used, call.renorm, call.t, self.buffer_gz, self.warmup_iters, self.eps
         )
 
+    def _second_moment(self, x: Tensor) -> Tensor:
+        return passes.second_moment(x)
+
     @torch.no_grad()
-    def _statistics(self, x: Tensor) -> _Call:
-        batch = passes.second_moment(x)
+    def _statistics(self, x: Tensor) -> Call:
+        batch = self._second_moment(x)
         if self.averages:
-            self._average([(self.running_var, _per_channel(batch))])
-            return _Call(batch, batch, torch.ones_like(batch), self.iters.clone())
-        state = self.iters, self.buffer_x2, self.running_var
+            self._average([(self.running_var, batch.view(-1, self.num_features).mean(0).view_as(self.running_var))])
+            return Call(batch, batch, torch.ones_like(batch), self.iters.clone())
+        state = self.iters, getattr(self, self.WINDOWS[0]), self.running_var
         if is_compiling():
-            return _Call(batch, *_compiled_call(batch, *state, self._handle))
+            return Call(batch, *_compiled_call(batch, *state, self._handle))
         return self._call(batch, *state)
 
-    def _call(self, batch: Tensor, *state: Tensor) -> _Call:
+    def _call(self, batch: Tensor, *state: Tensor) -> Call:
         """What to normalize with, given the moment of the batch: a new iteration, or an old one recomputed."""
         if in_backward() and (call := self._calls.recall(batch)):
-            return _Call(*call)
+            return Call(*call)
         call = self._advance(batch, *state)
         self._calls.add(call)
         return call
 
-    def _advance(self, batch: Tensor, iters: Tensor, buffer_x2: Tensor, running_var: Tensor) -> _Call:
+    def _advance(self, batch: Tensor, iters: Tensor, buffer_x2: Tensor, running_var: Tensor) -> Call:
         iters += 1
         t = iters.clone()
         _push(buffer_x2, t, batch)
@@ -285,7 +308,7 @@ class MABN(AveragesOnRequest):
         renorm = torch.where(t <= max(self.RENORM_DELAY, self.warmup_iters), torch.ones_like(renorm), renorm)
         new = self.momentum * old + (1 - self.momentum) * used
         running_var.copy_(_per_channel(torch.where(new.isfinite(), new, old)))
-        return _Call(batch, used, renorm, t)
+        return Call(batch, used, renorm, t)
 
     def _forget_calls(self) -> None:
         self._calls = Calls()
@@ -330,8 +353,8 @@ class MABN(AveragesOnRequest):
         if mean is not None and mean.shape == self.weight.shape and prefix + 'iters' not in state:
             self._take_batch_norm(state, prefix)
         var = state.get(prefix + 'running_var')
-        if var is not None and var.shape == self.weight.shape:
-            state[prefix + 'running_var'] = _per_channel(var)
+        if var is not None and var.numel() == self.num_features:
+            state[prefix + 'running_var'] = var.reshape(self.running_var.shape)
         if any(prefix + name in state for name in ('weight', 'bias', 'running_var')):
             self._take_windows(state, prefix, missing if strict else [])
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
@@ -343,30 +366,47 @@ class MABN(AveragesOnRequest):
         if weight is not None and bias is not None and var is not None:
             shift = weight.double() * mean / (var.double().flatten() + self.eps).sqrt()
             state[prefix + 'bias'] = (bias.double() - shift).to(bias.dtype)
-        for name in _WINDOWS:
-            state[prefix + name] = torch.zeros_like(getattr(self, name))
+        self._restart(state, prefix)
         warnings.warn(
             'MABN loaded a batch norm: its mean went into the bias (the same function in eval mode of what the same '
-            'convolution puts out); iters, buffer_x2 and buffer_gz start from 0',
+            f'convolution puts out); {self._restarted()}',
             stacklevel=2,
         )
 
     def _take_windows(self, state, prefix, missing) -> None:
-        absent = [name for name in _WINDOWS if prefix + name not in state]
+        state.pop(prefix + 'sta_matrix', None)  # with groups: published with the windows, a constant
+        others = [name for name in _ALL_WINDOWS if name not in self.WINDOWS and prefix + name in state]
+        for name in others:
+            del state[prefix + name]
+        absent = [name for name in ('iters', *self.WINDOWS) if prefix + name not in state]
         if absent:  # a counter past the warm-up would average rows that were never written
-            missing += [prefix + name for name in absent]
-            for name in _WINDOWS:
-                state[prefix + name] = torch.zeros_like(getattr(self, name))
+            self._restart(state, prefix)
+            if others:
+                own, other = self._KINDS
+                warnings.warn(f'MABN loaded a window of {other} into one of {own}; {self._restarted()}', stacklevel=2)
+            else:
+                missing += [prefix + name for name in absent]
             return
-        for name in ('buffer_x2', 'buffer_gz'):
+        for name in self.WINDOWS:
             rows = state[prefix + name]
             if rows.dim() == 2 and rows.shape[1] == self.num_features and len(rows) != self.buffer_size:
-                state[prefix + name] = _resize(rows, int(state[prefix + 'iters']), self.buffer_size)
+                state[prefix + name] = self._resized(rows, int(state[prefix + 'iters']))
                 warnings.warn(
-                    f'MABN loaded a window of {len(rows)} iterations into one of {self.buffer_size}: the '
+                    f'MABN loaded a window of {len(rows)} {self._KINDS[0]} into one of {self.buffer_size}: the '
                     'newest rows are kept',
                     stacklevel=2,
                 )
+
+    def _restart(self, state, prefix) -> None:
+        """Let a state have a counter and windows as of a new layer."""
+        fresh = MABN(self.num_features, buffer_size=self.buffer_size, norm_batch=getattr(self, 'norm_batch', None))
+        state.update((prefix + name, getattr(fresh, name).to(self.weight.device)) for name in ('iters', *self.WINDOWS))
+
+    def _restarted(self) -> str:
+        return f'iters, {self.WINDOWS[0]} and {self.WINDOWS[1]} start from 0'
+
+    def _resized(self, rows: Tensor, t: int) -> Tensor:
+        return _resize(rows, t, self.buffer_size)
 
 
 def _resize(rows: Tensor, t: int, size: int) -> Tensor:

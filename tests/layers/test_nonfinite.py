@@ -22,6 +22,7 @@ NORMS = {
     'SyncBN average': lambda: SyncBN(4, momentum=None),
     'CBN': lambda: CBN(4, burnin=2),
     'MABN': lambda: MABN(4, buffer_size=3, warmup_iters=0),
+    'MABN norm_batch': lambda: MABN(4, buffer_size=3, warmup_iters=0, norm_batch=1),
 }
 # What goes on counting: the schedules of CBN and MABN are in training forwards, whatever is in them.
 COUNTERS = ('iter_count', 'iters', 'history_index')
@@ -131,7 +132,9 @@ def checkpointed(model: nn.Module) -> nn.Module:
     return Checkpointed()
 
 
-@pytest.mark.parametrize('name', ['BNET', 'AN', 'BRN', 'BRN norm_batch', 'SN', 'GhostBN', 'SyncBN', 'MABN'])
+@pytest.mark.parametrize(
+    'name', ['BNET', 'AN', 'BRN', 'BRN norm_batch', 'SN', 'GhostBN', 'SyncBN', 'MABN', 'MABN norm_batch']
+)
 @pytest.mark.filterwarnings('ignore')
 def test_in_compiled_code_too(name):
     model = net(NORMS[name]())
@@ -148,7 +151,9 @@ def test_in_compiled_code_too(name):
     assert finite(model)
 
 
-@pytest.mark.parametrize('name', ['BNET', 'AN', 'BRN', 'BRN norm_batch', 'SN', 'GhostBN', 'SyncBN', 'CBN', 'MABN'])
+@pytest.mark.parametrize(
+    'name', ['BNET', 'AN', 'BRN', 'BRN norm_batch', 'SN', 'GhostBN', 'SyncBN', 'CBN', 'MABN', 'MABN norm_batch']
+)
 def test_an_overflow_in_half_precision(name):
     """Under autocast a convolution overflows to inf; in a model of halves so does a variance when it is written."""
     model = net(NORMS[name]())
@@ -157,7 +162,7 @@ def test_an_overflow_in_half_precision(name):
     with torch.autocast('cpu', torch.float16):
         model(batch(1) * 1e6)
     assert all(torch.equal(value, remembered(model)[key]) for key, value in before.items())
-    if name not in ('CBN', 'MABN'):
+    if not name.startswith(('CBN', 'MABN')):
         norm = copy.deepcopy(model[1]).half()
         before = {k: v.clone() for k, v in norm.state_dict().items() if 'attention' not in k}
         norm((torch.randn(3, 4, 6, 6) * 2e3).half())

@@ -25,6 +25,7 @@ NORMS = dict(
     BN_norm_batch=dict(type='BN', norm_batch=1),
     GN=dict(type='GN', num_groups=2),
     MABN=dict(type='MABN', warmup_iters=0, buffer_size=2),
+    MABN_norm_batch=dict(type='MABN', warmup_iters=3, buffer_size=2, norm_batch=1),
     SN=dict(type='SN'),
     SyncBN=dict(type='SyncBN'),
 )
@@ -35,7 +36,7 @@ class Net(nn.Module):
 
     def __init__(self, norm: str):
         super().__init__()
-        conv_cfg = dict(type='CenConv') if norm == 'MABN' else None
+        conv_cfg = dict(type='CenConv') if norm.startswith('MABN') else None
         options = dict(padding=1, norm_cfg=NORMS[norm], conv_cfg=conv_cfg, bias=False)
         self.a, self.b = ConvModule(3, 4, 3, **options), ConvModule(3, 4, 3, **options)
         self.a.activate, self.b.activate = nn.Tanh(), nn.Tanh()  # smooth, so that rounding flips nothing
@@ -239,20 +240,20 @@ def test_gradients_and_state_are_those_without_checkpointing(norm, arrangement):
 @pytest.mark.parametrize('reentrant', [True, False])
 @pytest.mark.parametrize('backward', [backward_twice, backward_one_by_one], ids=lambda f: f.__name__)
 @pytest.mark.parametrize('arrangement', [twice_equal, nested, two_regions], ids=lambda f: f.__name__)
-@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN'])
+@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN', 'MABN_norm_batch'])
 def test_accumulated_and_repeated_backward_passes(norm, arrangement, backward, reentrant):
     results = (train(norm, arrangement, cp, backward, forwards=3) for cp in (by(reentrant), plain))
     assert_same(*results)
 
 
-@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN'])
+@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN', 'MABN_norm_batch'])
 def test_early_stop_off(norm):
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):
         for arrangement in twice_equal, nested, two_regions:
             assert_same(train(norm, arrangement, by(False)), train(norm, arrangement, plain))
 
 
-@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN'])
+@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN', 'MABN_norm_batch'])
 def test_a_hundred_calls_before_one_backward(norm):
     """More than any fixed memory of calls would hold."""
 
@@ -262,7 +263,7 @@ def test_a_hundred_calls_before_one_backward(norm):
     assert_same(train(norm, many, by(False), steps=2), train(norm, many, plain, steps=2))
 
 
-@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN'])
+@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN', 'MABN_norm_batch'])
 def test_checkpoint_sequential(norm):
     def in_segments(net, cp, x):
         if cp is plain:
@@ -306,7 +307,7 @@ def test_a_look_at_saved_tensors_counts_nothing(norm):
 
 
 @pytest.mark.parametrize('reentrant', [True, False])
-@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN'])
+@pytest.mark.parametrize('norm', ['BRN', 'BRN_norm_batch', 'CBN', 'MABN', 'MABN_norm_batch'])
 def test_compiled_code_inside_a_checkpoint(norm, reentrant):
     def compiled(net, cp, x):
         def function(z):

@@ -17,7 +17,9 @@ VARIANTS = {
     'BNET-1': lambda: NORMS['BNET'](8, kernel_size=1),
     'BNET-7': lambda: NORMS['BNET'](8, kernel_size=7),
     'GN': lambda: NORMS['GN'](8, num_groups=2),
+    'BRN-groups': lambda: NORMS['BRN'](8, norm_batch=2),
     'LN2d-CHW': lambda: NORMS['LN2d'](8, over='CHW'),
+    'MABN-groups': lambda: NORMS['MABN'](8, norm_batch=2),
     'SyncBN-plain': lambda: NORMS['SyncBN'](8, affine=False, track_running_stats=False),
 }
 MAKE = {name: lambda cls=cls: cls(8) for name, cls in NORMS.items()} | VARIANTS
@@ -75,7 +77,9 @@ def test_the_norm_behind_a_convolution_of_other_channels_says_it(name, training)
             net(torch.randn(2, 3, 16, 16))
 
 
-@pytest.mark.parametrize('name', ['BNET', 'BNET-1', 'BNET-7', 'FrozenBN', 'GhostBN', 'SyncBN', 'BRN', 'CBN', 'MABN'])
+@pytest.mark.parametrize(
+    'name', ['BNET', 'BNET-1', 'BNET-7', 'FrozenBN', 'GhostBN', 'SyncBN', 'BRN', 'CBN', 'MABN', 'MABN-groups']
+)
 def test_neither_fusing_nor_tune_mode_hides_it(name):
     net = nn.Sequential(nn.Conv2d(3, 6, 3), MAKE[name]())
     for module in net.modules():
