@@ -8,19 +8,21 @@ from .memory_format import ChannelsLastHook
 from .nonfinite import NonFiniteError, NonFiniteHook
 from .norms import NormHook
 from .optim import NormOptimWrapperConstructor
-from .optimizers import Ralamb, Ranger, RangerLars
+from .optimizers import AdaHessian, Ralamb, Ranger, RangerLars
 from .pictures import PicturesHook
 from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
 from .rng import RandomStateHook
 from .safe_checkpoints import PendingValidationHook
 from .schedule import ScheduleHook
+from .second_order import SecondOrderOptimWrapper
 from .start import StartHook
 from .statistics import recompute_statistics
 from .together import SyncBuffersHook
 from .tune import TuneModeHook, TuneReport, tune_mode, undo_tune_mode
 
 __all__ = [
+    'AdaHessian',
     'CPUAmpOptimWrapper',
     'ChannelsLastHook',
     'DumpCocoDetections',
@@ -39,6 +41,7 @@ __all__ = [
     'RangerLars',
     'ResultsHook',
     'ScheduleHook',
+    'SecondOrderOptimWrapper',
     'StartHook',
     'SyncBuffersHook',
     'TimedLoggerHook',

@@ -174,6 +174,10 @@ class NonFiniteHook(Hook):
             if _in_any_process(flag):
                 self._met(runner)
                 return None
+            hessian = kwargs.get('hessian')  # of a SecondOrderOptimWrapper, the mean over all processes
+            if hessian is not None and bool(any_nonfinite(hessian)):
+                self._met(runner, 'the Hessian is not finite, although loss and gradients are')
+                return None
             result = step(*args, **kwargs)
             self._in_a_row = self._overflows = 0
             self._weights_flag = any_nonfinite(p for group in wrapper.optimizer.param_groups for p in group['params'])

@@ -1,10 +1,19 @@
-"""``paramwise_cfg.norm_decay_mult`` for norms that are not torch's classes."""
+"""The constructor of optimizer wrappers: norms that are not torch's, names that nobody knows, AdaHessian's wrapper."""
 
-from mmengine.optim import DefaultOptimWrapperConstructor
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
 
+from ..entries import class_of, name_of
+from ..errors import UserError
 from ..registry import NOT_TORCH_NORMS
+from .dist import CPUAmpOptimWrapper
+from .second_order import SecondOrderOptimWrapper, require_second_derivatives
 
 
 class NormOptimWrapperConstructor(DefaultOptimWrapperConstructor):
@@ -15,8 +24,20 @@ class NormOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     every parameter of theirs, BNET's taps and AN's attention included; ``custom_keys`` still come first, and all other
     rules are mmengine's (``bias_lr_mult`` reaches their biases, as in MABN's published recipe).
 
+    An optimizer or an argument of it that nobody knows gives an error with the choices; AdaHessian gets its
+    :class:`SecondOrderOptimWrapper` where the config has a plain one.
+
     Importing the package puts it in the place of ``DefaultOptimWrapperConstructor``, so a config names nothing.
     """
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """The optimizer and its wrapper."""
+        for problem in optimizer_problems(self.optimizer_cfg):
+            raise UserError(problem)
+        if getattr(class_of(self.optimizer_cfg, OPTIMIZERS), '__name__', None) == 'AdaHessian':
+            self.optim_wrapper_cfg = second_order_wrapper(self.optim_wrapper_cfg)
+            require_second_derivatives(model)
+        return super().__call__(model)
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module=None) -> None:
         """Add the parameters of ``module`` and its children to the list of groups."""
@@ -30,6 +51,67 @@ class NormOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             if not any(key in names[id(group['params'][0])] for key in self.paramwise_cfg.get('custom_keys', {})):
                 group['weight_decay'] = self.base_wd * norm_decay_mult
 
+
+def optimizer_problems(optimizer: Any, key: str = 'optim_wrapper.optimizer') -> Iterator[str]:
+    """What is wrong with the names in an optimizer's config, a sentence each.
+
+    Args:
+        optimizer: the dict.
+        key: where it stands in the config.
+    """
+    if not isinstance(optimizer, Mapping):
+        return
+    found = class_of(optimizer, OPTIMIZERS)
+    if found is None:
+        names = sorted(name for name, cls in OPTIMIZERS.module_dict.items() if cls is not _BASE)
+        given = optimizer.get('type')
+        said = f'{key}.type={given!r} is no optimizer' if given is not None else f'{key} has no type'
+        yield f'{said}{_hint(given, names)}; choose from {", ".join(names)}'
+        return
+    parameters = list(inspect.signature(found).parameters.values())
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    valid = [p.name for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for name in optimizer:
+        if name not in (*valid, 'type', '_scope_'):
+            yield (
+                f'{key} of type {name_of(optimizer, OPTIMIZERS)!r} has an unknown key {name}={optimizer[name]!r}'
+                f'{_hint(name, valid)}; valid keys: {", ".join(valid)}. If the key comes from the base config, with '
+                'whose dict yours is merged, write optimizer=dict(_delete_=True, ...)'
+            )
+
+
+def second_order_wrapper(cfg: dict) -> dict:
+    """The config of the wrapper that AdaHessian needs, from one that may be for other optimizers.
+
+    Raises:
+        UserError: it is a wrapper that cannot be replaced.
+    """
+    cls = class_of(cfg.get('type', 'OptimWrapper'), OPTIM_WRAPPERS)
+    if cls in (OptimWrapper, CPUAmpOptimWrapper):
+        mixed = dict(dtype='bfloat16') if cls is CPUAmpOptimWrapper else {}
+        return {**cfg, 'type': 'SecondOrderOptimWrapper', **mixed}
+    if isinstance(cls, type) and issubclass(cls, SecondOrderOptimWrapper):
+        return cfg
+    write = "optim_wrapper.type='SecondOrderOptimWrapper'"
+    if isinstance(cls, type) and issubclass(cls, AmpOptimWrapper):
+        why = 'scales the loss, and so the Hessian'
+        write += " and optim_wrapper.dtype='bfloat16', without loss_scale, for mixed precision"
+    else:
+        why = 'does not differentiate twice'
+    raise UserError(
+        f"optim_wrapper.type={name_of(cfg, OPTIM_WRAPPERS)!r} {why}, and optim_wrapper.optimizer.type='AdaHessian' "
+        f'needs the Hessian: write {write}'
+    )
+
+
+def _hint(name: Any, valid: list[str]) -> str:
+    by_lower = {other.lower(): other for other in valid}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    return f' (did you mean {by_lower[close[0]]!r}?)' if close else ''
+
+
+_BASE = OPTIMIZERS.get('Optimizer')  # registered with torch's, and none itself
 
 OPTIM_WRAPPER_CONSTRUCTORS.register_module(
     name='DefaultOptimWrapperConstructor', module=NormOptimWrapperConstructor, force=True

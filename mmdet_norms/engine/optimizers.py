@@ -104,9 +104,55 @@ def RangerLars(
     """
     options = {key: value for key, value in locals().items() if key not in ('k', 'alpha')}
     inner = _build('RangerLars', 'Lamb', rectify=True, **options)
-    from .lookahead import Lookahead
+    from .wrapped_optimizers import Lookahead
 
     return _checked('RangerLars', Lookahead, inner, k=k, alpha=alpha)
+
+
+@OPTIMIZERS.register_module()
+def AdaHessian(
+    params: Iterable,
+    lr: float = 0.1,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-16,
+    weight_decay: float = 0.0,
+    hessian_power: float = 1.0,
+    update_period: int = 1,
+    num_samples: int = 1,
+    hessian_distribution: str = 'rademacher',
+    weight_decouple: bool = True,
+    fixed_decay: bool = False,
+    foreach: bool | None = None,
+) -> Optimizer:
+    """Adam with the Hessian's diagonal D in the denominator (Yao et al. 2021, arXiv:2006.00719).
+
+    ``w -= lr m / (1 - b1^t) / ((v / (1 - b2^t))^(hessian_power / 2) + eps)``, with the averages m of the gradient and v
+    of D^2. :class:`SecondOrderOptimWrapper`, which is chosen by itself, estimates D. Unlike the paper's own code,
+    pytorch-optimizer does not average D over the taps of a convolution. A step costs about three of SGD's.
+
+    Args:
+        params, lr, betas, eps: as above.
+        weight_decay, weight_decouple, fixed_decay, foreach: as in :func:`Ranger`.
+        hessian_power: 1 for Newton's step, less for a smaller part of it.
+        update_period: v is renewed in every so manyth step, the others cost what SGD's do. The correction
+            ``1 - b2^t`` counts all steps, as in pytorch-optimizer, so that early steps are larger then.
+        num_samples, hessian_distribution: how D is estimated: how often, ``'rademacher'`` or ``'gaussian'``.
+    """
+    _library('AdaHessian')
+    from .wrapped_optimizers import AdaHessian as cls
+
+    if hessian_distribution not in ('rademacher', 'gaussian'):
+        raise UserError(
+            "optim_wrapper.optimizer of type 'AdaHessian': "
+            f"hessian_distribution={hessian_distribution!r} must be 'rademacher' or 'gaussian'"
+        )
+    for key, value in dict(update_period=update_period, num_samples=num_samples).items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(
+                f"optim_wrapper.optimizer of type 'AdaHessian': {key}={value!r} must be an integer of at least 1"
+            )
+    options = {key: value for key, value in locals().items() if key not in ('cls', 'params', 'key', 'value')}
+    return _checked('AdaHessian', cls, params, **options)
 
 
 def _build(name: str, theirs: str, **options) -> Optimizer:
