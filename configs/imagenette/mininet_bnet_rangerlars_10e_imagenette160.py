@@ -1,0 +1,2 @@
+_base_ = 'xsemininet_bnet_rangerlars_10e_imagenette160.py'
+model = dict(backbone=dict(type='MiniNet'))
