@@ -31,6 +31,9 @@ class Fit:
         refused: what layers said besides.
         spoilt: weights that are no numbers to compute with: NaN, infinite, or of another kind than the model's.
         unused: whole parts that the model lacks (a classifier, a mask head): nothing against it, but worth a word.
+        anew: weights, counters and memories of training that the model has and may start anew.
+        forgotten: counters and memories of training that the model has no place for.
+        adopted: weights that take another norm's, as the identical function.
         total: number of weights that the model has.
     """
 
@@ -40,6 +43,9 @@ class Fit:
     refused: list[str] = field(default_factory=list)
     spoilt: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    anew: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+    adopted: list[str] = field(default_factory=list)
     total: int = 0
 
     def __bool__(self) -> bool:
@@ -97,9 +103,17 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], pretrained: bool = False,
     own = model.state_dict()
     parameters = {name for name, _ in model.named_parameters()}
     weights = [key for key in own if key in parameters or not _REMEMBERED.search(key)]
-    missing = [key for key in dict.fromkeys(missing) if key in parameters or not _REMEMBERED.search(key)]
+    absent = list(dict.fromkeys(missing))
+    missing = [key for key in absent if key in parameters or not _REMEMBERED.search(key)]
     if pretrained:
         missing = [key for key in missing if not _is_an_addition(key, missing, model)]
+    adopted = [key for key in weights if key not in state and key not in absent]
+    of_another = {key.rpartition('.')[0] for key in adopted}
+    # torch's batch norm says nothing of a counter that weights of old have not
+    silent = [
+        key for key in own if key not in state and key not in adopted and key.rpartition('.')[0] not in of_another
+    ]
+    anew = [key for key in dict.fromkeys([*absent, *silent]) if key not in missing]
     mismatched, refused = {}, []
     for error in errors:
         key = _mismatched_key(error)
@@ -112,9 +126,10 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], pretrained: bool = False,
     for key in dict.fromkeys(unexpected):
         if key in counted:
             (unused if not exact and _is_of_an_absent_part(key, model) else left_over).append(key)
+    forgotten = [key for key in dict.fromkeys(unexpected) if key not in counted]
     there = [key for key in weights if key in state and key not in mismatched]
     spoilt = {key: why for key in there if (why := _spoilt(state[key], own[key]))}
-    return Fit(missing, left_over, mismatched, refused, spoilt, unused, len(weights))
+    return Fit(missing, left_over, mismatched, refused, spoilt, unused, anew, forgotten, adopted, len(weights))
 
 
 def _spoilt(value: Tensor, wanted: Tensor) -> str | None:

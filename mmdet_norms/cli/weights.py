@@ -18,6 +18,7 @@ from torch import nn
 
 from mmdet_norms.checkpoints.fit import Fit, fit, weights_of
 from mmdet_norms.checkpoints.read import Checkpoint, read_checkpoint
+from mmdet_norms.checkpoints.report import list_keys
 from mmdet_norms.compat.downloads import DownloadError
 from mmdet_norms.compat.reading import keep
 from mmdet_norms.datasets.annotations import other_order
@@ -27,6 +28,7 @@ from mmdet_norms.datasets.sources import datasets, metainfo_of, sources
 from mmdet_norms.deploy import fuse, is_fused
 from mmdet_norms.entries import is_a, mappings
 from mmdet_norms.errors import UserError
+from mmdet_norms.layers import MABN, CenConv2d
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
 from .common import read_config
@@ -194,11 +196,16 @@ def _check_pretrained(cfg: Config, args: argparse.Namespace, replaced: bool) -> 
             state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             if not state:
                 first = ', '.join(dict.fromkeys(name.partition('.')[0] for name in checkpoint.state_dict))
+                inside = (name.partition(f'.{prefix}') for name in checkpoint.state_dict if f'.{prefix}' in name)
+                longer = ' or '.join(dict.fromkeys(f'prefix={f"{before}.{prefix}"!r}' for before, _, _ in inside))
                 raise UserError(
                     f'{key}: no weight of {checkpoint.name} starts with prefix={prefix!r}; they start with {first}'
+                    + (f': write {longer}' if longer else '')
                 )
         found = fit(part, state, pretrained=part is not model)
         if found or (args.allow_partial and found.started_anew < found.total):
+            print('\n'.join(_what_it_fills(key, checkpoint, found)))
+            _warn_of_convolutions(key, checkpoint, part)
             continue
         lines = [f'{key}: {checkpoint.name} does not fit', found.explain(), *_inner_prefix(found, part, state)]
         lines += _trained_with(checkpoint)
@@ -207,6 +214,47 @@ def _check_pretrained(cfg: Config, args: argparse.Namespace, replaced: bool) -> 
             f'or, if it is meant so, {ALLOW_PARTIAL} starts what is missing anew'
         )
         raise UserError('\n'.join(lines))
+
+
+def _what_it_fills(key: str, checkpoint: Checkpoint, found: Fit) -> Iterator[str]:
+    """That a part gets its weights, and whatever it or the checkpoint has alone, in a line for each kind."""
+    anew = [*found.missing, *found.mismatched, *found.anew]
+    if anew or found.left_over or found.unused or found.forgotten:
+        yield f'{key}: of {checkpoint.name} come all weights and statistics but what is listed here'
+    else:
+        yield f'{key}: all weights and statistics come from {checkpoint.name}'
+    kinds = {
+        'start as the identical function of another norm': found.adopted,
+        'start anew': anew,
+        'of the checkpoint have no place': [*found.left_over, *found.unused, *found.forgotten],
+    }
+    for what, keys in kinds.items():
+        if keys:
+            yield f'{len(keys)} {what}:\n{list_keys(keys, most=2)}'
+
+
+def _warn_of_convolutions(key: str, checkpoint: Checkpoint, part: nn.Module) -> None:
+    """Say that MABN was pretrained without the centred convolutions that the model has, or with those that it lacks.
+
+    The weights do not tell: a centred convolution keeps its weight as it is and centres it whenever it computes.
+    """
+    types = {
+        keyword.value.value
+        for assigned in _config_of(checkpoint)
+        if assigned.targets[0].id == 'model'
+        for keyword in ast.walk(assigned)
+        if isinstance(keyword, ast.keyword) and keyword.arg == 'type' and isinstance(keyword.value, ast.Constant)
+    }
+    if 'MABN' not in types or not any(isinstance(module, MABN) for module in part.modules()):
+        return
+    theirs, ours = 'CenConv' in types, any(isinstance(module, CenConv2d) for module in part.modules())
+    if theirs != ours:
+        print(
+            f'warning: {key}: {checkpoint.name} was trained {"with" if theirs else "without"} centred convolutions in '
+            f'front of MABN, the model is {"with" if ours else "without"} them, so it starts as another function. '
+            f"Pretrain with conv_cfg=dict(type='CenConv'), as --norm mabn does, and give the detector the same",
+            file=sys.stderr,
+        )
 
 
 def pretrained_weights(model_cfg: Mapping) -> Iterator[tuple[str, str]]:
