@@ -10,6 +10,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..console import as_text
 from ..errors import UserError
 from ..layers._args import ConfigError
 
@@ -169,7 +170,7 @@ def _stacked(images: Sequence[Tensor], samples: Sequence[BaseDataElement] | None
     sizes = {tuple(image.shape): place for place, image in enumerate(images)}
     if len(sizes) > 1:
         names = [getattr(samples[place], 'img_path', place) if samples else place for place in sizes.values()]
-        found = [f'{w} x {h} ({name})' for (_, h, w), name in zip(sizes, names)]
+        found = [f'{w} x {h} ({as_text(name)})' for (_, h, w), name in zip(sizes, names)]
         raise UserError(
             f'images of different sizes in one batch: {", ".join(found[:3])}; end the pipeline with RandomResizedCrop, '
             'or with Resize and CenterCrop(auto_pad=True)'
@@ -181,6 +182,6 @@ def _require_classes(labels: Tensor, samples: Sequence[BaseDataElement], num_cla
     worst = int(labels.argmax())
     if labels[worst] >= num_classes:
         raise UserError(
-            f'{getattr(samples[worst], "img_path", "an image")} has gt_label={int(labels[worst])}, and '
+            f'{as_text(getattr(samples[worst], "img_path", "an image"))} has gt_label={int(labels[worst])}, and '
             f'model.head.num_classes={num_classes}: write the number of classes of the data'
         )

@@ -11,6 +11,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
+from ..console import as_text
 from ..datasets.images import decode, missing_files
 from ..entries import class_of, is_a, mappings
 from ..errors import UserError
@@ -69,15 +70,15 @@ class ImageFolder(BaseDataset):
 
     def problems(self) -> list[str]:
         """What is in the way of reading the data: each a sentence that begins with the key and its value."""
-        root, folder, classes = self.data_root, self.folder, self.metainfo['classes']
+        root, classes = self.data_root, self.metainfo['classes']
         if not root or not os.path.isdir(root):
             return [f'data_root={root!r}: there is no such folder; write the one that holds train/ and val/']
-        if not os.path.isdir(folder):
+        if not os.path.isdir(self.folder):
             near = (os.path.dirname(os.path.abspath(root)), *(os.path.join(root, name) for name in _folders(root)))
             instead = [path for path in near if os.path.isdir(os.path.join(path, self.split))]
             hint = f'did you mean data_root={instead[0]!r}?' if instead else f'it has {_some(_folders(root)) or "none"}'
             return [f'split={self.split!r}: there is no such folder in data_root={root!r}; {hint}']
-        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+        if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) for name in classes):
             return [f"metainfo.classes={classes!r:.80} is no list of names; write ('cat', 'dog')"]
         if len(set(classes)) < len(classes):
             twice = [name for name, count in Counter(classes).items() if count > 1]
@@ -90,24 +91,23 @@ class ImageFolder(BaseDataset):
         return self._lines()[1] if self.ann_file else self._folder_problems()
 
     def _folder_problems(self) -> list[str]:
-        folder, classes, names = self.folder, self.metainfo['classes'], _folders(self.folder)
-        other = [name for name in names if name not in set(classes)]
-        empty = [name for name in classes if name in set(names) and next(self._images(name), None) is None]
+        classes, names = self.metainfo['classes'], _folders(self.folder)
+        split, folder, there = f'split={self.split!r}', as_text(self.folder), set(names) & set(classes)
+        empty = [name for name in sorted(there) if next(self._images(name), None) is None]
+        other = [name for name in names if name not in there]
         problems = []
         if not names:
-            problems.append(f'split={self.split!r}: {folder} has no folders of classes; for a flat one write ann_file')
-        if other and not self._named:
+            problems.append(f'{split}: {folder} has no folders of classes; for a flat one write ann_file')
+        elif other and not self._named:
             problems.append(
-                f'split={self.split!r}: {_some(other)} in {folder} is no class of {self.classes_from}/; rename or '
-                f'delete it ({_count(classes)}: {_some(classes)})'
+                f'{split}: {_some(other)} in {folder} is no class of {self.classes_from}/; rename or delete it '
+                f'(the classes: {_some(classes)})'
             )
-        if empty:
-            problems.append(
-                f'split={self.split!r}: no image in {_some(empty)} of {folder}; delete it, or add images '
-                f'({", ".join(self.extensions)})'
-            )
-        if not set(classes) & set(names) and self._named:
+        elif not there:
             problems.append(f'metainfo.classes={_some(classes)}: none is a folder of {folder}: {_some(names)}')
+        if empty:
+            suffixes = ', '.join(self.extensions)
+            problems.append(f'{split}: no image ({suffixes}) in {_some(empty)} of {folder}; delete it, or add images')
         return problems
 
     def load_data_list(self) -> list[dict]:
@@ -118,12 +118,10 @@ class ImageFolder(BaseDataset):
         if self.ann_file:
             return [dict(img_path=path, gt_label=label) for path, label in self._lines()[0]]
         classes, names = self.metainfo['classes'], _folders(self.folder)
-        for some, what in (
-            ([name for name in classes if name not in set(names)], 'has no folder of'),
-            ([name for name in names if name not in set(classes)], 'has folders of other classes, which are left out:'),
-        ):
+        missing, other = sorted(set(classes) - set(names)), sorted(set(names) - set(classes))
+        for some, what in ((missing, 'has no folder of'), (other, 'has folders of other classes, which are left out:')):
             if some:
-                print_log(f'{self.folder} {what} {_some(some)}', logger='current', level=logging.WARNING)
+                print_log(f'{as_text(self.folder)} {what} {_some(some)}', logger='current', level=logging.WARNING)
         return [
             dict(img_path=path, gt_label=label)
             for label, name in enumerate(classes)
@@ -239,12 +237,8 @@ def _ends_as_begun(path: str) -> bool:
 def _require_image(path: str) -> None:
     wrong = decode(path)
     if isinstance(wrong, str):
-        raise UserError(f'{path} {wrong}; replace or delete the file')
+        raise UserError(f'{as_text(path)} {wrong}; replace or delete the file')
 
 
 def _some(names: Sequence[str]) -> str:
     return ', '.join(map(repr, names[:5])) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
-
-
-def _count(classes: Sequence[str]) -> str:
-    return f'{len(classes)} class{"es" * (len(classes) != 1)}'

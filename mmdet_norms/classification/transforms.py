@@ -10,6 +10,7 @@ from mmcv.transforms import BaseTransform
 from mmengine.registry import TRANSFORMS
 from mmengine.structures import BaseDataElement
 
+from ..console import as_text
 from ..errors import UserError
 
 # Principal components of ImageNet's pixels, R, G, B in 0 to 255 (Krizhevsky et al. 2012); directions are columns.
@@ -152,8 +153,9 @@ class PackClsInputs(BaseTransform):
     def transform(self, results: dict) -> dict:
         image = results['img']
         if image.ndim != 3 or image.shape[2] != 3:
+            name = as_text(results.get('img_path'))
             raise UserError(
-                f'PackClsInputs: the image {results.get("img_path")} is of shape {image.shape}, not (H, W, 3); write '
+                f'PackClsInputs: the image {name} is of shape {image.shape}, not (H, W, 3); write '
                 "dict(type='LoadImageFromFile', color_type='color')"
             )
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

@@ -176,6 +176,10 @@ def classes_as_text(root):
     return dict(metainfo=dict(classes='cat'))
 
 
+def classes_as_number(root):
+    return dict(metainfo=dict(classes=2))
+
+
 def class_twice(root):
     return dict(metainfo=dict(classes=['cat', 'dog', 'cat']))
 
@@ -212,12 +216,16 @@ def labels_are(text):
         (other_split, "split='valid': there is no such folder in data_root='{root}'; it has 'train', 'val'"),
         (no_folders, "data_root='{root}': neither train/ nor train/ holds folders of classes"),
         (flat_val, "split='val': {root}/val has no folders of classes; for a flat one write ann_file"),
-        (empty_class, "split='train': no image in 'eel' of {root}/train; delete it, or add images (.jpg, "),
+        (
+            empty_class,
+            "split='train': no image (.jpg, .jpeg, ",
+        ),
         (
             class_of_val_alone,
-            "split='val': 'eel' in {root}/val is no class of train/; rename or delete it (2 classes: ",
+            "split='val': 'eel' in {root}/val is no class of train/; rename or delete it (the classes: ",
         ),
         (classes_as_text, "metainfo.classes='cat' is no list of names; write ('cat', 'dog')"),
+        (classes_as_number, "metainfo.classes=2 is no list of names; write ('cat', 'dog')"),
         (class_twice, "metainfo.classes names 'cat' twice"),
         (classes_of_others, "metainfo.classes='ant', 'bee': none is a folder of {root}/train: 'cat', 'dog'"),
         (no_labels, "ann_file='{root}/meta.txt': No such file or directory"),
@@ -241,6 +249,18 @@ def test_bad_data_are_one_error_that_names_key_and_value(root, break_it, says):
     with pytest.raises(UserError) as error:
         DATASETS.build(options)
     assert str(error.value).startswith(f'ImageFolder: {says}')
+
+
+def test_names_that_no_terminal_can_show(root):
+    name = os.fsdecode(b'\xff\x1b[31m')  # no UTF-8, and an escape sequence
+    write(root / 'val' / name / 'x.png')
+    problems = problems_of(entry(root, split='val'))
+    path = root / 'train' / 'cat' / f'{name}.png'
+    a_text(path)
+    with pytest.raises(UserError) as error:
+        ImageFolder(str(root), pipeline=PIPELINE)[2]
+    for text in (*problems, str(error.value)):
+        assert text.isprintable() and '\\udcff' in text and text.encode()
 
 
 def test_several_problems_of_a_folder_are_told_together(root):

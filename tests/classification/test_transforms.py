@@ -62,6 +62,7 @@ def test_square_parts():
 def test_where_nothing_fits_the_largest_part_in_the_middle(height, width, part):
     crop = RandomResizedCrop(32, crop_ratio_range=(1, 1))
     assert crop._part(height, width) == part
+    assert RandomResizedCrop(32, aspect_ratio_range=(3, 4))._part(1, 1) == (0, 0, 1, 1)
     image = RandomResizedCrop(32)(dict(img=picture(height, width)))['img']
     assert image.shape == (32, 32, 3)
 
