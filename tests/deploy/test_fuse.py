@@ -27,6 +27,7 @@ from mmdet_norms.layers.bnet import FoldedBNET
 from mmdet_norms.registry import MODELS
 
 VANISHES = ('BN', 'SyncBN', 'FrozenBN', 'BRN', 'CBN', 'MABN')
+VANISHES += ('BN norm_batch', 'BRN norm_batch', 'MABN norm_batch')
 REMAINS = {**dict.fromkeys(cells.BNETS, FoldedBNET), 'AN-BN': FoldedAN, 'AN-GN': FoldedAN}
 STAYS = ('GN', 'IN', 'LN2d', 'SN')
 

@@ -46,18 +46,21 @@ def _bnet(kernel_size):
 # Schedules are short, so that the six warm-up steps of `ready` reach what each norm does in the end.
 NORMS = {
     'BN': Norm(dict(type='BN')),
+    'BN norm_batch': Norm(dict(type='BN', norm_batch=1)),
     'SyncBN': Norm(dict(type='SyncBN')),
     'FrozenBN': Norm(dict(type='FrozenBN')),
     'GN': Norm(dict(type='GN', num_groups=4)),
     'IN': Norm(dict(type='IN', affine=True)),
     'LN2d': Norm(dict(type='LN2d')),
     'BRN': Norm(dict(type='BRN', warmup_iters=2, r_iters=5, d_iters=5, momentum=0.1)),
+    'BRN norm_batch': Norm(dict(type='BRN', warmup_iters=2, r_iters=5, d_iters=5, momentum=0.1, norm_batch=1)),
     'SN': Norm(dict(type='SN')),
     'BNET-3': _bnet(3),
     'BNET-5': _bnet(5),
     'BNET-7': _bnet(7),
     'CBN': Norm(dict(type='CBN', buffer_num=3, burnin=2)),
     'MABN': Norm(dict(type='MABN', buffer_size=3, warmup_iters=2), dict(type='CenConv')),
+    'MABN norm_batch': Norm(dict(type='MABN', buffer_size=3, warmup_iters=4, norm_batch=1), dict(type='CenConv')),
     'AN-BN': Norm(dict(type='AN', norm='BN', k=3)),
     'AN-GN': Norm(dict(type='AN', norm='GN', k=3, num_groups=4)),
 }
@@ -66,8 +69,9 @@ BNETS = ('BNET-3', 'BNET-5', 'BNET-7')
 # The counters that a training forward moves; the other norms have none.
 COUNTERS = {
     **dict.fromkeys(('BN', 'SyncBN', 'BRN', 'SN', *BNETS), ('num_batches_tracked',)),
+    **dict.fromkeys(('BN norm_batch', 'BRN norm_batch'), ('num_batches_tracked',)),
     'CBN': ('iter_count',),
-    'MABN': ('iters',),
+    **dict.fromkeys(('MABN', 'MABN norm_batch'), ('iters',)),
     'AN-BN': ('num_batches_tracked', 'attention_weights.attention.1.num_batches_tracked'),
 }
 
@@ -204,6 +208,10 @@ def _bnet_eval(z, n):
     return F.conv2d(x_hat, n.bnconv.weight, n.bnconv.bias, padding=n.kernel_size // 2, groups=n.num_features)
 
 
+def _mabn(z, n):
+    return z / (_per_channel(n.running_var) + n.eps).sqrt() * _per_channel(n.weight) + _per_channel(n.bias)
+
+
 def _an(z, n):
     var, mean = torch.var_mean(z, (2, 3), keepdim=True)
     net = n.attention_weights.attention
@@ -224,14 +232,14 @@ EVAL_FORMULA = {
     'GN': lambda z, n: _over(z, 2, n, groups=4),
     'IN': lambda z, n: _over(z, (2, 3), n),
     'LN2d': lambda z, n: _over(z, 1, n),
-    'BRN': lambda z, n: _plain(z, n.bn),
+    **dict.fromkeys(('BN norm_batch', 'BRN', 'BRN norm_batch'), lambda z, n: _plain(z, n.bn)),
     'SN': _sn,
     **dict.fromkeys(BNETS, _bnet_eval),
     'CBN': lambda z, n: (
         (z - _per_channel(n.running_mean)) / (_per_channel(n.running_var).sqrt() + n.eps) * _per_channel(n.weight)
         + _per_channel(n.bias)
     ),
-    'MABN': lambda z, n: z / (n.running_var + n.eps).sqrt() * _per_channel(n.weight) + _per_channel(n.bias),
+    **dict.fromkeys(('MABN', 'MABN norm_batch'), _mabn),
     'AN-BN': _an,
     'AN-GN': _an,
 }
@@ -271,7 +279,8 @@ def _autocast(norm, dtype, tolerance):
 
 @situation('bf16 autocast: close to fp32, state stays fp32')
 def bf16(norm):
-    _autocast(norm, torch.bfloat16, 0.15)
+    # over single images more cancels in the gradient of the convolution, for torch's batch norm called on each, too
+    _autocast(norm, torch.bfloat16, 0.2 if 'norm_batch' in NORMS[norm].cfg else 0.15)
 
 
 @situation('fp16 autocast: close to fp32, state stays fp32')
@@ -712,6 +721,10 @@ ORACLE = {
     'GN': _L + 'test_group_norm.py::test_forward_equals_the_formula_written_out',
     'LN2d': _L + 'test_layer_norm.py::test_forward_equals_the_formula_written_out',
     'BRN': _L + 'test_batch_renorm.py::TestMaths::test_three_training_steps_equal_the_formulas_written_out',
+    'BN norm_batch': _L + 'test_ghost.py::TestMaths::test_it_equals_a_batch_norm_for_each_group',
+    'BRN norm_batch': _L + 'test_batch_renorm.py::TestNormBatch'
+    '::test_each_group_equals_the_formulas_written_out_and_the_batch_counts_once',
+    'MABN norm_batch': _L + 'test_mabn_groups.py::TestMaths::test_150_iterations_equal_the_published_variant',
     'SN': _L + 'test_switch_norm.py::test_forward_equals_the_formula_written_out',
     **dict.fromkeys(BNETS, _L + 'test_bnet.py::TestMaths::test_forward_equals_the_formula_written_out'),
     'CBN': _L + 'test_cbn.py::TestMaths::test_a_training_run_equals_the_published_algorithm',
@@ -838,7 +851,7 @@ def _needs_links(reentrant):
 def _gradient_until_the_past_takes_part(norm):
     _gradcheck(build(norm))
     _gradcheck(ready(norm).eval())
-    _raises(GradcheckError, 'Jacobian mismatch', _gradcheck, ready(norm))
+    _raises(GradcheckError, 'Jacobian mismatch|Backward is not reentrant', _gradcheck, ready(norm))
 
 
 def _breaks_the_graph_in_training(norm):
@@ -875,6 +888,7 @@ def _sn_loads(norm):
     assert 'hardly learn' in said
 
 
+_MABNS = ('MABN', 'MABN norm_batch')
 _SINGLE = (ValueError, 'Expected more than 1 value per channel when training')
 _SPATIAL = (ValueError, 'Expected more than 1 spatial element when training')
 _STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
@@ -921,29 +935,38 @@ EXCEPTIONS = {
     ('IN', 'channels_last input: same result, layout kept'): Otherwise(
         "torch's instance norm: the same result, but contiguous", check=_result_is_contiguous
     ),
-    ('MABN', 'shared module called twice before backward'): Otherwise(
-        'each call is an iteration, and finite; gradients are not the sum over calls made one by one, since the '
-        "backward window sees the calls' rows in another order",
-        check=_the_window_has_moved,
-    ),
+    **{
+        (norm, 'shared module called twice before backward'): Otherwise(
+            'each call is an iteration, and finite; gradients are not the sum over calls made one by one, since the '
+            "backward window sees the calls' rows in another order",
+            check=_the_window_has_moved,
+        )
+        for norm in _MABNS
+    },
     ('BN', _REENTRANT): Otherwise(_TWICE, check=_statistics_count_twice(True)),
     ('BN', _NON_REENTRANT): Otherwise(_TWICE, check=_statistics_count_twice(False)),
     ('CBN', _REENTRANT): Otherwise(_LINKED, check=_needs_links(True)),
     ('CBN', _NON_REENTRANT): Otherwise(_LINKED, check=_needs_links(False)),
-    ('BRN', 'gradcheck in float64, training and eval'): Otherwise(
-        'the true gradient in warm-up and eval; past it r and d count as constants, as published',
-        check=_gradient_until_the_past_takes_part,
-    ),
+    **{
+        (norm, 'gradcheck in float64, training and eval'): Otherwise(
+            'the true gradient in warm-up and eval; past it r and d count as constants, as published',
+            check=_gradient_until_the_past_takes_part,
+        )
+        for norm in ('BRN', 'BRN norm_batch')
+    },
     ('CBN', 'gradcheck in float64, training and eval'): Otherwise(
         'the true gradient in burn-in and eval; past it the history counts as constant, as published (`test_cbn.py` '
         'checks the gradient with the history held constant)',
         check=_gradient_until_the_past_takes_part,
     ),
-    ('MABN', 'gradcheck in float64, training and eval'): Otherwise(
-        'the true gradient in warm-up and eval; past it the backward averages over the window, by design the '
-        'derivative of nothing',
-        check=_gradient_until_the_past_takes_part,
-    ),
+    **{
+        (norm, 'gradcheck in float64, training and eval'): Otherwise(
+            'the true gradient in warm-up and eval; past it the backward averages over the window, by design the '
+            'derivative of nothing',
+            check=_gradient_until_the_past_takes_part,
+        )
+        for norm in _MABNS
+    },
     ('CBN', 'torch.compile without graph breaks: forward, backward and state as eager'): Otherwise(
         'equal to eager with `link_convs(model)`, with a graph break at the layer in training and none in eval',
         check=_breaks_the_graph_in_training,
@@ -961,11 +984,14 @@ EXCEPTIONS = {
         'into the variance',
         check=_cbn_loads,
     ),
-    ('MABN', _LOADING): Otherwise(
-        'behind a CenConv, which would centre the weights, refused with an `AnotherFunctionError`; behind a plain '
-        'convolution or with weights that are centred already the identical function',
-        check=_mabn_loads,
-    ),
+    **{
+        (norm, _LOADING): Otherwise(
+            'behind a CenConv, which would centre the weights, refused with an `AnotherFunctionError`; behind a plain '
+            'convolution or with weights that are centred already the identical function',
+            check=_mabn_loads,
+        )
+        for norm in _MABNS
+    },
     ('SN', _LOADING): Otherwise(
         'loads strictly as the identical function: `mean_weight` and `var_weight` put all weight on batch norm. A '
         'warning says that they hardly learn from there',
