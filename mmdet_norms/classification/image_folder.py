@@ -17,7 +17,6 @@ from ..entries import class_of, is_a, mappings
 from ..errors import UserError
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
-_ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'\xaeB`\x82'}  # JPEG, PNG: how a whole file begins and ends
 
 
 @DATASETS.register_module()
@@ -128,10 +127,14 @@ class ImageFolder(BaseDataset):
             for path in sorted(self._images(name))
         ]
 
+    def get_cat_ids(self, idx: int) -> list[int]:
+        """The label of an image, for mmengine's ``ClassBalancedDataset``."""
+        return [self.get_data_info(idx)['gt_label']]
+
     def prepare_data(self, idx: int) -> Any:
         """The image through the pipeline; whatever fails at a file that is no whole image names the file."""
         image = self.get_data_info(idx)
-        if not _ends_as_begun(image['img_path']):
+        if _may_be_cut_off(image['img_path']):
             _require_image(image['img_path'])
         try:
             return self.pipeline(image)
@@ -223,15 +226,15 @@ def _folders(folder: str) -> tuple[str, ...]:
         return ()
 
 
-def _ends_as_begun(path: str) -> bool:
-    """Whether a file ends as those of its kind do. OpenCV fills what is missing of an image with grey, untold."""
+def _may_be_cut_off(path: str) -> bool:
+    """Whether a JPEG has another end than it should, of which OpenCV up to 4.10 reads the rest as black, untold."""
     try:
         with open(path, 'rb') as file:
-            end = _ENDS.get(file.read(2), b'')
-            file.seek(-len(end), os.SEEK_END)
-            return file.read() == end
+            is_jpeg = file.read(2) == b'\xff\xd8'
+            file.seek(-2, os.SEEK_END)
+            return is_jpeg and file.read() != b'\xff\xd9'
     except OSError:
-        return False
+        return True
 
 
 def _require_image(path: str) -> None:

@@ -273,6 +273,12 @@ def test_several_problems_of_a_folder_are_told_together(root):
     assert len(problems_of(entry(root, split='val'))) == 2
 
 
+def test_rare_classes_can_be_repeated(root):
+    (root / 'train' / 'dog' / '1.png').unlink()
+    cfg = dict(type='ClassBalancedDataset', oversample_thr=0.5, dataset=entry(root))
+    assert [image['gt_label'] for image in DATASETS.build(cfg)] == [0, 0, 1, 1]
+
+
 def test_entries_are_found_through_wrappers(root):
     inner = entry(root)
     cfg = dict(train_dataloader=dict(dataset=dict(type='RepeatDataset', times=2, dataset=inner)), other=dict(type='X'))
@@ -320,6 +326,21 @@ def test_a_file_that_is_no_image_is_named(root, damage, says, suffix, backend):
         data[2]
     text = str(error.value).removeprefix(f'{path} ')
     assert text.startswith(says) and text.endswith('; replace or delete the file')
+
+
+def test_a_jpeg_that_was_cut_off_is_named_whoever_reads_it(root):
+    half(root / 'train' / 'cat' / '9.jpg')
+    data = ImageFolder(str(root), pipeline=[lambda results: 'black'])  # as OpenCV 4.10
+    assert data[0] == 'black'
+    with pytest.raises(UserError, match='cannot be decoded'):
+        data[2]
+
+
+def test_a_jpeg_with_more_behind_it_is_whole(root):
+    path = root / 'train' / 'cat' / '9.jpg'
+    cv2.imwrite(str(path), np.zeros((6, 8, 3), np.uint8))
+    path.write_bytes(path.read_bytes() + bytes(50))
+    assert ImageFolder(str(root), pipeline=PIPELINE)[2]['inputs'].shape == (3, 6, 8)
 
 
 def test_a_worker_gives_the_same_error(root):

@@ -77,6 +77,8 @@ def run(data, folder, workers, seed=3, epochs=3, resume=None):
 def test_a_resumed_run_sees_the_same_images(tmp_path):
     data = write_digits(tmp_path / 'digits', train=24, val=1)
     whole = run(data, tmp_path / 'whole', workers=2)
+    saved = torch.load(tmp_path / 'whole' / 'epoch_2.pth', map_location='cpu')
+    assert saved['meta']['dataset_meta'] == dict(classes=tuple('0123456789'))
     assert len(whole) == 9 and len({total for _, _, total, _ in whole}) == 9
     for workers in (0, 2):
         resume = str(tmp_path / 'whole' / 'epoch_2.pth')
