@@ -109,8 +109,9 @@ class LinearClsHead(BaseModule):
     def predict(self, scores: Tensor, data_samples: Sequence[BaseDataElement] | None) -> list[BaseDataElement]:
         """The samples with ``pred_score`` (``num_classes`` probabilities) and ``pred_label``."""
         samples = data_samples or [BaseDataElement() for _ in scores]
-        for sample, score in zip(samples, scores.float().softmax(1)):
-            sample.pred_score, sample.pred_label = score, score.argmax()
+        scores = scores.float().softmax(1)
+        for sample, score, label in zip(samples, scores, scores.argmax(1)):
+            sample.pred_score, sample.pred_label = score, label
         return list(samples)
 
 

@@ -62,9 +62,13 @@ def test_square_parts():
 def test_where_nothing_fits_the_largest_part_in_the_middle(height, width, part):
     crop = RandomResizedCrop(32, crop_ratio_range=(1, 1))
     assert crop._part(height, width) == part
-    assert RandomResizedCrop(32, aspect_ratio_range=(3, 4))._part(1, 1) == (0, 0, 1, 1)
     image = RandomResizedCrop(32)(dict(img=picture(height, width)))['img']
     assert image.shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize('ratios', [(3, 4), (1 / 4, 1 / 3)])
+def test_a_part_has_pixels(ratios):
+    assert RandomResizedCrop(32, aspect_ratio_range=ratios)._part(1, 1) == (0, 0, 1, 1)
 
 
 @pytest.mark.parametrize('backend, resample', [('cv2', None), ('pillow', Image.BILINEAR)])
