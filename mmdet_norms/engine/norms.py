@@ -3,6 +3,7 @@
 import math
 import warnings
 
+from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
@@ -10,7 +11,8 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..layers import CBN, MABN, link_convs, warn_if_uncentred
+from ..layers import BRN, CBN, MABN, GhostBN, link_convs, warn_if_uncentred
+from ..layers._args import ConfigError
 
 
 @HOOKS.register_module()
@@ -19,6 +21,7 @@ class NormHook(Hook):
 
     * CBN: links each layer to its convolution (activation checkpointing and compilation need it) and turns a burn-in
       in epochs, ``burnin='8e'``, into iterations: of all processes together, also with an infinite sampler.
+    * ``norm_batch``: raises a :class:`ConfigError` if it does not divide the batches, the last of an epoch included.
     * Warns of settings that defeat a method: ``norm_eval=True`` or ``frozen_stages`` over CBN or MABN in the backbone,
       MABN behind a convolution that is not centred, CBN with gradient accumulation.
 
@@ -29,6 +32,7 @@ class NormHook(Hook):
         """Called when the data loader and the optimizer exist, before the first iteration."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         link_convs(model)
+        check_groups(model, runner.train_dataloader)
         warn_if_uncentred(model)
         layers = [module for module in model.modules() if isinstance(module, CBN)]
         for layer in layers:
@@ -44,6 +48,38 @@ class NormHook(Hook):
             )
         for message in defeated(model):
             warnings.warn(message, stacklevel=2)
+
+
+def check_groups(model: nn.Module, loader: DataLoader) -> None:
+    """Raise unless every ``norm_batch`` divides the batches that training will see.
+
+    The layers say so themselves, but of the last batch of an epoch only when it comes. Those of a head are left to do
+    so (its batch may be regions), and those that ``norm_eval`` and ``frozen_stages`` keep from using the batch.
+    """
+    grouped = [layer for layer in getattr(model, 'backbone', model).modules() if getattr(layer, 'norm_batch', None)]
+    if not grouped:
+        return
+    model.train()  # as the loop will: only then is it seen which layers a backbone keeps in eval mode
+    kinds = {MABN: 'MABN', BRN: 'BRN', GhostBN: 'BN'}
+    groups = {
+        layer.norm_batch: next((kind for cls, kind in kinds.items() if isinstance(layer, cls)), type(layer).__name__)
+        for layer in grouped
+        if getattr(layer, 'bn', layer).training
+    }
+    batches = loader.batch_sampler
+    size, last = getattr(batches, 'batch_size', None), 0
+    if size and not batches.drop_last and isinstance(batches.sampler, DefaultSampler):
+        last = len(batches.sampler) % size
+    for norm_batch, kind in groups.items():
+        said = f'norm_cfg of type {kind!r}: norm_batch={norm_batch} does not divide'
+        if size and size % norm_batch:
+            more = -(-size // norm_batch) * norm_batch
+            raise ConfigError(f'{said} train_dataloader.batch_size={size}; write a multiple of it, such as {more}')
+        if last % norm_batch:
+            raise ConfigError(
+                f'{said} the last batch of an epoch, of {last} images ({len(batches.sampler)} in batches of {size}); '
+                'write train_dataloader.drop_last=True'
+            )
 
 
 def iterations_per_epoch(loader: DataLoader) -> int:

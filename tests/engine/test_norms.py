@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import pytest
 from mmcv.cnn import ConvModule
 from mmdet.registry import MODELS
+from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.registry import init_default_scope
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mmdet_norms.engine.norms import NormHook, defeated
+from mmdet_norms.layers._args import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +51,41 @@ def test_nothing_is_said_where_nothing_is_wrong():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         NormHook().before_train(runner(model))
+
+
+def loader(images, batch_size, drop_last=False, sampler=DefaultSampler):
+    return DataLoader(range(images), batch_size, drop_last=drop_last, sampler=sampler(range(images), False))
+
+
+@pytest.mark.parametrize('kind', ['BN', 'BRN', 'MABN'])
+@pytest.mark.parametrize(
+    'norm_batch, batches, said',
+    [
+        (2, loader(20, 7), 'train_dataloader.batch_size=7; write a multiple of it, such as 8'),
+        (4, loader(26, 8), r'the last batch of an epoch, of 2 images \(26 in batches of 8\); write .*drop_last=True'),
+        (4, loader(26, 8, True), None),
+        (2, loader(26, 8), None),
+        (4, loader(26, 8, sampler=InfiniteSampler), None),
+    ],
+)
+def test_groups_that_do_not_divide_the_batches_are_named_before_the_first_iteration(kind, norm_batch, batches, said):
+    cenconv = dict(type='CenConv') if kind == 'MABN' else None
+    backbone = nn.Sequential(conv(dict(type=kind, norm_batch=norm_batch), conv_cfg=cenconv))
+    run = runner(nn.ModuleDict(dict(backbone=backbone)))
+    run.train_dataloader = batches
+    if said is None:
+        NormHook().before_train(run)
+        return
+    with pytest.raises(ConfigError, match=f"'{kind}': norm_batch={norm_batch} does not divide {said}"):
+        NormHook().before_train(run)
+
+
+def test_groups_under_norm_eval_and_in_heads_are_not_asked():
+    backbone = dict(type='ResNet', depth=18, base_channels=4, norm_cfg=dict(type='BN', norm_batch=2), norm_eval=True)
+    heads = conv(dict(type='BN', norm_batch=2))
+    run = runner(nn.ModuleDict(dict(backbone=MODELS.build(backbone), heads=heads)))
+    run.train_dataloader = loader(20, 7)
+    NormHook().before_train(run)
 
 
 def test_gradient_accumulation_over_cbn_is_named():
