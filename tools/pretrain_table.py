@@ -60,7 +60,9 @@ def train(config: str, work_dir: Path, options: list, config_options: list[str])
 def python(*command: object) -> None:
     command = [str(part) for part in command]
     print('+ python', *command, flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT)
+    if done.returncode:  # it has said why
+        sys.exit(done.returncode)
 
 
 def table(rows: dict[str, list[list[float]]]) -> list[str]:

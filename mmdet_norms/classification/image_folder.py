@@ -11,6 +11,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
+from ..commands import runnable
 from ..console import as_text
 from ..datasets.images import decode, missing_files
 from ..entries import class_of, is_a, mappings
@@ -71,7 +72,9 @@ class ImageFolder(BaseDataset):
         """What is in the way of reading the data: each a sentence that begins with the key and its value."""
         root, classes = self.data_root, self.metainfo['classes']
         if not root or not os.path.isdir(root):
-            return [f'data_root={root!r}: there is no such folder; write the one that holds train/ and val/']
+            made = os.path.normpath(root or '.') == os.path.join('data', 'shapes-cls')
+            how = f'{runnable("shapes")} --classification generates it; or ' if made else ''
+            return [f'data_root={root!r}: there is no such folder; {how}write the one that holds train/ and val/']
         if not os.path.isdir(self.folder):
             near = (os.path.dirname(os.path.abspath(root)), *(os.path.join(root, name) for name in _folders(root)))
             instead = [path for path in near if os.path.isdir(os.path.join(path, self.split))]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mmdet_norms.classification import ImageFolder
 from mmdet_norms.cli.common import read_config, require_annotations
 from mmdet_norms.errors import UserError
 
@@ -29,6 +30,16 @@ def test_the_message_is_about_the_data_of_the_config(config, said, unsaid, tmp_p
     with pytest.raises(UserError, match=r'there is no annotation file data/\w+/annotations/') as error:
         require_annotations(cfg, 'train_dataloader')
     assert said in str(error.value) and unsaid not in str(error.value) and '--data-root DIR' in str(error.value)
+
+
+def test_the_data_of_the_classifier_say_what_generates_them(tmp_path, monkeypatch):
+    cfg = read_config(str(ROOT / 'configs/demo/resnet50_bnet5_shapes-cls.py'))
+    monkeypatch.chdir(tmp_path)
+    dataset = ImageFolder(**{k: v for k, v in cfg.train_dataloader.dataset.items() if k != 'type'}, lazy_init=True)
+    assert dataset.problems() == [
+        "data_root='data/shapes-cls/': there is no such folder; python tools/make_shapes.py --classification generates "
+        'it; or write the one that holds train/ and val/'
+    ]
 
 
 def test_other_data_are_asked_for_by_the_option(tmp_path):
