@@ -4,10 +4,13 @@
 configs), and a subclass of it are all a CocoDataset. Every tool asks here instead of comparing strings.
 """
 
+import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from mmdet import registry as mmdets
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.config.lazy import LazyAttr, LazyObject
@@ -16,6 +19,9 @@ from mmengine.utils import get_object_from_string
 
 # What mmcv calls torch's norms. This package registers classes of its own under two of the names.
 _NORMS_OF_TORCH = {'GroupNorm': 'GN', 'SyncBatchNorm': 'SyncBN'}
+
+# What mmengine says of a name that it cannot build.
+_UNREGISTERED = re.compile(r'(\S+) is not in the \S+::(.+?) registry')
 
 # Under which a config may name a class.
 _CLASS_KEYS = ('type', 'runner_type', 'constructor')
@@ -114,6 +120,27 @@ def mappings(node: Any, key: str = '') -> Iterator[tuple[str, Mapping]]:
         return
     for name, value in inner:
         yield from mappings(value, f'{key}.{name}' if key else str(name))
+
+
+def explain_unregistered(error: KeyError) -> str | None:
+    """What to write in place of a ``type`` that nobody registered, of mmengine's error about it; None of other errors.
+
+    Args:
+        error: from building a model, an optimizer, a data set, ...
+    """
+    found = _UNREGISTERED.search(str(error.args[0])) if error.args else None
+    registries = (value for value in vars(mmdets).values() if isinstance(value, Registry))
+    registry = next((value for value in registries if found and value.name == found[2]), None)
+    if registry is None:
+        return None
+    name = found[1].rsplit('.', 1)[-1]
+    by_lower = {valid.lower(): valid for table in _tables(registry) for valid in table}
+    close = [by_lower[key] for key in difflib.get_close_matches(name.lower(), by_lower, n=3)]
+    hint = f' (did you mean {" or ".join(map(repr, close))}?)' if close else ''
+    return (
+        f'type={found[1]!r} names no {found[2].replace("_", " ")} that is registered{hint}; a class of your own is one once '
+        "the config's custom_imports names its module"
+    )
 
 
 def spell_out(node: Any) -> None:

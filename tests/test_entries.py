@@ -1,5 +1,7 @@
 """What a config entry is, however it names its class."""
 
+import re
+
 import pytest
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, MODELS
@@ -9,7 +11,8 @@ from mmengine.registry import DATASETS as ROOT_DATASETS
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from torch import nn
 
-from mmdet_norms.entries import class_of, is_a, name_of, parameter_of, path_of, spell_out
+from mmdet_norms.cli.common import command
+from mmdet_norms.entries import class_of, explain_unregistered, is_a, name_of, parameter_of, path_of, spell_out
 
 
 class OwnCoco(CocoDataset):
@@ -126,3 +129,38 @@ def test_the_text_of_a_config_names_classes_that_mmengine_finds():
 def test_mmengine_finds_a_class_by_its_path(name):
     # by the place of its definition it does not find L1Loss: a function has the name of the module
     assert MODELS.get(path_of(class_of(name))) is class_of(name)
+
+
+@pytest.mark.parametrize(
+    'registry, kind, said',
+    [
+        (MODELS, 'xsemininet', r"type='xsemininet' names no model that is registered \(did you mean 'XSEMiniNet' or "),
+        (MODELS, 'mmdet.FastRCN', r"type='mmdet.FastRCN' names no model .* 'FastRCNN'"),
+        (DATASETS, 'ImageFoldr', r"type='ImageFoldr' names no dataset that is registered \(did you mean 'ImageFolder'"),
+        (
+            OPTIM_WRAPPERS,
+            'zzz',
+            r"type='zzz' names no optimizer wrapper that is registered; a class of your",
+        ),
+    ],
+)
+def test_a_name_that_nobody_registered_is_told_the_closest(registry, kind, said):
+    with pytest.raises(KeyError) as raised:
+        registry.build(dict(type=kind))
+    assert re.match(said, explain_unregistered(raised.value))
+
+
+@pytest.mark.parametrize('error', [KeyError('missing'), KeyError(3), KeyError()])
+def test_other_key_errors_are_left_alone(error):
+    assert explain_unregistered(error) is None
+
+
+def test_the_commands_end_with_that_message(capsys):
+    def main(argv):
+        MODELS.build(dict(type='xsemininet')) if argv else {}['missing']
+
+    with pytest.raises(SystemExit) as ended:
+        command(main)(['build'])
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: type='xsemininet' names no model")
+    with pytest.raises(KeyError, match='missing'):
+        command(main)([])

@@ -32,7 +32,7 @@ from mmdet_norms.datasets.sources import SPLITS, datasets
 from mmdet_norms.engine import end_processes, start_cpu_processes, threads
 from mmdet_norms.engine.dist import RANKS, processes_here
 from mmdet_norms.engine.one_value import explain_one_value
-from mmdet_norms.entries import class_of, is_a, spell_out
+from mmdet_norms.entries import class_of, explain_unregistered, is_a, spell_out
 from mmdet_norms.errors import UserError
 from mmdet_norms.files import explain
 from mmdet_norms.kernels import compiled
@@ -66,8 +66,9 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
             if os.environ.get('RANK', '0') == '0' or not getattr(error, 'everywhere', False):
                 print(f'error: {error}', file=sys.stderr)
             sys.exit(2)
-        except (OSError, ValueError) as error:
-            said = explain(error) if isinstance(error, OSError) else explain_one_value(error)
+        except (OSError, ValueError, KeyError) as error:
+            kinds = {OSError: explain, ValueError: explain_one_value, KeyError: explain_unregistered}
+            said = next(said(error) for kind, said in kinds.items() if isinstance(error, kind))
             if said is None:
                 raise
             print(f'error: {said}', file=sys.stderr)

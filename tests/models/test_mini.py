@@ -344,6 +344,36 @@ def test_the_last_norm_of_a_block_starts_at_0_in_the_x_models(name):
             } == {zeroed}, norm
 
 
+def test_a_detector_starts_from_a_classifier(tmp_path):
+    source = randomize(FUNCTIONS['XSEMiniNet'](norm='bnet', base_channels=8)).eval()
+    torch.save(dict(state_dict=source.state_dict()), tmp_path / 'classifier.pth')
+    pretrained = dict(type='Pretrained', checkpoint=str(tmp_path / 'classifier.pth'), prefix='backbone.')
+    keys = dict(norm='bnet', base_channels=8, act_cls='mish', init_cfg=pretrained)
+    init_default_scope('mmdet')
+    detector = MODELS.build(
+        dict(
+            type='RetinaNet',
+            backbone=dict(type='XSEMiniNet', **keys),
+            neck=dict(type='FPN', in_channels=[8, 16, 32, 64], out_channels=8, num_outs=5),
+            bbox_head=dict(type='RetinaHead', num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1),
+        )
+    )
+    detector.init_weights()
+    for key, value in detector.backbone.state_dict().items():
+        assert torch.equal(value, source.backbone.state_dict()[key]), key
+    maps = detector.eval().extract_feat(images(size=64))
+    assert [y.shape[-1] for y in maps] == [16, 8, 4, 2, 1]
+
+
+def test_with_relu_the_end_of_a_block_is_one_pass_when_fused():
+    model = randomize(FUNCTIONS['XMiniNet'](norm='bnet', act_cls='relu', base_channels=8)).eval()
+    fused = fuse(model)
+    assert fused.fuse_report.joined == [f'backbone.layer{i}.0' for i in (1, 2, 3, 4)]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(images()), model(images()), rtol=1e-3, atol=1e-4)
+    assert not fuse(FUNCTIONS['XMiniNet'](norm='bnet', base_channels=8)).fuse_report.joined  # Mish is no ReLU
+
+
 @pytest.mark.parametrize('norm', ['bnet', 'bnet7', 'cbn', 'brn', 'sn', 'an', 'frozen', 'syncbn', 'mabn'])
 @pytest.mark.parametrize('name', ['XSEMiniNet', 'MiniNeStBN', 'MiniNet'])
 def test_weights_of_batch_norm_load_into_the_identical_function(name, norm):
