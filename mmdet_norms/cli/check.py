@@ -16,7 +16,7 @@ from mmdet_norms.datasets.sources import SPLITS, evaluated_files, sources
 from mmdet_norms.placement import PLACEMENTS
 
 from .common import UserError, add_data_arguments, command, copies_folder, load_config, without_folder
-from .config_checks import config_problems
+from .config_checks import training_problems
 from .options import add_option_arguments
 from .weights import check_test, check_training
 
@@ -41,7 +41,7 @@ def _check(args: argparse.Namespace) -> int:
         print(without_folder(text, args.copies))
 
     cfg = load_config(args)
-    problems = [*config_problems(cfg), *_weights_problems(cfg, args)]
+    problems = [*training_problems(cfg), *_weights_problems(cfg, args)]
     for problem in problems:
         show(f'{"error":<8} {problem}')
     report = check_config(cfg, full=args.full)

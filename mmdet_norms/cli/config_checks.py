@@ -1,4 +1,4 @@
-"""What can be said about a config before anything is built: norms with keys of others, metrics that cannot be had.
+"""What can be said about a config before anything is built: unknown keys and names, metrics that cannot be had.
 
 Each check gives its findings as sentences; the tools stop at them, and ``tools/check.py`` lists them all.
 """
@@ -11,6 +11,7 @@ from typing import Any
 from mmdet.registry import METRICS
 from mmengine.config import Config
 
+from mmdet_norms.engine.optim import is_second_order, optimizer_problems
 from mmdet_norms.entries import class_of, is_a, mappings, name_of
 from mmdet_norms.errors import UserError
 from mmdet_norms.layers import NORMS
@@ -33,6 +34,19 @@ def config_problems(cfg: Config, splits: tuple[str, ...] = ('val', 'test')) -> l
     problems = list(norm_problems(cfg.get('model'), 'model'))
     for split in splits:
         problems += metric_problems(cfg, split)
+    return problems
+
+
+def training_problems(cfg: Config, splits: tuple[str, ...] = ('val', 'test')) -> list[str]:
+    """:func:`config_problems`, and what only a training would meet."""
+    wrapper = cfg.get('optim_wrapper')
+    wrapper = wrapper if isinstance(wrapper, Mapping) else {}
+    problems = [*config_problems(cfg, splits), *optimizer_problems(wrapper.get('optimizer'))]
+    if cfg.get('compile') and is_second_order(wrapper):  # torch would say so itself, after minutes of compiling
+        problems.append(
+            f'compile={cfg.compile!r}: compiled code is differentiable once, and AdaHessian (optim_wrapper.optimizer) '
+            'differentiates twice; write compile=False'
+        )
     return problems
 
 

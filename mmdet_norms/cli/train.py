@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from mmdet_norms.commands import typed
 from mmdet_norms.deploy import is_fused
 from mmdet_norms.engine import CPUAmpOptimWrapper
+from mmdet_norms.engine.optim import is_second_order
 from mmdet_norms.engine.safe_checkpoints import LAST, CheckpointFolder
 from mmdet_norms.engine.shared_memory import require_shared_memory
 from mmdet_norms.engine.work_dir import (
@@ -45,7 +46,7 @@ from .common import (
     run_with_checkpoint,
     use_threads,
 )
-from .config_checks import config_problems, require_none
+from .config_checks import require_none, training_problems
 from .schedule import add_schedule_arguments, apply_schedule_options, require_order
 from .weights import add_partial_argument, check_training, fused_refusal, pretrained_files
 
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if first:
             guard_work_dir(cfg, args)
         runner = build_runner(cfg, *args.notes, use_threads(args, cfg.get('train_dataloader')))
+        if runner.optim_wrapper is not None:  # now, so that a wrong one is answered before an earlier run is deleted
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         if first:
             clear_work_dir(runner, cfg, args)
         run_with_checkpoint(runner.train, args)
@@ -119,7 +122,7 @@ def train_config(args: argparse.Namespace) -> Config:
     if args.overwrite and args.resume is not None:
         raise UserError('--overwrite starts anew and --resume goes on: give one of them')
     cfg = load_config(args)
-    require_none(config_problems(cfg, ('val',)))
+    require_none(training_problems(cfg, ('val',)))
     for dataloader in ('train_dataloader', 'val_dataloader'):
         require_annotations(cfg, dataloader)
     check_data(cfg, ('train', 'val'), args.allow_data_faults)
@@ -154,6 +157,9 @@ def _use_mixed_precision(cfg: Config) -> None:
         raise UserError(
             '--amp replaces OptimWrapper, but the config has no optim_wrapper; write one, or leave --amp out'
         )
+    if is_second_order(cfg.optim_wrapper):
+        cfg.optim_wrapper.update(type='SecondOrderOptimWrapper', dtype='bfloat16')
+        return
     wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if class_of(wrapper, OPTIM_WRAPPERS) not in (OptimWrapper, AmpOptimWrapper, CPUAmpOptimWrapper):
         raise UserError(

@@ -9,7 +9,7 @@ from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, Opti
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
 
-from ..entries import class_of, name_of
+from ..entries import class_of, is_a, name_of
 from ..errors import UserError
 from ..registry import NOT_TORCH_NORMS
 from .dist import CPUAmpOptimWrapper
@@ -34,7 +34,7 @@ class NormOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """The optimizer and its wrapper."""
         for problem in optimizer_problems(self.optimizer_cfg):
             raise UserError(problem)
-        if getattr(class_of(self.optimizer_cfg, OPTIMIZERS), '__name__', None) == 'AdaHessian':
+        if is_second_order(dict(optimizer=self.optimizer_cfg)):
             self.optim_wrapper_cfg = second_order_wrapper(self.optim_wrapper_cfg)
             require_second_derivatives(model)
         return super().__call__(model)
@@ -79,6 +79,13 @@ def optimizer_problems(optimizer: Any, key: str = 'optim_wrapper.optimizer') -> 
                 f'{_hint(name, valid)}; valid keys: {", ".join(valid)}. If the key comes from the base config, with '
                 'whose dict yours is merged, write optimizer=dict(_delete_=True, ...)'
             )
+
+
+def is_second_order(cfg: Mapping) -> bool:
+    """Whether the config of a wrapper, or the optimizer in it, is for a Hessian diagonal."""
+    if is_a(cfg, SecondOrderOptimWrapper, OPTIM_WRAPPERS):
+        return True
+    return getattr(class_of(cfg.get('optimizer'), OPTIMIZERS), '__name__', None) == 'AdaHessian'
 
 
 def second_order_wrapper(cfg: dict) -> dict:

@@ -114,7 +114,7 @@ def AdaHessian(
     params: Iterable,
     lr: float = 0.1,
     betas: Betas = (0.9, 0.999),
-    eps: float = 1e-16,
+    eps: float = 1e-4,
     weight_decay: float = 0.0,
     hessian_power: float = 1.0,
     update_period: int = 1,
@@ -131,7 +131,8 @@ def AdaHessian(
     pytorch-optimizer does not average D over the taps of a convolution. A step costs about three of SGD's.
 
     Args:
-        params, lr, betas, eps: as above.
+        params, lr, betas, eps: as above. With the 1e-16 of pytorch-optimizer, weights whose curvature rounds to 0 (in
+            bfloat16, or in the straight part of a SmoothL1Loss) jump.
         weight_decay, weight_decouple, fixed_decay, foreach: as in :func:`Ranger`.
         hessian_power: 1 for Newton's step, less for a smaller part of it.
         update_period: v is renewed in every so manyth step, the others cost what SGD's do. The correction

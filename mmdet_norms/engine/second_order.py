@@ -23,7 +23,7 @@ _SEED = 'hessian_seed'  # of this step; in the first group, which is saved with 
 _OTHERS = "take another optimizer, such as optim_wrapper.optimizer.type='AdamW' or 'RangerLars'"
 # What torch says where there is no second derivative, and what to say of it.
 _SAID_BY_TORCH = {
-    'double backward': 'compiled code, which is differentiable once only: leave compile out of the config',
+    'support double backward': 'compiled code, which is differentiable once only: leave compile out of the config',
     'derivative for aten': 'an operator of torch that is differentiable once only',
     "derivative for 'aten": 'an operator of torch that is differentiable once only',
 }

@@ -22,7 +22,8 @@ class Lookahead(pytorch_optimizer.Lookahead):
     """
 
     def init_group(self, group: dict, **kwargs) -> None:
-        """Nothing: a group begins with its first step."""
+        """Note k and alpha where a checkpoint has the options; the rest begins with the first step."""
+        group.update(lookahead_k=self.k, lookahead_alpha=self.alpha)
 
     def step(self, closure: Callable | None = None) -> Tensor | None:
         """A step of the optimizer inside and, every k steps, of the slow weights."""
@@ -43,12 +44,13 @@ class Lookahead(pytorch_optimizer.Lookahead):
         return {**inner, 'state': states}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a state."""
+        """Go on from a state; as in torch, its options go before those of the config."""
         inner, slow = {}, {}
         for number, values in state['state'].items():
             inner[number] = {key: value for key, value in values.items() if key != 'slow_params'}
             slow[number] = values.get('slow_params')
         self.optimizer.load_state_dict({**state, 'state': inner})
+        self.k, self.alpha = (self.param_groups[0][f'lookahead_{key}'] for key in ('k', 'alpha'))
         self.state.clear()
         for number, p in enumerate(self._params()):
             if slow.get(number) is not None:

@@ -528,6 +528,14 @@ def train(folder, optimizer, iters=8, **options):
     return runner
 
 
+def test_options_of_lookahead_are_resumed_as_those_of_torch_are():
+    saved = wrapper_of(nn.Linear(2, 2), dict(type='RangerLars', k=4, alpha=0.3)).optimizer.state_dict()
+    optimizer = wrapper_of(nn.Linear(2, 2), dict(type='RangerLars')).optimizer
+    assert optimizer.param_groups[0]['lookahead_k'] == 6
+    optimizer.load_state_dict(saved)
+    assert (optimizer.k, optimizer.alpha) == (4, 0.3)
+
+
 PARAMWISE = dict(norm_decay_mult=0.0, custom_keys=dict(conv=dict(lr_mult=0.1)))
 
 
