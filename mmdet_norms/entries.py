@@ -137,8 +137,9 @@ def explain_unregistered(error: KeyError) -> str | None:
     by_lower = {valid.lower(): valid for table in _tables(registry) for valid in table}
     close = [by_lower[key] for key in difflib.get_close_matches(name.lower(), by_lower, n=3)]
     hint = f' (did you mean {" or ".join(map(repr, close))}?)' if close else ''
+    kind = registry.name.replace('_', ' ')
     return (
-        f'type={found[1]!r} names no {found[2].replace("_", " ")} that is registered{hint}; a class of your own is one once '
+        f'type={found[1]!r} names no {kind} that is registered{hint}; a class of your own is one once '
         "the config's custom_imports names its module"
     )
 
