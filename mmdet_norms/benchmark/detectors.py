@@ -15,7 +15,7 @@ from mmengine.registry import MODELS, WEIGHT_INITIALIZERS, init_default_scope
 from torch import nn
 
 from ..entries import is_a, name_of
-from ..layers import NORMS, CenConv2d, link_convs
+from ..layers import NORMS, CenConv2d, another_function_allowed, link_convs
 from ..placement import BATCH_NORM, CENTRED, HOSTS
 from .groups import Entry, Group, Setting
 from .layers import failed_entry, settle, settling_calls
@@ -47,6 +47,8 @@ class Detectors:
         batch: images of a training step. Inference takes one.
     """
 
+    level = 'detector'
+
     def __init__(self, configs: Mapping[str, Config], setting: Setting, image: tuple[int, int], batch: int):
         self.configs, self.twins = _with_twins(configs)
         self.setting = setting
@@ -63,18 +65,9 @@ class Detectors:
             fused: measure every detector with its norms folded as well, in the same interleaved run. For 'inference'.
             tuned: measure every detector in tune mode as well (:func:`mmdet_norms.engine.tune_mode`). For 'train'.
         """
-        images = self.batch if mode == 'train' else 1
-        group = Group('detector', mode, self.setting, (images, 3, *self.image), images=images)
-        data = demo_mm_inputs(
-            images,
-            (3, *self.image),
-            [_BOXES_PER_IMAGE] * images,
-            with_mask=True,
-            use_box_type=True,
-            device=str(self.setting.device),
-        )
-        for sample in data['data_samples']:
-            sample.gt_instances.labels.zero_()  # the one class that every detector has
+        images = self.images(mode)
+        group = Group(self.level, mode, self.setting, (images, 3, *self.image), images=images)
+        data = self._data(images)
         for name, model in self._built().items():
             over = self.twins[name] if self.twins[name] != name else None
             if name in self._failed:
@@ -86,8 +79,30 @@ class Detectors:
             else:
                 group.entries.append(self._inference_entry(name, over, model, data))
                 if fused:
-                    group.entries.append(self._fused_entry(name, model, data))
+                    group.entries += self._fused_entry(name, model, data)
         return group
+
+    def images(self, mode: str) -> int:
+        """Of one call."""
+        return self.batch if mode == 'train' else 1
+
+    def _data(self, images: int) -> dict:
+        """What a data loader would give."""
+        data = demo_mm_inputs(
+            images,
+            (3, *self.image),
+            [_BOXES_PER_IMAGE] * images,
+            with_mask=True,
+            use_box_type=True,
+            device=str(self.setting.device),
+        )
+        for sample in data['data_samples']:
+            sample.gt_instances.labels.zero_()  # the one class that every detector has
+        return data
+
+    def _facts(self, name: str) -> dict:
+        """More columns of the inference of a model as it is."""
+        return {}
 
     def _built(self) -> dict[str, nn.Module]:
         if self._models is None:
@@ -114,7 +129,7 @@ class Detectors:
             for model in family:
                 _centre_as(model, twin)
             for model in family:
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), another_function_allowed():  # group norm has the convolutions at least
                     warnings.simplefilter('ignore')  # of MABN, which takes a batch norm over
                     model.load_state_dict(twin.state_dict(), strict=False)
 
@@ -167,11 +182,12 @@ class Detectors:
 
         def facts() -> dict:
             reset()
-            return dict(peak_bytes=peak_bytes(run, self.setting.device), parameters=_count(model))
+            return dict(self._facts(name), peak_bytes=peak_bytes(run, self.setting.device), parameters=_count(model))
 
         return Entry(Case(name, run, reset), over, facts)
 
-    def _fused_entry(self, name: str, model: nn.Module, data: dict) -> Entry:
+    def _fused_entry(self, name: str, model: nn.Module, data: dict) -> list[Entry]:
+        """One row; none where all norms are as they were, as in a network of group norms."""
         label, twin = _fused(name), self.twins[name]
         over = _fused(twin) if twin != name else name
         try:
@@ -179,8 +195,10 @@ class Detectors:
 
             fused = fuse(model.eval())
         except Exception as error:
-            return failed_entry(label, error)
-        return self._inference_entry(label, over, fused, data)
+            return [failed_entry(label, error)]
+        if not (fused.fuse_report.folded or fused.fuse_report.reduced):
+            return []
+        return [self._inference_entry(label, over, fused, data)]
 
 
 def batch_norm_twin(model_cfg: Mapping) -> dict:
@@ -207,7 +225,7 @@ def _with_batch_norm(node):
 
 
 def _plain(norm_cfg: Mapping | None) -> Mapping | None:
-    return ConfigDict(BATCH_NORM) if norm_cfg and name_of(norm_cfg) in NORMS else norm_cfg
+    return ConfigDict(BATCH_NORM) if norm_cfg and name_of(norm_cfg) in (*NORMS, 'IN') else norm_cfg
 
 
 def _with_twins(configs: Mapping[str, Config]) -> tuple[dict[str, Config], dict[str, str]]:

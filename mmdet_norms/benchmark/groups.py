@@ -73,7 +73,7 @@ class Group:
     """Candidates of one interleaved run.
 
     Args:
-        level: 'layer', 'conv' or 'detector'.
+        level: 'layer', 'conv', 'classifier' or 'detector'.
         mode: what a call does, e.g. 'forward+backward'.
         setting: device, precision, layout.
         size: of the input, as in a tensor's shape.
@@ -141,6 +141,8 @@ class Group:
             row.update(_summary('ratio', ratios(ms[name], ms[entry.over])))
         if one_pass:
             row['passes'] = statistics.median(ratios(ms[name], one_pass))
+        if self.level == 'classifier':
+            row['calls_per_s'] = 1e3 / row['ms']
         if self.images:
             row['images_per_s'] = self.images / row['ms'] * 1e3
         try:

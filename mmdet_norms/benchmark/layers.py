@@ -27,6 +27,8 @@ LAYERS: dict[str, dict] = {
     'an': dict(type='AN', k=10),
     'an-gn': dict(type='AN', norm='GN', k=10),
     'gn': dict(type='GN'),
+    'in': dict(type='IN', affine=True),
+    'ln': dict(type='LN2d', over='CHW'),
     'brn': dict(type='BRN'),
     'sn': dict(type='SN'),
     'frozen': dict(type='FrozenBN'),

@@ -25,7 +25,8 @@ pass over the same feature map (one read, one write), i.e. what it would move at
 `limit`: the fewest that any formulation needs. `saved MB`: kept for the backward pass, every storage once, without
 parameters and buffers. `peak MB`: the most held at once during a call beyond what was there before. `saved ratio` and
 `peak ratio`: over those of `over`. `state MB`: what the layer keeps between iterations beside its parameters; `state
-ratio`: over the published formulation's. MB are 10^6 bytes."""
+ratio`: over the published formulation's. `it/s`: calls per second; `published it/s`, `published ratio`: of the same
+norm on the authors' GPU, with batch norm's time as 1. MB are 10^6 bytes."""
 
 # What a terminal has no room for; the files have it.
 _ONLY_IN_FILES = ('ms spread', 'peak ratio', 'parameters M')
@@ -47,10 +48,13 @@ def _text(name: str) -> Callable[[dict], str | None]:
 COLUMNS: dict[str, Callable[[dict], str | None]] = {
     'ms': _number('ms', 2),
     'ms spread': _spread('ms', 2),
+    'it/s': _number('calls_per_s', 2),
     'images/s': _number('images_per_s', 2),
     'ratio': _number('ratio', 2),
     'ratio spread': _spread('ratio', 2),
     'over': _text('over'),
+    'published it/s': _number('published_per_s', 2),
+    'published ratio': _number('published_ratio', 2),
     'passes': _number('passes', 1),
     'limit': _number('limit_passes', 1),
     'saved MB': _number('saved_bytes', 1, _MEGA),

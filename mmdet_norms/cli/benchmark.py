@@ -12,10 +12,11 @@ import torch
 from mmengine.config import Config
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from mmdet_norms.benchmark import chart, detectors, layers, measure, report
+from mmdet_norms.benchmark import chart, classifiers, detectors, layers, measure, report
 from mmdet_norms.benchmark.groups import LAYOUTS, PRECISIONS, Group, Setting, add_triton
 from mmdet_norms.commands import runnable, typed
 from mmdet_norms.console import plain_column, plain_console
+from mmdet_norms.entries import is_classifier
 from mmdet_norms.files import require_writable
 from mmdet_norms.kernels import compiled, triton
 from mmdet_norms.placement import PLACEMENTS, apply_norm
@@ -24,7 +25,9 @@ from .common import UserError, add_threads_argument, command, read_config, use_t
 from .config_checks import config_problems, require_none
 from .options import add_option_arguments, merge_options
 
-LEVELS = ('layer', 'conv', 'detector')
+LEVELS = ('layer', 'conv', 'classifier', 'detector')
+_BY_DEFAULT = ('layer', 'conv', 'detector')
+_DEFAULT_BATCH = dict(classifier=8, detector=2)
 _TITLE_WIDTH = 58
 
 
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         group = plan.pop(0)()  # and let go of it, with its models, when it is done
         if args.triton:
             group = add_triton(group)
-        repeats = args.detector_repeats if group.level == 'detector' else args.repeats
+        repeats = args.detector_repeats if group.level in ('classifier', 'detector') else args.repeats
         result['groups'].append(_measure(group, repeats, args.warmup))
         report.print_group(result['groups'][-1], console)
         paths = report.write(result, args.out)  # after every group: an interrupted run keeps what it has
@@ -107,18 +110,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description='Time and memory of norm layers, of convolutions with norms, and of detectors, beside batch norm. '
         'docs/benchmark.md says what the columns mean.',
     )
-    parser.add_argument('--level', nargs='+', choices=LEVELS, default=list(LEVELS), help='default: all three')
+    parser.add_argument(
+        '--level', nargs='+', choices=LEVELS, default=list(_BY_DEFAULT), help=f'default: {" ".join(_BY_DEFAULT)}'
+    )
     parser.add_argument(
         '--mode',
         nargs='+',
         choices=[*layers.MODES, *detectors.MODES],
-        help='what to time: the first three for layer and conv, the others for detectors; default: all',
+        help='what to time: the first three for layer and conv, the others for classifiers and detectors; default: all',
     )
     parser.add_argument(
         '--layers',
         nargs='+',
         metavar='NAME',
-        help=f"layers for layer and conv, from: {', '.join(layers.LAYERS)}; or any norm_cfg: 'BNET(kernel_size=9)'",
+        help='layers for layer and conv, and everywhere in a ResNet-50 for classifier, from: '
+        f"{', '.join(layers.LAYERS)}; or any norm_cfg: 'BNET(kernel_size=9)'",
     )
     parser.add_argument('--no-reference', action='store_true', help='without the published formulations')
     parser.add_argument(
@@ -131,17 +137,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--conv-size', nargs=4, type=int, metavar=('N', 'C', 'H', 'W'), help='input of level conv; default 2 256 50 80'
     )
-    parser.add_argument('--config', nargs='+', metavar='CONFIG', help=f'detectors; default {detectors.CONFIG}')
+    parser.add_argument(
+        '--config',
+        nargs='+',
+        metavar='CONFIG',
+        help=f'detectors; default {detectors.CONFIG}. Or classifiers, by --level classifier; default: ResNet-50',
+    )
     parser.add_argument(
         '--norm',
         nargs='+',
         metavar='NAME',
         help=f'put each of these into every --config: {", ".join(PLACEMENTS)}; default: the configs as they are, or '
-        f'{" ".join(detectors.NORMS_BY_DEFAULT)} without --config',
+        f'{" ".join(detectors.NORMS_BY_DEFAULT)} without --config (detectors)',
     )
     add_option_arguments(parser)
-    parser.add_argument('--image', nargs=2, type=int, metavar=('H', 'W'), help='image of detectors; default 512 800')
-    parser.add_argument('--batch', type=int, default=2, help='images of a training step; default 2')
+    parser.add_argument(
+        '--image',
+        nargs=2,
+        type=int,
+        metavar=('H', 'W'),
+        help='image of detectors, 512 800 by default, or of classifiers, 224 224',
+    )
+    parser.add_argument(
+        '--batch', type=int, help='images of a training step of detectors, default 2; of any call of classifiers, 8'
+    )
     parser.add_argument('--no-fuse', action='store_true', help='without inference with folded norms')
     parser.add_argument(
         '--tune-mode',
@@ -237,10 +256,12 @@ def _fill_in(args: argparse.Namespace) -> None:
     args.warmup = (1 if quick else 3) if args.warmup is None else args.warmup
     args.size = args.size or ([2, 64, 50, 80] if quick else [2, 256, 100, 160])
     args.conv_size = args.conv_size or ([2, 64, 25, 40] if quick else [2, 256, 50, 80])
-    args.image = args.image or ([128, 192] if quick else [512, 800])
+    args.images = dict(detector=[128, 192] if quick else [512, 800], classifier=[64, 64] if quick else [224, 224])
+    args.images = {level: args.image or image for level, image in args.images.items()}
+    args.batches = {level: args.batch or batch for level, batch in _DEFAULT_BATCH.items()}
+    args.detector_norms = args.norm
     if args.norm is None and args.config is None:
-        args.norm = ['bn', 'bnet5'] if quick else list(detectors.NORMS_BY_DEFAULT)
-    args.config = args.config or [detectors.CONFIG]
+        args.detector_norms = ['bn', 'bnet5'] if quick else list(detectors.NORMS_BY_DEFAULT)
 
 
 def make_plan(args: argparse.Namespace) -> Iterator[Callable[[], Group]]:
@@ -257,12 +278,12 @@ def make_plan(args: argparse.Namespace) -> Iterator[Callable[[], Group]]:
             layers.norm_cfg_of(name)
         except ValueError as error:
             raise UserError(f'--layers: {error}') from error
-    configs = _configs(args) if modes.get('detector') else {}
+    configs = {level: _configs(args, level) for level in ('classifier', 'detector') if modes.get(level)}
     return _groups(args, modes, configs)
 
 
 def _modes(level: str) -> tuple[str, ...]:
-    return detectors.MODES if level == 'detector' else layers.MODES
+    return detectors.MODES if level in ('classifier', 'detector') else layers.MODES
 
 
 def _groups(args: argparse.Namespace, modes: dict[str, list[str]], configs: dict) -> Iterator[Callable[[], Group]]:
@@ -276,19 +297,34 @@ def _groups(args: argparse.Namespace, modes: dict[str, list[str]], configs: dict
                     yield lambda make=make, names=names, size=tuple(size), mode=mode, setting=setting: make(
                         names, size, mode, setting, not args.no_reference
                     )
-            if configs:
-                models = detectors.Detectors(configs, setting, tuple(args.image), args.batch)
-                for mode in modes['detector'][::-1]:  # inference first
+            for level, named in configs.items():
+                more = named, setting, tuple(args.images[level]), args.batches[level]
+                published = args.config is None and args.norm is None
+                models = (
+                    classifiers.Classifiers(*more, published) if level == 'classifier' else detectors.Detectors(*more)
+                )
+                for mode in modes[level][::-1]:  # inference first
                     yield lambda models=models, mode=mode: models.group(mode, not args.no_fuse, args.tune_mode)
 
 
-def _configs(args: argparse.Namespace) -> dict[str, Config]:
-    """Name -> config, for every --config with every --norm."""
-    configs = {}
-    for path in dict.fromkeys(args.config):
-        stem = path.replace('\\', '/').rsplit('/', 1)[-1].removesuffix('.py')
-        for norm in dict.fromkeys(args.norm or [None]):
-            cfg = read_config(path)
+def _configs(args: argparse.Namespace, level: str) -> dict[str, Config]:
+    """Name -> config, for every --config with every --norm; without a --config, the networks of that level."""
+    if level == 'classifier' and args.config is None and args.norm is None:
+        configs = classifiers.resnet50(args.layers or classifiers.NORMS_BY_DEFAULT)
+        for cfg in configs.values():
+            merge_options(cfg, args)
+        return configs
+    configs, paths = {}, args.config or [detectors.CONFIG if level == 'detector' else None]
+    norms = args.detector_norms if level == 'detector' else args.norm
+    for path in dict.fromkeys(paths):
+        stem = 'resnet50' if path is None else path.replace('\\', '/').rsplit('/', 1)[-1].removesuffix('.py')
+        for norm in dict.fromkeys(norms or [None]):
+            cfg = read_config(path) if path is not None else classifiers.resnet50([])[layers.BASELINE]
+            if is_classifier(cfg.get('model')) != (level == 'classifier'):
+                other = 'detector' if level == 'classifier' else 'classifier'
+                raise UserError(
+                    f'--config {path}: this is a {other}, and not for --level {level}; write --level {other}'
+                )
             if norm is not None:
                 try:
                     cfg.model = apply_norm(cfg.model, norm)
@@ -296,7 +332,7 @@ def _configs(args: argparse.Namespace) -> dict[str, Config]:
                     raise UserError(f'--norm {norm}: {error}') from error
             merge_options(cfg, args)
             require_none(config_problems(cfg, ()))
-            name = stem if norm is None else norm if len(args.config) == 1 else f'{stem} {norm}'
+            name = stem if norm is None else norm if len(paths) == 1 else f'{stem} {norm}'
             if name in configs:
                 raise UserError(f'--config: two files are called {stem}.py; measure them one at a time')
             configs[name] = cfg

@@ -110,14 +110,43 @@ def test_a_config_with_named_norms(tmp_path, tiny):
     assert all(row['images_per_s'] > 0 and row['parameters'] > 0 for row in rows)
 
 
+def classifiers(*arguments):
+    args = benchmark.parse_args([*SMALL, '--level', 'classifier', *arguments])
+    return benchmark._configs(args, 'classifier')
+
+
+def test_classifiers_are_a_resnet50_with_one_norm_everywhere_or_what_config_and_norm_say():
+    config = str(ROOT / 'configs' / 'demo' / 'resnet50_bnet5_shapes-cls.py')
+    assert list(classifiers()) == ['bn', 'mabn', 'in', 'gn', 'ln']
+    assert list(classifiers('--layers', 'sn', 'GN(num_groups=16)')) == ['bn', 'sn', 'GN(num_groups=16)']
+    placed = classifiers('--norm', 'bn', 'bnet5')
+    assert placed['bnet5'].model.backbone.norm_at.last.kernel_size == 5 and placed['bnet5'].model.backbone.depth == 50
+    assert list(classifiers('--config', config, '--norm', 'bn', 'mabn')) == ['bn', 'mabn']
+    assert list(classifiers('--config', config)) == ['resnet50_bnet5_shapes-cls']
+
+
+def test_a_classifier_is_measured_from_the_command_line(tmp_path):
+    config = str(ROOT / 'configs' / 'demo' / 'resnet50_bnet5_shapes-cls.py')
+    arguments = ['--level', 'classifier', '--config', config, '--norm', 'bn', 'gn', '--mode', 'inference']
+    arguments += ['--image', '32', '32', '--batch', '2']
+    (group,) = run(tmp_path / 'out', *arguments)['groups']
+    assert (group['level'], group['size']) == ('classifier', [2, 3, 32, 32])
+    assert [row['name'] for row in group['rows']] == ['bn', 'bn, fused', 'gn']  # group norm cannot be folded
+    text = (tmp_path / 'out' / 'benchmark.md').read_text()
+    assert '| it/s |' in text and '| published it/s |' not in text
+
+
 def test_a_config_as_it_is_has_its_twin_beside_it(tmp_path, tiny):
     args = benchmark.parse_args(
         [*SMALL, '--config', tiny, '--level', 'detector', '--cfg-options', "model.backbone.norm_cfg.type='BRN'"]
     )
-    assert list(benchmark._configs(args)) == ['tiny']
+    assert list(benchmark._configs(args, 'detector')) == ['tiny']
     from mmdet_norms.benchmark.detectors import _with_twins
 
-    assert _with_twins(benchmark._configs(args))[1] == {'tiny': 'bn (as tiny)', 'bn (as tiny)': 'bn (as tiny)'}
+    assert _with_twins(benchmark._configs(args, 'detector'))[1] == {
+        'tiny': 'bn (as tiny)',
+        'bn (as tiny)': 'bn (as tiny)',
+    }
 
 
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch):
@@ -138,12 +167,14 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch)
 
 def test_quick_is_small_and_the_defaults_are_those_of_the_documentation():
     args = benchmark.parse_args(['--device', 'cpu'])
-    assert (args.size, args.conv_size, args.image) == ([2, 256, 100, 160], [2, 256, 50, 80], [512, 800])
+    assert (args.size, args.conv_size) == ([2, 256, 100, 160], [2, 256, 50, 80])
+    assert args.images == dict(detector=[512, 800], classifier=[224, 224])
+    assert args.batches == dict(detector=2, classifier=8)
     assert (args.repeats, args.detector_repeats, args.warmup, args.level) == (20, 5, 3, ['layer', 'conv', 'detector'])
-    assert args.norm[0] == 'bn' and 'faster-rcnn_r50' in args.config[0]
+    assert args.detector_norms[0] == 'bn' and args.config is None
     quick = benchmark.parse_args(['--device', 'cpu', '--quick', '--repeats', '7'])
     assert quick.size[1] < 256 and (quick.repeats, quick.detector_repeats, quick.warmup) == (7, 7, 1)
-    assert benchmark.parse_args(['--config', 'x.py']).norm is None
+    assert benchmark.parse_args(['--config', 'x.py']).detector_norms is None
 
 
 @pytest.mark.parametrize(
@@ -160,6 +191,12 @@ def test_quick_is_small_and_the_defaults_are_those_of_the_documentation():
         (['--repeats', '0'], '--repeats 0: must be at least 1'),
         (['--device', 'cpu', '--triton'], '--triton: the Triton kernels need a GPU'),
         (['--warmup', '-1'], '--warmup -1: must be at least 0'),
+        (['--level', 'classifier', '--norm', 'an-gn-head'], '--norm an-gn-head: '),
+        (
+            ['--level', 'classifier', '--config', 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'],
+            'write --level detector',
+        ),
+        (['--config', f'{ROOT}/configs/demo/resnet50_bnet5_shapes-cls.py'], 'write --level classifier'),
         (['--level', 'layer', '--mode', 'train'], '--mode train: level layer has none of them; it has forward'),
     ],
 )
