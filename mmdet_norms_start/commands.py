@@ -60,6 +60,9 @@ COMMANDS = {
     'fuse': Command('fuse.py', 'mmdet_norms.cli.fuse', 'fold the norms of a checkpoint into its convolutions'),
     'export': Command('export.py', 'mmdet_norms.cli.export', 'write the folded model, as *.onnx or *.pth'),
     'benchmark': Command('benchmark.py', 'mmdet_norms.cli.benchmark', 'measure what the norms cost'),
+    'norm-batch': Command(
+        'norm_batch.py', 'mmdet_norms.cli.norm_batch', 'top-1 error against normalization batch size'
+    ),
     'replay': Command('replay.py', 'mmdet_norms.cli.replay', 'compute a step again that was not finite'),
     'doctor': Command('doctor.py', 'mmdet_norms.check_env', 'what is installed, what does not fit, what mends it'),
 }

@@ -14,14 +14,14 @@ _LABELS = {
     'cbn': 'CBN',
 }  # fmt: skip
 # The background is left out, and these are read on white and on black.
-_PUBLISHED, _OURS, _TEXT = '#9aa3ad', '#2f86dd', '#747d88'
-_STYLE = {
+_PUBLISHED, _OURS, TEXT = '#9aa3ad', '#2f86dd', '#747d88'
+STYLE = {
     'text.parse_math': False,
-    'text.color': _TEXT,
-    'axes.edgecolor': _TEXT,
-    'xtick.color': _TEXT,
-    'ytick.color': _TEXT,
-    'axes.labelcolor': _TEXT,
+    'text.color': TEXT,
+    'axes.edgecolor': TEXT,
+    'xtick.color': TEXT,
+    'ytick.color': TEXT,
+    'axes.labelcolor': TEXT,
     'font.size': 10,
     'svg.fonttype': 'none',  # text stays text
     'svg.hashsalt': 'mmdet_norms',  # the same file for the same numbers
@@ -54,7 +54,7 @@ def draw(result: dict, path: str | Path) -> None:
     bars = pairs(result)
     if not bars:
         raise ValueError('no training step of a layer was measured beside its published formulation')
-    with rc_context(_STYLE), replacing(Path(path)) as unfinished:
+    with rc_context(STYLE):
         figure = Figure(figsize=(7, 0.52 * len(bars) + 1.0), layout='constrained')
         axis = figure.subplots()
         for i, (_, *ratios) in enumerate(bars):
@@ -64,7 +64,7 @@ def draw(result: dict, path: str | Path) -> None:
                 axis.annotate(f'{ratio:.2f}', (beside, i + offset), (4, 0), textcoords='offset points', va='center')
         axis.set_yticks(range(len(bars)), [label for label, *_ in bars])
         axis.invert_yaxis()
-        axis.axvline(1, color=_TEXT, lw=1, ls=':')
+        axis.axvline(1, color=TEXT, lw=1, ls=':')
         axis.set_xlabel("time of a training step, in units of batch norm's (dotted)")
         axis.margins(x=0.06)
         axis.tick_params(axis='y', length=0)
@@ -73,6 +73,12 @@ def draw(result: dict, path: str | Path) -> None:
         for y, (text, colour) in enumerate((('published formulation', _PUBLISHED), ('mmdet_norms', _OURS))):
             place = (0.985, 0.04 + 0.09 * (1 - y))
             axis.text(*place, f'■ {text}', color=colour, transform=axis.transAxes, ha='right', va='bottom')
+        save(figure, path)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure in :data:`STYLE`, whole or not at all, and the same bytes for the same numbers."""
+    with replacing(Path(path)) as unfinished:
         figure.savefig(
             unfinished,
             format=Path(path).suffix[1:],

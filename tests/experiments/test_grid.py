@@ -1,0 +1,140 @@
+"""A grid of trainings: what is finished is kept, what fails is shown, and nobody works on a cell twice."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmdet_norms.engine.work_dir import claimed
+from mmdet_norms.errors import UserError
+from mmdet_norms.experiments import Cell, grid, run
+
+# In place of `train`: says what it was asked, and does what its seed says.
+TRAIN = """
+import json, os, sys, time
+from pathlib import Path
+folder, seed = Path(sys.argv[sys.argv.index('--work-dir') + 1]), int(sys.argv[sys.argv.index('--seed') + 1])
+with open(folder.parent / 'ran', 'a') as file:
+    file.write(f'{folder.name} {"--resume" in sys.argv}\\n')
+print('hello', seed)
+if seed == 13:
+    sys.exit('error: seed 13 is unlucky')
+if seed == 9:
+    os.kill(os.getpid(), 9)
+if seed == 60:
+    time.sleep(60)
+if seed != 404:
+    (folder / 'results.json').write_text(json.dumps({'accuracy/top1': seed / 10}))
+(folder / 'finished.json').write_text('{}')
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / 'train.py').write_text(TRAIN)
+    (tmp_path / 'config.py').write_text('lr = 1')
+    monkeypatch.setattr(grid, 'TRAIN', (sys.executable, str(tmp_path / 'train.py')))
+    return tmp_path / 'grid'
+
+
+def cells(folder, *seeds, more=()):
+    return [Cell(f'seed{s}', str(folder.parent / 'config.py'), ('--seed', str(s), *more)) for s in seeds]
+
+
+def ran(folder):
+    return [line.split()[0] for line in (folder / 'ran').read_text().splitlines()]
+
+
+def test_finished_cells_are_kept_and_told_first(folder):
+    run(cells(folder, 2), folder)
+    told = []
+    outcomes = run(cells(folder, 1, 2, 3), folder, jobs=2, on_end=told.append)
+    assert [o.cell.name for o in outcomes] == ['seed1', 'seed2', 'seed3'] and told[0].cell.name == 'seed2'
+    assert [o.result['accuracy/top1'] for o in outcomes] == [0.1, 0.2, 0.3]
+    assert sorted(ran(folder)) == ['seed1', 'seed2', 'seed3']
+    assert outcomes[1].seconds == 0 < outcomes[0].seconds
+    assert 'True' in (folder / 'ran').read_text()  # each with --resume, in case that it had begun
+
+
+def test_what_fails_is_shown_with_its_last_line_and_tried_again_and_the_others_go_on(folder):
+    outcomes = run(cells(folder, 13, 9, 404, 1), folder)
+    assert [o.error for o in outcomes] == ['error: seed 13 is unlucky', 'ended by SIGKILL', 'hello 404', None]
+    assert [bool(o.result) for o in outcomes] == [False, False, False, True]
+    assert 'hello 13' in (folder / 'seed13' / grid.LOG).read_text()
+    run(cells(folder, 13, 1), folder)
+    assert ran(folder).count('seed13') == 2 and ran(folder).count('seed1') == 1
+
+
+@pytest.mark.parametrize('change', ['options', 'config'])
+def test_results_of_another_training_are_not_taken(folder, change):
+    run(cells(folder, 1), folder)
+    if change == 'config':
+        (folder.parent / 'config.py').write_text('lr = 2')
+    changed = cells(folder, 1, 2, more=('--amp',) if change == 'options' else ())
+    with pytest.raises(UserError, match=r'seed1 holds a training with .* choose another --out'):
+        run(changed, folder)
+    assert ran(folder) == ['seed1']  # said before anything starts
+
+
+def test_two_grids_do_not_work_in_one_folder(folder):
+    code = f"""
+import time
+from mmdet_norms.engine.work_dir import claimed
+with claimed({str(folder)!r}, '.grid'):
+    print('held', flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == 'held\n'
+        with pytest.raises(UserError, match='another run is at work there'):
+            run(cells(folder, 1), folder)
+        other.kill()
+
+
+def test_a_cell_that_is_still_trained_is_waited_for_while_others_go_on(folder):
+    """A grid that was killed leaves its trainings alive: they hold their work dirs as any training does."""
+    code = f"""
+import time, json
+from pathlib import Path
+from mmdet_norms.engine.work_dir import claimed
+folder = Path({str(folder / 'seed1')!r})
+with claimed(folder):
+    print('held', flush=True)
+    time.sleep(2)
+"""
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as orphan:
+        assert orphan.stdout.readline() == 'held\n'
+        run(cells(folder, 1, 2), folder)
+    assert ran(folder) == ['seed2', 'seed1']
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_grid_that_is_stopped_ends_its_trainings(folder, number):
+    code = f"""
+import sys
+from mmdet_norms.experiments import Cell, grid, run
+grid.TRAIN = {grid.TRAIN!r}
+run([Cell('seed60', {str(folder.parent / 'config.py')!r}, ('--seed', '60'))], {str(folder)!r})
+"""
+    with subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 60
+        while not (folder / 'ran').exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(30) not in (0, -signal.SIGKILL)
+    alive = subprocess.run(['pgrep', '-f', str(folder / 'seed60')], capture_output=True, text=True).stdout
+    assert alive == ''
+    assert grid.finished(folder / 'seed60') is None
+    with claimed(folder, '.grid'):  # free again
+        assert json.loads((folder / 'seed60' / grid.CELL).read_text())['options'] == ['--seed', '60']
+
+
+def test_processes_import_this_package_wherever_they_are_started(folder, monkeypatch, tmp_path):
+    (tmp_path / 'train.py').write_text('import mmdet_norms_start\nraise SystemExit(mmdet_norms_start.__file__)')
+    monkeypatch.chdir(tmp_path)
+    said = run(cells(folder, 1), folder)[0].error
+    assert Path(said).resolve() == Path(grid.__file__).resolve().parents[2] / 'mmdet_norms_start' / '__init__.py'
