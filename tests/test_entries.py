@@ -140,7 +140,7 @@ def test_mmengine_finds_a_class_by_its_path(name):
         (
             OPTIM_WRAPPERS,
             'zzz',
-            r"type='zzz' names no optimizer wrapper that is registered; a class of your",
+            r"type='zzz' names no optim wrapper that is registered; a class",
         ),
     ],
 )
