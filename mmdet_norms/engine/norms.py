@@ -23,7 +23,8 @@ class NormHook(Hook):
       in epochs, ``burnin='8e'``, into iterations: of all processes together, also with an infinite sampler.
     * ``norm_batch``: raises a :class:`ConfigError` if it does not divide the batches, the last of an epoch included.
     * Warns of settings that defeat a method: ``norm_eval=True`` or ``frozen_stages`` over CBN or MABN in the backbone,
-      MABN behind a convolution that is not centred, CBN with gradient accumulation.
+      MABN behind a convolution that is not centred, CBN with gradient accumulation, ``norm_eval=True``, mmdet's
+      default, over batch norm that no pretrained weights have filled.
 
     In a config for mmdet's own tools: ``custom_hooks=[dict(type='NormHook')]``.
     """
@@ -96,13 +97,17 @@ def iterations_per_epoch(loader: DataLoader) -> int:
 
 
 def defeated(model: nn.Module) -> list[str]:
-    """Messages about ``norm_eval`` and ``frozen_stages`` over CBN and MABN in the backbone of ``model``."""
+    """Messages about ``norm_eval`` and ``frozen_stages`` over norms in the backbone of ``model`` that they defeat."""
     backbone = getattr(model, 'backbone', None)
     if backbone is None:
         return []
     kinds = sorted({type(m).__name__ for m in backbone.modules() if isinstance(m, (CBN, MABN))})
     if not kinds:
-        return []
+        kept = getattr(backbone, 'norm_eval', False) and _at_the_start(backbone)
+        return [
+            'backbone.norm_eval=True keeps the statistics of batch norm as they are, and they are those of new layers '
+            '(mean 0, variance 1): without pretrained weights write model.backbone.norm_eval=False'
+        ] * kept
     messages = []
     names = ' and '.join(kinds)
     if getattr(backbone, 'norm_eval', False):
@@ -116,3 +121,9 @@ def defeated(model: nn.Module) -> list[str]:
             'without pretrained weights for them write frozen_stages=-1'
         )
     return messages
+
+
+def _at_the_start(backbone: nn.Module) -> bool:
+    """Whether there is batch norm with statistics, none of which any image has changed."""
+    norms = [m for m in backbone.modules() if getattr(m, 'running_mean', None) is not None]
+    return bool(norms) and all(not m.running_mean.any() and bool((m.running_var == 1).all()) for m in norms)

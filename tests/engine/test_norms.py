@@ -108,6 +108,15 @@ def test_norm_eval_and_frozen_stages_over_a_method_they_defeat_are_named(norm, c
     assert defeated(detector(norm_eval=False)) == []
 
 
-def test_batch_norm_with_norm_eval_is_nothing_to_warn_of():
-    backbone = MODELS.build(dict(type='ResNet', depth=18, base_channels=4, norm_eval=True, frozen_stages=1))
+@pytest.mark.parametrize('kind, reads', [('BN', True), ('BNET', True), ('GN', False)])
+def test_statistics_of_new_layers_that_norm_eval_keeps_are_named(kind, reads):
+    norm_cfg = dict(type=kind, num_groups=4) if kind == 'GN' else dict(type=kind)
+    backbone = MODELS.build(dict(type='ResNet', depth=18, base_channels=8, norm_cfg=norm_cfg))  # norm_eval=True
+    messages = defeated(SimpleNamespace(backbone=backbone))
+    assert len(messages) == reads and all('model.backbone.norm_eval=False' in message for message in messages)
+    for module in backbone.modules():
+        if hasattr(module, 'running_mean'):
+            module.running_mean += 0.1  # pretrained
+    assert defeated(SimpleNamespace(backbone=backbone)) == []
+    backbone = MODELS.build(dict(type='ResNet', depth=18, base_channels=8, norm_eval=False))
     assert defeated(SimpleNamespace(backbone=backbone)) == []
