@@ -3,16 +3,17 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..compat.reading import UntrustedCheckpointError, read_file
+from ..entries import is_classifier
 from ..files import replacing
 from ..version import __version__
-from .layouts import BOXES, CLASSES, COUNTERS, ENTRIES, LAYOUTS, MASKS, WRAPPERS, Layout, Rule
+from .layouts import BOXES, CLASSES, CLASSIFIER_HEAD, COUNTERS, ENTRIES, LAYOUTS, MASKS, WRAPPERS, Layout, Rule
 from .report import Report, list_keys
 from .verify import Differences, build, find_differences, model_cfg_of, start_absent, unlike_training
 
@@ -91,6 +92,8 @@ def convert(
 ) -> Converted:
     """Convert a published checkpoint, of a detector or of a backbone pretrained on ImageNet, to mmdet 3.x.
 
+    With the config of an image classifier, an ImageNet file becomes one of that: ``backbone.*`` and ``head.fc.*``.
+
     In this order:
 
     1. Unwrap: an entry such as ``state_dict``, and prefixes such as ``module.`` if all keys have them.
@@ -131,7 +134,8 @@ def convert(
         path = Path(content)
         content = _read(path, trust_pickle)
     old, meta = _unwrap(content, report)
-    state = _rename(_without_prefixes(old, report), source, report)
+    classifier = model_cfg is not None and is_classifier(model_cfg)
+    state = _rename(_without_prefixes(old, report), source, report, classifier)
     _cast(state, report)
     if layout.background_first:
         _move_background(state, report)
@@ -214,11 +218,16 @@ def _classes(meta: Mapping) -> dict:
 # --------------------------------------------------------------------------------------------------------- 2 rename
 
 
-def _rename(old: dict[str, Tensor], source: str, report: Report) -> dict[str, Tensor]:
-    report.kind, found = _look_up(old, LAYOUTS[source])
+def fits_layout(state: Mapping[str, Tensor], source: str) -> bool:
+    """Whether every key of a published state dict, without prefixes of wrappers, has a place in a layout."""
+    return len(_look_up(state, LAYOUTS[source], False)[1]) == len(state)
+
+
+def _rename(old: dict[str, Tensor], source: str, report: Report, classifier: bool) -> dict[str, Tensor]:
+    report.kind, found = _look_up(old, LAYOUTS[source], classifier)
     left_over = [key for key in old if key not in found]
     if left_over:
-        fitting = [name for name, layout in LAYOUTS.items() if len(_look_up(old, layout)[1]) == len(old)]
+        fitting = [name for name in LAYOUTS if fits_layout(old, name)]
         hint = f'they would fit --from {" or ".join(fitting)}' if fitting else 'no other layout fits either'
         raise ConversionError(
             f'{len(left_over)} of {len(old)} keys have no place in the layout {source!r} ({LAYOUTS[source].title}); '
@@ -238,12 +247,16 @@ def _rename(old: dict[str, Tensor], source: str, report: Report) -> dict[str, Te
     return state
 
 
-def _look_up(old: Mapping[str, Tensor], layout: Layout) -> tuple[str, dict[str, tuple[str | None, Rule]]]:
-    """'detector' or 'backbone', and for each key that a rule names: its new name (None: dropped) and the rule."""
+def _look_up(
+    old: Mapping[str, Tensor], layout: Layout, classifier: bool
+) -> tuple[str, dict[str, tuple[str | None, Rule]]]:
+    """'detector', 'backbone' or 'classifier', and for each key that a rule names its new name (None: dropped) and the
+    rule.
+    """
     heads = {key: hit for key in old if (hit := _first_rule(layout.heads, key, old))}
     prefix, new_prefix = layout.backbone_prefix, 'backbone.'
     if not heads:
-        new_prefix = ''
+        new_prefix = 'backbone.' if classifier else ''
         if not all(key.startswith(prefix) for key in old):
             prefix = ''
     inside = {key[len(prefix) :]: key for key in old if key.startswith(prefix)}
@@ -252,10 +265,14 @@ def _look_up(old: Mapping[str, Tensor], layout: Layout) -> tuple[str, dict[str, 
         if key in heads:
             found[key] = heads[key]
         elif key.startswith(prefix):
-            hit = _first_rule(layout.backbone, key[len(prefix) :], inside)
-            if hit is not None:
+            name = key[len(prefix) :]
+            hit = _first_rule(layout.backbone, name, inside)
+            last = _first_rule((CLASSIFIER_HEAD,), name, inside) if classifier and not heads else None
+            if last is not None:
+                found[key] = last
+            elif hit is not None:
                 found[key] = (None if hit[0] is None else new_prefix + hit[0], hit[1])
-    return ('detector' if heads else 'backbone'), found
+    return ('detector' if heads else 'classifier' if classifier else 'backbone'), found
 
 
 def _first_rule(rules: tuple[Rule, ...], key: str, keys) -> tuple[str | None, Rule] | None:
@@ -335,12 +352,13 @@ def _fit(state: dict[str, Tensor], layout: Layout, model_cfg: Mapping, report: R
     if differences:
         raise ConversionError(_explain(differences, report), *differences)
     report.verified = True
-    if report.kind == 'detector':
+    if report.kind != 'backbone':
+        layout = layout if report.kind == 'detector' else replace(layout, expects={}, convention=None)
         report.warnings += unlike_training(model, model_cfg, layout)
 
 
 def _explain(differences: Differences, report: Report) -> str:
-    part = 'model' if report.kind == 'detector' else 'model.backbone'
+    part = 'model.backbone' if report.kind == 'backbone' else 'model'
     old = {new: f' (was {old})' for old, new in report.renamed.items()}
     lines = [f'the checkpoint, a {report.kind} in the layout {report.source!r}, does not fit {part} of the config']
     if differences.missing:

@@ -206,6 +206,9 @@ LAYOUTS: dict[str, Layout] = {
 }
 """The values of ``--from``."""
 
+CLASSIFIER_HEAD = Rule(r'fc\.(weight|bias)', r'head.\g<0>')
+"""Of a backbone's file, where the target is a classifier: its last layer is dropped otherwise."""
+
 CLASSES = r'roi_head\.bbox_head\.(\d+\.)?fc_cls\.(weight|bias)'
 BOXES = r'roi_head\.bbox_head\.(\d+\.)?fc_reg\.(weight|bias)'
 MASKS = r'roi_head\.mask_head\.(\d+\.)?conv_logits\.(weight|bias)'

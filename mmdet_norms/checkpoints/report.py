@@ -12,7 +12,7 @@ class Report:
 
     Args:
         source: the layout.
-        kind: 'detector' or 'backbone'.
+        kind: 'detector', 'backbone' or 'classifier'.
         unwrapped: entries and prefixes that were around the state dict.
         unchanged: number of tensors that are as they were, name included.
         warnings: what probably makes the weights another function than the published one.

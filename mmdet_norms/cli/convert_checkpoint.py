@@ -39,7 +39,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         prog=typed('convert'),
         description='Convert a checkpoint that the authors of a norm published to mmdet 3.x.\n'
         f'A detector becomes the CHECKPOINT of {typed("test")}, a backbone pretrained on ImageNet what\n'
-        "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=DST) loads.",
+        "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=DST) loads; with the --config of an image\n"
+        'classifier, the CHECKPOINT of that.',
         epilog=f'layouts:\n{layouts}',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -77,7 +78,7 @@ def print_report(report: Report, args: argparse.Namespace) -> None:
     for kind, messages in (('warning', report.warnings), ('note', report.notes)):
         for message in dict.fromkeys(messages):
             console.print(Text(f'{kind}: {message}'))
-    part = 'model' if report.kind == 'detector' else 'model.backbone'
+    part = 'model.backbone' if report.kind == 'backbone' else 'model'
     compared = f'compared with {part} of {args.config}: 0 missing, 0 left over, all shapes right'
     console.print(Text(compared if report.verified else 'no --config: names and shapes were not compared with a model'))
     use = f'{typed("test")} {args.config or "CONFIG"} {args.dst}'
