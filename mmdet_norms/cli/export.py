@@ -46,7 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--part',
         choices=PARTS,
         help='features: backbone and neck; heads: the raw maps of the dense head too. Default: heads for a '
-        'single-stage detector, features for others',
+        'single-stage detector (and the scores of a classifier), features for others',
     )
     return parser.parse_args(argv)
 

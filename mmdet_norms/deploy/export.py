@@ -73,13 +73,14 @@ PARTS = ('features', 'heads')
 
 
 class RawMaps(nn.Module):
-    """What of a detector is one graph of tensors: its feature maps, and what its dense head makes of them.
+    """What of a model is one graph of tensors: a detector's feature maps and what its dense head makes of them, or a
+    classifier's scores.
 
     Input: normalized images ``(N, C, H, W)``, which is what ``data_preprocessor`` puts out. Output: a flat tuple of
     maps, named by :attr:`output_names`. Decoding of boxes, NMS and RoI heads are left to the caller.
 
     Args:
-        detector: an mmdet detector.
+        detector: an mmdet detector, or an ``ImageClassifier``, whose head gives ``scores`` (before softmax).
         part: ``'features'``: backbone and neck. ``'heads'``: and the dense head (``bbox_head`` of a single-stage
             detector, ``rpn_head`` of a two-stage one): for a single-stage detector the maps of the head alone, for a
             two-stage detector after the feature maps, which its RoI heads need.
@@ -97,15 +98,21 @@ class RawMaps(nn.Module):
         self.detector = detector
         self.two_stage = getattr(detector, 'rpn_head', None) is not None
         self.head = None
-        if part == 'heads':
+        if part == 'heads' and _is(detector, 'ImageClassifier'):
+            self.head = detector.head
+        elif part == 'heads':
             self.head = detector.rpn_head if self.two_stage else getattr(detector, 'bbox_head', None)
-            if not _is_dense(self.head):
+            if not _is(self.head, 'BaseDenseHead'):
                 raise ValueError(f"{type(detector).__name__} has no dense head; write part='features'")
         self.output_names: list[str] = []
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         features = self.detector.extract_feat(image)
         maps = {}
+        if _is(self.detector, 'ImageClassifier'):  # of several maps, it has taken the last
+            maps = {'features': features} if self.head is None else {'scores': self.head(features)}
+            self.output_names = list(maps)
+            return tuple(maps.values())
         if self.head is None or self.two_stage:
             maps = {f'features_{i}': feature for i, feature in enumerate(features)}
         if self.head is not None:
@@ -117,9 +124,12 @@ class RawMaps(nn.Module):
         return tuple(maps.values())
 
 
-def _is_dense(head: nn.Module | None) -> bool:
-    """Whether it maps feature maps to maps: a transformer's head wants queries. By name, as mmdet is not known here."""
-    return any(cls.__name__ == 'BaseDenseHead' for cls in type(head).__mro__)
+def _is(module: nn.Module | None, name: str) -> bool:
+    """Whether a module is of a class of that name, as mmdet is not known here.
+
+    A ``BaseDenseHead`` maps feature maps to maps; a transformer's head wants queries.
+    """
+    return any(cls.__name__ == name for cls in type(module).__mro__)
 
 
 def require_onnx() -> None:
@@ -141,7 +151,7 @@ def export_onnx(
     dynamic: bool = False,
     part: str | None = None,
 ) -> list[str]:
-    """Write the convolutional part of a detector as an ONNX file with the weights inside.
+    """Write the convolutional part of a detector, or a classifier, as an ONNX file with the weights inside.
 
     Needs the packages onnx and onnxscript. What is written is read back and checked; and, where onnxruntime is
     installed, run and compared with torch.
@@ -152,7 +162,8 @@ def export_onnx(
         size: height and width of the images. Multiples of the coarsest stride, for a pyramid.
         batch: images per call.
         dynamic: leave batch, height and width open; ``size`` and ``batch`` are then those of the example.
-        part: see :class:`RawMaps`. Default: ``'heads'`` for a single-stage detector, ``'features'`` for others.
+        part: see :class:`RawMaps`. Default: ``'heads'`` for a single-stage detector and a classifier, ``'features'``
+            for others.
 
     Returns:
         The names of the outputs. The input is called ``image``.
@@ -167,7 +178,8 @@ def export_onnx(
 
     if part is None:
         single_stage = getattr(model, 'rpn_head', None) is None
-        part = 'heads' if single_stage and _is_dense(getattr(model, 'bbox_head', None)) else 'features'
+        dense = single_stage and _is(getattr(model, 'bbox_head', None), 'BaseDenseHead')
+        part = 'heads' if dense or _is(model, 'ImageClassifier') else 'features'
     maps = RawMaps(model, part).eval()
     reference = next(model.parameters())
     images = torch.randn(batch, _channels(model), *size, generator=torch.Generator().manual_seed(0)).to(reference)
