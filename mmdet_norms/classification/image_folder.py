@@ -215,6 +215,11 @@ def counts_of(entry: Mapping) -> dict[str, int]:
     return {name: counts[label] for label, name in enumerate(data.metainfo['classes'])}
 
 
+def images_of_entry(entry: Mapping) -> list[str]:
+    """The paths of all images of a config's entry. Raises what reading the data would."""
+    return [image['img_path'] for image in _unread(entry).load_data_list()]
+
+
 def _unread(entry: Mapping) -> ImageFolder:
     options = {key: value for key, value in entry.items() if key not in ('type', 'pipeline', '_scope_')}
     return class_of(entry, MMDETS)(**{**options, 'lazy_init': True})

@@ -34,6 +34,7 @@ from .common import (
     move_and_merge,
     read_config,
     require_annotations,
+    require_detector,
 )
 from .options import add_option_arguments
 from .picture_sheet import check_sheet
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out = args.out or f'work_dirs/browse-{args.split}.png'
     check_sheet(args, '--number', args.number, (args.config,))
     cfg = read_config(args.config)
+    require_detector(cfg, args.config, 'browse')
     loader = f'{args.split}_dataloader'
     with TemporaryDirectory() as folder:  # for changed copies of the annotations, which building reads as a whole
         args.copies = folder

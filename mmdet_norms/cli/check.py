@@ -15,6 +15,7 @@ from mmdet_norms.datasets.parts import write_copy
 from mmdet_norms.datasets.sources import SPLITS, evaluated_files, sources
 from mmdet_norms.placement import PLACEMENTS
 
+from .class_folders import class_folder_findings, folder_of, folders_of_split
 from .common import UserError, add_data_arguments, command, copies_folder, load_config, without_folder
 from .config_checks import training_problems
 from .options import add_option_arguments
@@ -45,14 +46,17 @@ def _check(args: argparse.Namespace) -> int:
     for problem in problems:
         show(f'{"error":<8} {problem}')
     report = check_config(cfg, full=args.full)
+    report.findings += class_folder_findings(cfg, full=args.full)
     for finding in report.findings:
         show(f'{finding.level:<8} {finding}')
     for path, notes in report.completed.items():
         for note in notes:
             show(f'filled   {path}: {note} (in a copy, when a run starts)')
     errors, warnings = len(problems) + len(report.of('error')), len(report.of('warning'))
-    files = dict.fromkeys(source.ann_file for source in sources(cfg) if source.skipped is None)
-    show(f'{args.config}: {errors} errors, {warnings} warnings in {", ".join(files) or "no file in COCO format"}')
+    files = [source.ann_file for source in sources(cfg) if source.skipped is None]
+    files += [folder_of(entry) for split in SPLITS for _, entry in folders_of_split(cfg, split)]
+    files = ', '.join(dict.fromkeys(files)) or 'no file in COCO format'
+    show(f'{args.config}: {errors} errors, {warnings} warnings in {files}')
     return errors
 
 
@@ -94,6 +98,7 @@ def check_data(
         folder: where copies go; ``annotations`` in the work dir by default.
     """
     report = check_config(cfg, splits)
+    report.findings += class_folder_findings(cfg, splits)
     errors = report.of('error')
     fatal = [finding for finding in errors if finding.fatal]
     if fatal and allow_faults:

@@ -10,7 +10,7 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from mmengine.hub import get_config
 from mmengine.runner import Runner
 
 from mmdet_norms import cores
-from mmdet_norms.commands import runnable, several
+from mmdet_norms.classification.data_root import use_class_folders
+from mmdet_norms.classification.image_folder import image_folders
+from mmdet_norms.commands import runnable, several, typed
 from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.compat.checkpoints import explain_refusal
 from mmdet_norms.datasets.locate import DataRootError, use_data_root
@@ -32,7 +34,7 @@ from mmdet_norms.datasets.sources import SPLITS, datasets
 from mmdet_norms.engine import end_processes, start_cpu_processes, threads
 from mmdet_norms.engine.dist import RANKS, processes_here
 from mmdet_norms.engine.one_value import explain_one_value
-from mmdet_norms.entries import class_of, explain_unregistered, is_a, spell_out
+from mmdet_norms.entries import class_of, explain_unregistered, is_a, is_classifier, spell_out
 from mmdet_norms.errors import UserError
 from mmdet_norms.files import explain
 from mmdet_norms.kernels import compiled
@@ -108,15 +110,15 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--data-root',
         metavar='DIR',
-        help="a folder in COCO format to read instead of the config's data_root; its file layout and classes are "
-        'taken from it (docs/data.md lists what is looked for)',
+        help="a folder in COCO format, or of a classifier with folders of classes, to read instead of the config's "
+        'data_root; its file layout and classes are taken from it (docs/data.md lists what is looked for)',
     )
     parser.add_argument(
         '--val-fraction',
         type=float,
         metavar='F',
-        help='for a --data-root with one annotation file: hold back that part of its images, such as 0.2, to validate '
-        'and test; the same images every time',
+        help='for a --data-root with one annotation file, or without val/: hold back that part of its images, such as '
+        '0.2, to validate and test; the same images every time',
     )
 
 
@@ -283,14 +285,31 @@ def move_data_root(
 
     Args:
         temporary: a folder to leave out of what is said.
-        more: as for :func:`mmdet_norms.datasets.locate.use_data_root`.
+        more: as for :func:`mmdet_norms.datasets.locate.use_data_root`, or
+            :func:`mmdet_norms.classification.data_root.use_class_folders` where the config reads folders of classes.
     """
+    use = use_class_folders if next(_image_folders(cfg), None) else use_data_root
     try:
-        notes = use_data_root(cfg, root, reads, **more)
+        notes = use(cfg, root, reads, **more)
     except DataRootError as error:
         raise UserError(str(error) if str(error).startswith('--') else f'--data-root: {error}') from error
     for note in notes if speaks else ():
         print(without_folder(f'--data-root {root}: {note}', temporary))
+
+
+def _image_folders(cfg: Config) -> Iterator[tuple[str, Mapping]]:
+    """The entries of a classifier's data sets, with their keys."""
+    for split in SPLITS:
+        yield from image_folders((cfg.get(f'{split}_dataloader') or {}).get('dataset'), f'{split}_dataloader.dataset')
+
+
+def require_detector(cfg: Config, config: str, tool: str) -> None:
+    """Raise if the model of a config is an image classifier, of which a tool can make nothing."""
+    if is_classifier(cfg.get('model')):
+        raise UserError(
+            f'{typed(tool)} is for detectors, and the model of {config} is an image classifier; {typed("test")} CONFIG '
+            'CKPT --out FILE.json writes the class of every image'
+        )
 
 
 def without_folder(text: str, folder: str | None) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,15 @@ from rich.table import Table
 
 from mmdet_norms.commands import typed
 from mmdet_norms.console import as_text, plain_console
-from mmdet_norms.engine.results import COLUMNS, coco_kinds, describe, format_ap, kept_results
+from mmdet_norms.engine.results import (
+    COLUMNS,
+    accuracies,
+    coco_kinds,
+    describe,
+    format_ap,
+    is_accuracy,
+    kept_results,
+)
 from mmdet_norms.engine.work_dir import RESULTS
 
 from .common import UserError, command
@@ -42,13 +50,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = plain_console()
     if not console.is_terminal:
         console = plain_console(width=90 + max(len(row.run) + len(row.of) for row in rows))
-    for kind in dict.fromkeys(kind for row in rows for kind in coco_kinds(row.result)):
-        console.print(_table(kind, rows))
+    classifiers = [row for row in rows if accuracies(row.result)]
+    detectors = [row for row in rows if row not in classifiers or coco_kinds(row.result)]
+    for kind in dict.fromkeys(kind for row in detectors for kind in coco_kinds(row.result)):
+        columns = {column: f'{kind}_{key}' for column, key in COLUMNS.items()}
+        console.print(_table(f'{kind} average precision', columns, detectors))
+    if classifiers:
+        columns = {column: key for row in classifiers for column, key in accuracies(row.result).items()}
+        columns = {f'top-{k}': columns[f'top-{k}'] for k in sorted(int(c.removeprefix('top-')) for c in columns)}
+        console.print(_table('accuracy of classifiers', columns, classifiers))
     others = dict.fromkeys(key for row in rows for key in _others(row.result))
     if others:
         console.print(_other_table(others, rows))
     for name, of, result in rows:
-        if not coco_kinds(result) and not _others(result):
+        if not coco_kinds(result) and not accuracies(result) and not _others(result):
             console.print(as_text(f'{name}: the evaluation gave no results{f" ({of})" if of else ""}'))
         partial = result.get('partial_checkpoint')
         if partial:
@@ -70,20 +85,24 @@ def _rows(name: str) -> Iterator[Row]:
             yield Row(run, describe(result), result)
 
 
-def _table(kind: str, rows: Sequence[Row]) -> Table:
-    """One table a kind: both side by side would not fit a terminal."""
-    table = Table(title=as_text(f'{kind} average precision'), title_justify='left')
+def _table(title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> Table:
+    """One table a kind: several side by side would not fit a terminal.
+
+    Args:
+        columns: what is above a column, and the key of its values.
+    """
+    table = Table(title=as_text(title), title_justify='left')
     table.add_column('run', no_wrap=True)
     table.add_column('of', overflow='fold')
-    for column in COLUMNS:
+    for column in columns:
         table.add_column(column, justify='right')
     for name, of, result in rows:
-        table.add_row(as_text(name), as_text(of), *(format_ap(result.get(f'{kind}_{key}')) for key in COLUMNS.values()))
+        table.add_row(as_text(name), as_text(of), *(format_ap(result.get(key)) for key in columns.values()))
     return table
 
 
 def _other_table(keys: Sequence[str], rows: Sequence[Row]) -> Table:
-    """What is no COCO precision (VOC's mAP, recalls of proposals, accuracies): a row each."""
+    """What is no COCO precision and no accuracy (VOC's mAP, recalls of proposals): a row each."""
     table = Table(title='other results', title_justify='left')
     table.add_column('run', no_wrap=True)
     table.add_column('of', overflow='fold')
@@ -98,7 +117,7 @@ def _other_table(keys: Sequence[str], rows: Sequence[Row]) -> Table:
 
 
 def _others(result: dict) -> list[str]:
-    """The numbers that no table of COCO precisions shows."""
+    """The numbers that no other table shows."""
     of_coco = tuple(f'{kind}_' for kind in coco_kinds(result))
     shown = {f'{kind}_{key}' for kind in coco_kinds(result) for key in COLUMNS.values()}
     return [
@@ -107,6 +126,7 @@ def _others(result: dict) -> list[str]:
         if (value is None or isinstance(value, Real))
         and key not in _ORIGIN
         and key not in shown
+        and not is_accuracy(key)
         and not (key.startswith(of_coco) and key.endswith(('_precision', '_copypaste')))
     ]
 
@@ -131,11 +151,11 @@ def read(name: str) -> dict:
     huge = next((key for key, value in result.items() if type(value) is int and abs(value) > _MOST), None)
     if huge is not None:
         raise UserError(f'{path} is not a results.json (in {huge}, a number of {len(str(result[huge]))} digits)')
-    for kind in coco_kinds(result):
-        for key in COLUMNS.values():
-            value = result.get(f'{kind}_{key}')
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-                raise UserError(f'{path} is not a results.json ({kind}_{key} is {value!r}, not a number)')
+    shown = [f'{kind}_{key}' for kind in coco_kinds(result) for key in COLUMNS.values()]
+    for key in [*shown, *accuracies(result).values()]:
+        value = result.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise UserError(f'{path} is not a results.json ({key} is {value!r}, not a number)')
     return result
 
 

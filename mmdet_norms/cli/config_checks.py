@@ -12,7 +12,7 @@ from mmdet.registry import METRICS
 from mmengine.config import Config
 
 from mmdet_norms.engine.optim import is_second_order, optimizer_problems
-from mmdet_norms.entries import class_of, is_a, mappings, name_of
+from mmdet_norms.entries import class_of, is_a, is_classifier, mappings, name_of
 from mmdet_norms.errors import UserError
 from mmdet_norms.layers import NORMS
 from mmdet_norms.layers._args import NOT_GROUPED
@@ -108,13 +108,22 @@ def _keys_of(cls: Any) -> list[str] | None:
 
 
 def metric_problems(cfg: Config, split: str) -> Iterator[str]:
-    """Each COCO metric of ``{split}_evaluator`` that would fail after the epoch that it is to judge."""
+    """Each metric of ``{split}_evaluator`` that would fail after the epoch that it is to judge."""
     evaluator, model = cfg.get(f'{split}_evaluator') or [], cfg.get('model') or {}
     several = isinstance(evaluator, (list, tuple))
     for i, entry in enumerate(evaluator if several else [evaluator]):
-        if not is_a(entry, 'CocoMetric', METRICS):
+        where = f'{split}_evaluator.{i}' if several else f'{split}_evaluator'
+        coco = is_a(entry, 'CocoMetric', METRICS)
+        if is_classifier(model) and coco:
+            yield (
+                f'{where}.type={name_of(entry, METRICS)!r} compares boxes, and the model is an image classifier; '
+                f"write {where}=dict(type='Accuracy')"
+            )
+        elif is_a(entry, 'Accuracy', METRICS) and _is_stock(model) and not is_classifier(model):
+            yield f"{where}.type='Accuracy' is for image classifiers, and the model is {name_of(model)}"
+        if is_classifier(model) or not coco:
             continue
-        where = f'{split}_evaluator.{i}.metric' if several else f'{split}_evaluator.metric'
+        where = f'{where}.metric'
         given = entry.get('metric', 'bbox')
         kinds = [given] if isinstance(given, str) else list(given or [])
         good = [kind for kind in kinds if kind in KINDS and (kind != 'segm' or predicts_masks(model))] or ['bbox']

@@ -43,7 +43,7 @@ from mmdet_norms.entries import is_a
 from mmdet_norms.files import remove_unfinished, replacing, require_writable
 from mmdet_norms.version import __version__
 
-from .common import UserError, command, run_with_checkpoint, use_threads
+from .common import UserError, command, require_detector, run_with_checkpoint, use_threads
 from .detector import add_detector_arguments, detector_config, load_detector
 from .weights import classes_of
 
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if threads is not None:
         print(threads)
     cfg = detector_config(args)
+    require_detector(cfg, args.config, 'infer')
     found: list[Run] = []
     run_with_checkpoint(lambda: found.append(Run(cfg, args, device, places)), args)
     run = found[0]

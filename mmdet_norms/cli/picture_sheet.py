@@ -29,7 +29,15 @@ from mmdet_norms.engine.picture import (
 )
 
 from .check import check_data
-from .common import UserError, add_data_arguments, command, move_and_merge, read_config, require_annotations
+from .common import (
+    UserError,
+    add_data_arguments,
+    command,
+    move_and_merge,
+    read_config,
+    require_annotations,
+    require_detector,
+)
 from .options import add_option_arguments
 
 
@@ -39,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     check_sheet(args, '--num', args.num, (args.config, args.results))
     cfg = read_config(args.config)
+    require_detector(cfg, args.config, 'pictures')
     with TemporaryDirectory() as folder:  # for changed copies of the annotations, which building reads as a whole
         args.copies = folder
         move_and_merge(cfg, args)

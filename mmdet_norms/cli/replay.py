@@ -12,7 +12,7 @@ from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
-from mmengine.structures import InstanceData, LabelData, PixelData
+from mmengine.structures import BaseDataElement, InstanceData, LabelData, PixelData
 
 from mmdet_norms.commands import typed
 from mmdet_norms.compat.reading import read_file
@@ -21,8 +21,8 @@ from mmdet_norms.engine.nonfinite import image_files, replay
 from .common import UserError, add_threads_argument, command, read_config, use_threads
 
 _PARTS = (
-    DetDataSample, ReIDDataSample, TrackDataSample, InstanceData, PixelData, LabelData, HorizontalBoxes, BitmapMasks,
-    PolygonMasks, bytes,
+    DetDataSample, ReIDDataSample, TrackDataSample, InstanceData, PixelData, LabelData, BaseDataElement,
+    HorizontalBoxes, BitmapMasks, PolygonMasks, bytes,
 )  # fmt: skip
 """What a batch is made of besides tensors and plain data; an empty array is pickled with the name of bytes."""
 

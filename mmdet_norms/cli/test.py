@@ -10,13 +10,15 @@ from mmdet.engine.hooks import DetVisualizationHook
 from mmdet.evaluation import CocoMetric, DumpDetResults
 from mmdet.registry import HOOKS, METRICS
 from mmengine.config import Config
+from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
 
 from mmdet_norms.commands import typed
 from mmdet_norms.engine.coco_detections import DumpCocoDetections, category_ids, is_detections
+from mmdet_norms.engine.predictions import DumpPredictions, is_predictions
 from mmdet_norms.engine.shared_memory import require_shared_memory
 from mmdet_norms.engine.work_dir import TESTING, claimed, require_unclaimed
-from mmdet_norms.entries import class_of, is_a, name_of, parameter_of
+from mmdet_norms.entries import class_of, is_a, is_classifier, name_of, parameter_of
 from mmdet_norms.files import remove_unfinished, require_writable
 
 from .check import check_data
@@ -60,9 +62,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--eval', nargs='+', choices=KINDS, help="what to evaluate; default: what the config's evaluator says"
     )
-    parser.add_argument('--per-class', action='store_true', help='AP of every class as well')
+    parser.add_argument('--per-class', action='store_true', help='AP, or accuracy, of every class as well')
     parser.add_argument(
-        '--out', metavar='FILE', help="save the detections: *.json in COCO's result format, *.pkl as mmdet does"
+        '--out',
+        metavar='FILE',
+        help="save the detections: *.json in COCO's result format, *.pkl as mmdet does; of a classifier the class and "
+        'score of every image',
     )
     parser.add_argument('--show-dir', metavar='DIR', help='save every test image with its detections')
     parser.add_argument(
@@ -80,6 +85,10 @@ def test_config(args: argparse.Namespace) -> Config:
     if args.out is not None:
         _check_out(args.out)
     cfg = load_config(args)
+    if is_classifier(cfg.get('model')):
+        _refuse_for_classifiers(args)
+    if args.out is not None:
+        _check_replaced(args.out, is_classifier(cfg.get('model')))
     ignored = [key for key in ('load_from', 'resume') if key in (args.cfg_options or {})]
     if ignored:
         raise UserError(f'--cfg-options {ignored[0]}: this key changes nothing in a test; name the checkpoint as CKPT')
@@ -92,8 +101,10 @@ def test_config(args: argparse.Namespace) -> Config:
         _evaluate(cfg, args)
     require_none(config_problems(cfg, ('test',)))
     if args.per_class:
-        for metric in _coco_metrics(cfg, '--per-class'):
-            if class_of(metric, METRICS) is CocoMetric:
+        for metric in _metrics_per_class(cfg):
+            if is_a(metric, 'Accuracy', METRICS):
+                metric.per_class = True
+            elif class_of(metric, METRICS) is CocoMetric:
                 metric.type = 'PerClassCocoMetric'
             else:  # that, or a subclass with work of its own
                 metric.classwise = True
@@ -141,15 +152,40 @@ def _check_out(out: str) -> None:
     path = Path(out)
     if path.is_dir():
         raise UserError(f'--out {out}: is a folder; name a file in it')
-    if path.is_file() and not is_detections(path):
-        raise UserError(f'--out {out}: there is such a file, and it holds no detections; choose another name')
+
+
+def _check_replaced(out: str, classifier: bool) -> None:
+    """Raise if a file of that name is there that holds something else."""
+    path = Path(out)
+    is_ours = is_predictions if classifier and path.suffix == '.json' else is_detections
+    if path.is_file() and not is_ours(path):
+        what = 'predictions' if classifier else 'detections'
+        raise UserError(f'--out {out}: there is such a file, and it holds no {what}; choose another name')
+
+
+def _refuse_for_classifiers(args: argparse.Namespace) -> None:
+    """What there is of detectors only."""
+    model = f'the model of {args.config} is an image classifier'
+    if args.eval is not None:
+        raise UserError(
+            f'--eval {" ".join(args.eval)}: {model}, whose metric is accuracy (test_evaluator.topk says which); leave '
+            '--eval out'
+        )
+    if args.show_dir is not None:
+        raise UserError(
+            f'--show-dir {args.show_dir}: {model}, and the option draws detections; --out FILE.json writes the '
+            'predicted class of every image'
+        )
 
 
 def _save_detections(runner: Runner, out: str) -> None:
-    """Beside the metrics, one that keeps the detections."""
+    """Beside the metrics, one that keeps the detections, or the predictions of a classifier."""
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     metrics = runner.test_evaluator.metrics
-    if out.endswith('.json'):
+    if is_classifier(runner.cfg.model):
+        metrics.append(DumpPredictions(out) if out.endswith('.json') else DumpResults(out_file_path=out))
+        metrics[-1].dataset_meta = runner.test_evaluator.dataset_meta
+    elif out.endswith('.json'):
         metrics.append(DumpCocoDetections(out, category_ids(runner.test_dataloader.dataset, out)))
     else:
         metrics.append(DumpDetResults(out_file_path=out))
@@ -167,16 +203,27 @@ def _evaluate(cfg: Config, args: argparse.Namespace) -> None:
         metric.metric = list(dict.fromkeys(args.eval))
 
 
+def _metrics_per_class(cfg: Config) -> list[dict]:
+    """The config's metrics that tell classes apart where they are asked to."""
+    if is_classifier(cfg.get('model')):
+        return _metrics_of(cfg, '--per-class', 'Accuracy')
+    return _coco_metrics(cfg, '--per-class')
+
+
 def _coco_metrics(cfg: Config, option: str) -> list[dict]:
     """The config's COCO metrics, which are the ones that the options act on."""
+    return _metrics_of(cfg, option, 'CocoMetric')
+
+
+def _metrics_of(cfg: Config, option: str, kind: str) -> list[dict]:
     evaluator = cfg.get('test_evaluator') or []
     entries = list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
-    found = [entry for entry in entries if is_a(entry, 'CocoMetric', METRICS)]
+    found = [entry for entry in entries if is_a(entry, kind, METRICS)]
     if not found:
         types = ', '.join(name_of(entry, METRICS) for entry in entries) or 'none'
         raise UserError(
-            f"{option} is for COCO metrics, but the config's test_evaluator is {types}; leave {option} "
-            "out to use it as it is, or set test_evaluator.type='CocoMetric'"
+            f"{option} is for {'COCO metrics' if kind == 'CocoMetric' else kind}, but the config's test_evaluator is "
+            f"{types}; leave {option} out to use it as it is, or set test_evaluator.type='{kind}'"
         )
     return found
 

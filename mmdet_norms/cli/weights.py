@@ -16,9 +16,13 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from mmdet_norms.checkpoints.convert import fits_layout
 from mmdet_norms.checkpoints.fit import Fit, fit, weights_of
+from mmdet_norms.checkpoints.layouts import LAYOUTS
 from mmdet_norms.checkpoints.read import Checkpoint, read_checkpoint
 from mmdet_norms.checkpoints.report import list_keys
+from mmdet_norms.classification.image_folder import classes_of_entry, image_folders, problems_of
+from mmdet_norms.commands import runnable
 from mmdet_norms.compat.downloads import DownloadError
 from mmdet_norms.compat.reading import keep
 from mmdet_norms.datasets.annotations import other_order
@@ -26,7 +30,7 @@ from mmdet_norms.datasets.checks import in_both
 from mmdet_norms.datasets.parts import HELD_BACK
 from mmdet_norms.datasets.sources import datasets, metainfo_of, sources
 from mmdet_norms.deploy import fuse, is_fused
-from mmdet_norms.entries import is_a, mappings
+from mmdet_norms.entries import is_a, is_classifier, mappings
 from mmdet_norms.errors import UserError
 from mmdet_norms.layers import MABN, CenConv2d
 from mmdet_norms.placement import PLACEMENTS, apply_norm
@@ -149,10 +153,16 @@ def _require_class_order(cfg: Config, args: argparse.Namespace, checkpoint: Chec
     if moved and not getattr(args, 'allow_partial', False):
         raise UserError(
             f'{option}: {checkpoint.name} was trained with classes that the data of {args.config} have elsewhere, so '
-            f'that {moved[0]} would get another name. The data: {difference}. List the categories of the annotation '
-            f'files, and metainfo.classes, in the order of the checkpoint; {ALLOW_PARTIAL} goes on nevertheless'
+            f'that {moved[0]} would get another name. The data: {difference}. {_in_that_order(cfg)} in the order of '
+            f'the checkpoint; {ALLOW_PARTIAL} goes on nevertheless'
         )
     print(f'warning: {checkpoint.name} was trained with other names of classes; the data of {args.config} {difference}')
+
+
+def _in_that_order(cfg: Config) -> str:
+    if is_classifier(cfg.get('model')):
+        return 'Name the classes in metainfo.classes of every data set'
+    return 'List the categories of the annotation files, and metainfo.classes,'
 
 
 def _model_for(cfg: Config, checkpoint: Checkpoint) -> nn.Module | None:
@@ -310,6 +320,7 @@ def _advice(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint) -> It
         yield f'It would fit {" or ".join(names)}'
     if fused:
         yield 'It is a fused model: give the config, and the --norm if any, that it was exported with'
+    yield from _other_tasks(cfg, checkpoint)
     yield from _prefixes(cfg, checkpoint)
     yield from _trained_with(checkpoint)
     classes, ours = checkpoint.classes(), classes_of(cfg)
@@ -321,6 +332,27 @@ def _advice(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint) -> It
     beside = sorted(Path(checkpoint.name).expanduser().parent.glob('*.py')) if '://' not in checkpoint.name else []
     if len(beside) == 1 and not _same(beside[0], args.config):
         yield f'The config in its folder, probably the one that it was trained with: {beside[0]}'
+
+
+def _other_tasks(cfg: Config, checkpoint: Checkpoint) -> Iterator[str]:
+    """That the checkpoint is of a detector and the model a classifier, or the other way, and what it is good for."""
+    classifies = is_classifier(cfg.get('model'))
+    firsts = {key.partition('.')[0] for key in checkpoint.state_dict}
+    start = (
+        f"--cfg-options model.backbone.init_cfg=\"dict(type='Pretrained', checkpoint='{checkpoint.name}', "
+        "prefix='backbone.')\""
+    )
+    if classifies and {'neck', 'roi_head', 'rpn_head', 'bbox_head', 'mask_head'} & firsts:
+        yield f'It is the checkpoint of a detector, the model an image classifier. To start from its backbone: {start}'
+    elif not classifies and firsts == {'backbone', 'head'} and 'head.fc.weight' in checkpoint.state_dict:
+        yield f'It is the checkpoint of an image classifier. To start a detector from its backbone: {start}'
+    elif classifies and 'backbone' not in firsts and {'fc', 'conv1', 'layer1'} & firsts:
+        layouts = [name for name in LAYOUTS if fits_layout(checkpoint.state_dict, name)]
+        how = f' --from {layouts[0]}' if layouts else ''
+        yield (
+            f'Its names are those of a backbone alone, as published files have them: {runnable("convert")} '
+            f'{checkpoint.name} NEW.pth{how} --config CONFIG makes it a checkpoint of the classifier'
+        )
 
 
 def _fitting_norms(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[str]:
@@ -404,6 +436,9 @@ def _trained_with(checkpoint: Checkpoint) -> Iterator[str]:
 def classes_of(cfg: Config) -> tuple[str, ...] | None:
     """The names of the classes of a config's data, the test data's first; None if it does not say them."""
     for split in ('test_dataloader', 'val_dataloader', 'train_dataloader'):
+        for _, entry in image_folders((cfg.get(split) or {}).get('dataset')):
+            if not problems_of(entry):
+                return classes_of_entry(entry)
         dataset = next(datasets((cfg.get(split) or {}).get('dataset')), None) or {}  # of several, all have the same
         found = metainfo_of(dataset).get('classes')
         if isinstance(found, (list, tuple)):

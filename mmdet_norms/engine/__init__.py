@@ -10,6 +10,7 @@ from .norms import NormHook
 from .optim import NormOptimWrapperConstructor
 from .optimizers import AdaHessian, Ralamb, Ranger, RangerLars
 from .pictures import PicturesHook
+from .predictions import DumpPredictions
 from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
 from .rng import RandomStateHook
@@ -26,6 +27,7 @@ __all__ = [
     'CPUAmpOptimWrapper',
     'ChannelsLastHook',
     'DumpCocoDetections',
+    'DumpPredictions',
     'FreezeBNETHook',
     'FuseHook',
     'NonFiniteError',

@@ -1,10 +1,11 @@
-"""The result of a run: ``results.json`` in the work dir and one table of average precisions."""
+"""The result of a run: ``results.json`` in the work dir and one table of average precisions or accuracies."""
 
 import io
 import json
 import math
 import os
 import re
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 
@@ -33,6 +34,8 @@ COLUMNS = {
     'APl': 'mAP_l',
 }
 _PER_CLASS_SUFFIX = '_precision'
+_TOP = re.compile(r'accuracy/top(\d+)')
+_TOP1_OF_CLASS = 'accuracy/top1_'
 _KEPT = re.compile(r'results-(val|test).*\.json')
 _TABLE_WIDTH = 100  # fixed, and ASCII lines, so that any log file reads like the terminal
 
@@ -42,9 +45,10 @@ class ResultsHook(Hook):
     """Write the metrics of every evaluation to ``results.json`` and log them as a table.
 
     The file lies in the run's work dir (not in the dated folder below it), is replaced in one step and
-    always holds the latest evaluation: ``bbox_mAP``, ``bbox_mAP_50``, ..., ``segm_mAP``, ..., other
-    scalar metrics under their own names, and which config, checkpoint and epoch they belong to. Results of a test of
-    another checkpoint that are replaced go on as ``results-test-CHECKPOINT.json``.
+    always holds the latest evaluation: ``bbox_mAP``, ``bbox_mAP_50``, ..., ``segm_mAP``, ..., of a classifier
+    ``accuracy/top1``, ``accuracy/top5`` in 0 to 1, other scalar metrics under their own names, and which config,
+    checkpoint and epoch they belong to. Results of a test of another checkpoint that are replaced go on as
+    ``results-test-CHECKPOINT.json``.
 
     Args:
         filename: the file's name within the work dir.
@@ -197,20 +201,42 @@ def _identity(result: dict) -> tuple:
 
 
 def results_table(results: dict[str, float | None], title: str = '') -> str:
-    """A text table of the COCO results (:func:`coco_kinds`), and a second one per class if there are any.
+    """A text table of the COCO results (:func:`coco_kinds`) or accuracies, and a second one per class if there are any.
 
-    Empty if ``results`` has no COCO average precision.
+    Empty if ``results`` has neither.
     """
-    kinds = coco_kinds(results)
-    if not kinds:
-        return ''
-    table = Table(title=as_text(title), title_justify='left', box=box.ASCII2)
-    table.add_column('')
-    for column in COLUMNS:
-        table.add_column(column, justify='right')
-    for kind in kinds:
-        table.add_row(as_text(kind), *(format_ap(results.get(f'{kind}_{key}')) for key in COLUMNS.values()))
-    return _as_text(table, *_per_class_tables(results, kinds))
+    kinds, tops = coco_kinds(results), accuracies(results)
+    tables = []
+    if kinds:
+        rows = {kind: [results.get(f'{kind}_{key}') for key in COLUMNS.values()] for kind in kinds}
+        tables += [_table(COLUMNS, rows, title), *_per_class_tables(results, kinds)]
+    if tops:
+        accuracy = {'accuracy': [results[key] for key in tops.values()]}
+        tables += ['' if kinds else as_text(title), _table(tops, accuracy)]  # narrower than a title, which would break
+        names = {key.removeprefix(_TOP1_OF_CLASS): [results[key]] for key in results if key.startswith(_TOP1_OF_CLASS)}
+        tables += ['accuracy per class', _table(['top-1'], names, first='class')] if names else []
+    return _as_text(*tables) if tables else ''
+
+
+def _table(columns: Iterable[str], rows: dict[str, list[float | None]], title: str = '', first: str = '') -> Table:
+    table = Table(title=as_text(title) or None, title_justify='left', box=box.ASCII2)
+    table.add_column(first)
+    for column in columns:
+        table.add_column(as_text(column), justify='right')
+    for name, values in rows.items():
+        table.add_row(as_text(name), *map(format_ap, values))
+    return table
+
+
+def accuracies(results: Mapping[str, object]) -> dict[str, str]:
+    """Of a classifier's results, what columns call them: ``{'top-1': 'accuracy/top1', ...}``, the smallest k first."""
+    found = {int(match[1]): key for key in results if (match := _TOP.fullmatch(key))}
+    return {f'top-{k}': found[k] for k in sorted(found)}
+
+
+def is_accuracy(key: str) -> bool:
+    """Whether a key is one that :func:`results_table` shows of a classifier, of its classes included."""
+    return bool(_TOP.fullmatch(key)) or key.startswith(_TOP1_OF_CLASS)
 
 
 def coco_kinds(results: dict[str, object]) -> list[str]:
@@ -238,23 +264,16 @@ def _per_class_tables(results: dict[str, float | None], kinds: list) -> list:
             if key.startswith(f'{kind}_') and key.endswith(_PER_CLASS_SUFFIX):
                 name = key[len(kind) + 1 : -len(_PER_CLASS_SUFFIX)]
                 classes.setdefault(name, {})[kind] = value
-    if not classes:
-        return []
-    table = Table(title='AP per class', title_justify='left', box=box.ASCII2)
-    table.add_column('class')
-    for kind in kinds:
-        table.add_column(as_text(f'{kind} AP'), justify='right')
-    for name, values in classes.items():
-        table.add_row(as_text(name), *(format_ap(values.get(kind)) for kind in kinds))
-    return [table]
+    rows = {name: [values.get(kind) for kind in kinds] for name, values in classes.items()}
+    return [_table([f'{kind} AP' for kind in kinds], rows, 'AP per class', 'class')] if rows else []
 
 
 def format_ap(value: float | None) -> str:
-    """The value as results.json has it; COCO marks "no such objects" with -1, per class with NaN."""
+    """An AP or accuracy as results.json has it; COCO marks "no such objects" with -1, per class with NaN."""
     return '-' if value is None or value < 0 else f'{value:.3f}'
 
 
-def _as_text(*tables: Table) -> str:
+def _as_text(*tables: Table | str) -> str:
     console = plain_console(file=io.StringIO(), width=_TABLE_WIDTH)
     console.print()
     for table in tables:
