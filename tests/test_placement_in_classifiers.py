@@ -1,7 +1,9 @@
 """apply_norm on image classifiers: what each name means there, and that a training and a test step work with it."""
 
 import copy
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +146,13 @@ def test_group_norm_has_as_many_groups_as_fit():
     assert apply_norm(classifier(*RESNET), 'gn').backbone.norm_cfg.num_groups == 8
     wide = dict(type='ResNet', depth=50)
     assert apply_norm(classifier(wide, 2048), 'gn').backbone.norm_cfg.num_groups == 32
+
+
+def test_the_table_of_the_documentation_says_what_each_name_means_in_a_classifier():
+    text = (Path(__file__).resolve().parents[1] / 'docs' / 'train.md').read_text()
+    table = re.search(r'\| where it sits in a classifier \|\n(.*?)\n\n', text, re.DOTALL)[1]
+    rows = [row.strip('|').split('|') for row in table.splitlines()]
+    said = {name: row[2].strip() for row in rows for name in re.findall(r'`([\w-]+)`', row[0])}
+    assert {*said} == {*PLACEMENTS}
+    for name, placement in PLACEMENTS.items():
+        assert said[name].startswith(placement.in_classifier.partition(' is a ')[0] or 'refused'), name
