@@ -68,7 +68,7 @@ def python(*command: object) -> None:
 def table(rows: dict[str, list[list[float]]]) -> list[str]:
     """Markdown: a line per norm; of several seeds, mean and standard deviation."""
     head = ['`--norm`', 'top-1', 'box AP from scratch', 'pretrained', 'mask AP from scratch', 'pretrained']
-    lines = [' | '.join(head), '|'.join(['---'] * len(head))]
+    lines = [' | '.join(head), ' | '.join(['---'] * len(head))]
     for norm, runs in rows.items():
         numbers = [
             f'{statistics.mean(column):.3f}' + (f' ± {statistics.stdev(column):.3f}' if len(column) > 1 else '')

@@ -1,7 +1,11 @@
 """From pretraining into detection: a classifier's checkpoint fills the backbone, or one message says what does not."""
 
+import json
+import runpy
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,3 +221,49 @@ def test_two_runs_from_pictures_to_a_detector(tmp_path, capsys):
     ours = net.backbone.state_dict()
     assert len(ours) == sum(key.startswith('backbone.') for key in state)
     assert [key for key in ours if not torch.equal(ours[key], state[f'backbone.{key}'])] == []
+
+
+def test_the_table_runs_what_is_not_there_and_has_a_line_for_each_norm(tmp_path, monkeypatch, capsys):
+    tool = runpy.run_path(str(CONFIGS.parent / 'tools' / 'pretrain_table.py'))
+    commands, killed = [], True
+
+    def fake(command, **_):
+        options = dict(pair.split('=') for pair in command if '=' in pair)
+        commands.append(command)
+        if '--work-dir' not in command:
+            return SimpleNamespace(returncode=0)
+        if killed and 'mabn' in command:
+            return SimpleNamespace(returncode=137)
+        seed, work_dir = int(command[command.index('--seed') + 1]), Path(command[command.index('--work-dir') + 1])
+        assert '--resume' in command
+        start = options.get('model.backbone.init_cfg.checkpoint')
+        assert (start is None) == (work_dir.name != 'pretrained') and ('=None' in command[-1]) == (
+            work_dir.name == 'scratch'
+        )
+        assert start is None or start == f'{work_dir.parent / "pretrain"}/epoch_1.pth'
+        ap = 0.5 if start else 0.25
+        work_dir.mkdir(parents=True)
+        results = (
+            {'accuracy/top1': 0.9 + seed / 50} if work_dir.name == 'pretrain' else dict(bbox_mAP=ap, segm_mAP=ap / 2)
+        )
+        (work_dir / 'results.json').write_text(json.dumps(results))
+        (work_dir / 'finished.json').write_text('{}')
+        (work_dir / 'last_checkpoint').write_text(str(work_dir / 'epoch_1.pth'))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, 'run', fake)
+    arguments = ['--work-dir', str(tmp_path), '--norms', 'bn', 'mabn', '--seeds', '0', '1']
+    with pytest.raises(SystemExit) as stopped:
+        tool['main'](arguments)
+    assert stopped.value.code == 137 and len(commands) == 2 + 3 + 1
+    killed = False
+    tool['main'](arguments)
+    assert len(commands) == 6 + 2 + 3 * 3
+    capsys.readouterr()
+    tool['main'](arguments)
+    assert len(commands) == 17 + 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [
+        f'| `{norm}` | 0.910 ± 0.014 | 0.250 ± 0.000 | 0.500 ± 0.000 | 0.125 ± 0.000 | 0.250 ± 0.000 |'
+        for norm in ('bn', 'mabn')
+    ]
