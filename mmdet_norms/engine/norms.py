@@ -11,8 +11,8 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..errors import UserError
 from ..layers import BRN, CBN, MABN, GhostBN, link_convs, warn_if_uncentred
-from ..layers._args import ConfigError
 
 
 @HOOKS.register_module()
@@ -21,7 +21,7 @@ class NormHook(Hook):
 
     * CBN: links each layer to its convolution (activation checkpointing and compilation need it) and turns a burn-in
       in epochs, ``burnin='8e'``, into iterations: of all processes together, also with an infinite sampler.
-    * ``norm_batch``: raises a :class:`ConfigError` if it does not divide the batches, the last of an epoch included.
+    * ``norm_batch``: raises a :class:`UserError` if it does not divide the batches, the last of an epoch included.
     * Warns of settings that defeat a method: ``norm_eval=True`` or ``frozen_stages`` over CBN or MABN in the backbone,
       MABN behind a convolution that is not centred, CBN with gradient accumulation, ``norm_eval=True``, mmdet's
       default, over batch norm that no pretrained weights have filled.
@@ -75,9 +75,9 @@ def check_groups(model: nn.Module, loader: DataLoader) -> None:
         said = f'norm_cfg of type {kind!r}: norm_batch={norm_batch} does not divide'
         if size and size % norm_batch:
             more = -(-size // norm_batch) * norm_batch
-            raise ConfigError(f'{said} train_dataloader.batch_size={size}; write a multiple of it, such as {more}')
+            raise UserError(f'{said} train_dataloader.batch_size={size}; write a multiple of it, such as {more}')
         if last % norm_batch:
-            raise ConfigError(
+            raise UserError(
                 f'{said} the last batch of an epoch, of {last} images ({len(batches.sampler)} in batches of {size}); '
                 'write train_dataloader.drop_last=True'
             )

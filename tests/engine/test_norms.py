@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mmdet_norms.engine.norms import NormHook, defeated
-from mmdet_norms.layers._args import ConfigError
+from mmdet_norms.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_groups_that_do_not_divide_the_batches_are_named_before_the_first_iterat
     if said is None:
         NormHook().before_train(run)
         return
-    with pytest.raises(ConfigError, match=f"'{kind}': norm_batch={norm_batch} does not divide {said}"):
+    with pytest.raises(UserError, match=f"'{kind}': norm_batch={norm_batch} does not divide {said}"):
         NormHook().before_train(run)
 
 
