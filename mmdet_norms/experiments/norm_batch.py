@@ -145,7 +145,7 @@ def draw(table: Sequence[Errors], path: str | Path) -> None:
         if batches:
             axis.set_xlim(batches[0] / math.sqrt(2), batches[-1] * math.sqrt(2))
         axis.set_ylim(bottom=0)
-        axis.set_xlabel('images that statistics are taken over (of the batch of the optimizer)')
+        axis.set_xlabel('images that statistics are taken over, at one batch of the optimizer')
         axis.set_ylabel('top-1 error, percent')
         axis.grid(axis='y', alpha=0.25)
         if norms:

@@ -69,6 +69,12 @@ def test_what_fails_is_shown_with_its_last_line_and_tried_again_and_the_others_g
     assert ran(folder).count('seed13') == 2 and ran(folder).count('seed1') == 1
 
 
+def test_results_of_a_validation_on_the_way_finish_nothing(folder):
+    (folder / 'seed1').mkdir(parents=True)
+    (folder / 'seed1' / 'results.json').write_text('{"accuracy/top1": 0.7}')
+    assert run(cells(folder, 1), folder)[0].result == {'accuracy/top1': 0.1}
+
+
 @pytest.mark.parametrize('change', ['options', 'config'])
 def test_results_of_another_training_are_not_taken(folder, change):
     run(cells(folder, 1), folder)
@@ -125,7 +131,7 @@ run([Cell('seed60', {str(folder.parent / 'config.py')!r}, ('--seed', '60'))], {s
         while not (folder / 'ran').exists() and time.monotonic() < end:
             time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(30) not in (0, -signal.SIGKILL)
+        assert process.wait(15) not in (0, -signal.SIGKILL)
     alive = subprocess.run(['pgrep', '-f', str(folder / 'seed60')], capture_output=True, text=True).stdout
     assert alive == ''
     assert grid.finished(folder / 'seed60') is None
