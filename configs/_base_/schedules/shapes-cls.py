@@ -1,15 +1,15 @@
 # Under two minutes on two CPU cores.
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=6, val_interval=6)
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=9, val_interval=9)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', eta_min=0, by_epoch=True, begin=0, end=6, T_max=6, convert_to_iter_based=True)
+    dict(type='CosineAnnealingLR', eta_min=0, by_epoch=True, begin=0, end=9, T_max=9, convert_to_iter_based=True)
 ]
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.99), weight_decay=0.05),
     clip_grad=dict(max_norm=10, norm_type=2))
 randomness = dict(seed=0)
 custom_hooks = [dict(type='ChannelsLastHook')]
