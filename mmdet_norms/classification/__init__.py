@@ -2,7 +2,7 @@
 
 from .accuracy import Accuracy
 from .classifier import ClsDataPreprocessor, ImageClassifier, LinearClsHead
-from .image_folder import ImageFolder, classes_of_entry, counts_of, image_folders, problems_of
+from .image_folder import ImageFolder, classes_of_entry, image_folders, problems_of
 from .mini import mininest_ba, mininest_bn, mininet, resnest50, xmininet, xsemininet
 from .transforms import ColorJitter, Lighting, PackClsInputs, RandomResizedCrop
 
@@ -17,7 +17,6 @@ __all__ = [
     'PackClsInputs',
     'RandomResizedCrop',
     'classes_of_entry',
-    'counts_of',
     'image_folders',
     'mininest_ba',
     'mininest_bn',

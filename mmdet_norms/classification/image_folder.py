@@ -208,13 +208,6 @@ def classes_of_entry(entry: Mapping) -> tuple[str, ...]:
     return tuple(_unread(entry).metainfo['classes'])
 
 
-def counts_of(entry: Mapping) -> dict[str, int]:
-    """How many images each class of a config's entry has. Raises what reading the data would."""
-    data = _unread(entry)
-    counts = Counter(image['gt_label'] for image in data.load_data_list())
-    return {name: counts[label] for label, name in enumerate(data.metainfo['classes'])}
-
-
 def images_of_entry(entry: Mapping) -> list[str]:
     """The paths of all images of a config's entry. Raises what reading the data would."""
     return [image['img_path'] for image in _unread(entry).load_data_list()]

@@ -105,6 +105,9 @@ def test_nothing_but_whole_batches_goes_to_the_device():
     assert {data['inputs'].device.type, *(s.gt_label.device.type for s in data['data_samples'])} == {'meta'}
     loss = model(**data, mode='loss')['loss']
     assert loss.device.type == 'meta' and loss.shape == ()
+    moved = batch()
+    moved['data_samples'] = [sample.to('meta') for sample in moved['data_samples']]
+    assert len(model.data_preprocessor(moved, training=True)['data_samples']) == 4
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
