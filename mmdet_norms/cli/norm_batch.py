@@ -28,8 +28,8 @@ BATCHES = (2, 4, 8, 16, 32)
 def main(argv: Sequence[str] | None = None) -> None:
     """Train what is not trained yet, then write table, figure and numbers."""
     args = parse_args(argv)
-    cells = list(norm_batch.cells(args.configs, args.batches, args.seeds, args.cfg_options))
-    more = ['--threads', str(args.threads), *(('--data-root', args.data_root) if args.data_root else ())]
+    cells = list(norm_batch.cells(args.configs, args.batches, args.seeds, args.cfg_options, args.data_root))
+    more = ('--threads', str(args.threads))
     outcomes = run(cells, args.out, args.jobs, more, _Report(len(cells), args.jobs), read_config)
     paths = write(outcomes, args.out, f'{runnable("norm-batch")} {args.said}')
     print(paths[1].read_text(encoding='utf-8'))

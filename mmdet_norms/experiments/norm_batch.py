@@ -48,21 +48,27 @@ class Errors:
 
 
 def cells(
-    configs: dict[str, str], batches: Sequence[int], seeds: Sequence[int], options: Sequence[str] = ()
+    configs: dict[str, str],
+    batches: Sequence[int],
+    seeds: Sequence[int],
+    options: Sequence[str] = (),
+    data_root: str | None = None,
 ) -> Iterator[Cell]:
     """A cell for each norm, batch and seed; all norms of a batch and seed before the next ones.
 
     Args:
         configs: name of the norm -> config of a classifier.
         options: more ``KEY=VALUE`` for all of them.
+        data_root: as ``train`` takes it.
     """
+    data = () if data_root is None else ('--data-root', data_root)
     for seed in seeds:
         for batch in batches:
             for norm, config in configs.items():
                 yield Cell(
                     f'{norm.lower()}-{batch}-seed{seed}',
                     config,
-                    ('--seed', str(seed), '--cfg-options', f'{KEY}={batch}', *options),
+                    ('--seed', str(seed), *data, '--cfg-options', f'{KEY}={batch}', *options),
                     dict(norm=norm, batch=batch, seed=seed),
                 )
 

@@ -27,6 +27,8 @@ def test_a_cell_has_its_norm_batch_and_seed_in_what_it_is_trained_with():
     last = made[-1]
     assert (last.name, last.config) == ('mabn-32-seed1', 'mabn.py')
     assert last.options == ('--seed', '1', '--cfg-options', f'{norm_batch.KEY}=32', 'a.b=1')
+    (cell,) = cells(dict(BN='bn.py'), (2,), (0,), data_root='mine')  # of other data, another training
+    assert cell.options[2:4] == ('--data-root', 'mine')
 
 
 def test_the_table_has_mean_and_spread_and_says_what_failed(table):
