@@ -316,14 +316,16 @@ def test_a_step_of_several_batches_is_that_of_one():
         torch.testing.assert_close(three, one, rtol=1e-10, atol=1e-12)
 
 
-def test_no_graph_outlives_its_step():
-    _, _, step = tune_up(dict(type='AdaHessian', num_samples=2))
+def test_no_graph_outlives_its_batch():
+    net, wrapper, step = tune_up(dict(type='AdaHessian', num_samples=2), accumulative_counts=10)
     counts = []
     gc.disable()  # what only the collector would find stays for long, too
     try:
         for number in range(4):
             step(number)
             counts.append(sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()))
+            kept = [tensor for p in net.parameters() for tensor in (p.grad, wrapper.optimizer.state[p]['hessian'])]
+            assert not any(tensor.requires_grad for tensor in kept)
     finally:
         gc.enable()
     assert len(set(counts[1:])) == 1
