@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from mmcv.cnn import ConvModule
+from mmdet.registry import MODELS
+from mmengine.registry import init_default_scope
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -249,6 +251,21 @@ def test_a_two_stage_detector_gives_its_features_and_on_request_its_proposal_map
         features = model.extract_feat(images)
         expected = list(chain(features, *model.rpn_head(features)))
     same_maps(found, dict(zip(names, expected)))
+
+
+@pytest.mark.slow
+def test_a_classifier_gives_its_scores_and_on_request_its_last_map(onnx, tmp_path):
+    init_default_scope('mmdet')
+    backbone = dict(type='NormResNet', depth=18, base_channels=8, norm_eval=False, norm_at=dict(last=dict(type='BNET')))
+    head = dict(type='LinearClsHead', num_classes=3, in_channels=64)
+    model = MODELS.build(dict(type='ImageClassifier', backbone=backbone, head=head)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = dict(scores=model(images), features=model.extract_feat(images))
+    for part, name in ((None, 'scores'), ('features', 'features')):
+        names = export_onnx(fuse(model), tmp_path / 'x.onnx', size=(32, 32), batch=2, part=part)
+        assert names == [name]
+        same_maps(outputs(tmp_path / 'x.onnx', names, images), {name: expected[name]})
 
 
 def test_a_part_that_is_not_there_is_refused(onnx, tmp_path):
