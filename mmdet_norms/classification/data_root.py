@@ -179,12 +179,13 @@ class _Move:
 
     def _write(self, text: str, part: str) -> str:
         """Named after its content, so that processes of one run agree."""
-        name = f'images-{part}-{hashlib.sha256(text.encode(errors="replace")).hexdigest()[:12]}.txt'
+        digest = hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:12]
+        name = f'images-{part}-{digest}.txt'
         path = os.path.abspath(os.path.join(self.copies, name))
         if not os.path.isfile(path):
             try:
                 with replacing(path) as unfinished:
-                    unfinished.write_text(text, encoding='utf-8')
+                    unfinished.write_text(text, encoding='utf-8', errors='surrogateescape')  # as names of files are
             except OSError as error:
                 raise DataRootError(f'a list of images is needed, but {path} cannot be written ({error})') from error
         return path

@@ -165,10 +165,10 @@ class ImageFolder(BaseDataset):
     def _lines(self) -> tuple[list[tuple[str, int]], list[str]]:
         """Path and label of every line of ``ann_file``, and what is wrong with it."""
         try:
-            with open(self.ann_file, encoding='utf-8') as file:
+            with open(self.ann_file, encoding='utf-8-sig', errors='surrogateescape') as file:  # as names of files are
                 lines = [(number, line.rsplit(maxsplit=1)) for number, line in enumerate(file, 1) if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            return [], [f'ann_file={self.ann_file!r}: {getattr(error, "strerror", None) or "is no text"}']
+        except OSError as error:
+            return [], [f'ann_file={self.ann_file!r}: {error.strerror}']
         classes = self.metainfo['classes']
         labels = {name: place for place, name in enumerate(classes)}
         if not all(len(line) == 2 and line[1] in labels for _, line in lines):

@@ -52,7 +52,8 @@ def class_folder_findings(cfg: Config, splits: tuple[str, ...] = SPLITS, full: b
         if difference:
             what = f'{difference} as {first} has them'
             findings.append(Finding('error', key, what, 'Name them once for all, in metainfo.classes'))
-    findings += _counts(cfg.get('model') or {}, classes, any(split == 'train' for split, _, _ in sound))
+    trains = any(split == 'train' for split, _, _ in sound)
+    findings += _counts(cfg.get('model') or {}, f'{first}.data_root', classes, trains)
     for _, _, entry in sound if full else ():
         for path in images_of_entry(entry):
             wrong = decode(path)
@@ -61,8 +62,12 @@ def class_folder_findings(cfg: Config, splits: tuple[str, ...] = SPLITS, full: b
     return list(dict.fromkeys(findings))
 
 
-def _counts(model: Mapping, classes: tuple[str, ...], trains: bool) -> Iterator[Finding]:
+def _counts(model: Mapping, key: str, classes: tuple[str, ...], trains: bool) -> Iterator[Finding]:
     """Whoever counts the classes."""
+    if len(classes) < 2:
+        said = f'the data have one class, {classes[0]!r}, and nothing to tell it from'
+        yield Finding('error', key, said, 'A classifier needs folders of at least two classes', fatal=True)
+        return
     for part in ('head', 'data_preprocessor'):
         count = (model.get(part) or {}).get('num_classes')
         if isinstance(count, int) and count != len(classes):

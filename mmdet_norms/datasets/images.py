@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 _ORIENTATION = 0x0112
+_NO_BYTES = ('F', 'I')  # Pillow's names: pixels of 32 bits, which TIFF files of measurements have
 _TURNED = (5, 6, 7, 8)  # a quarter turn, so that width and height change places
 
 
@@ -60,22 +61,29 @@ def decode(path: str) -> Header | str:
             warnings.simplefilter('ignore')
             with Image.open(path) as image:
                 image.load()  # OpenCV fills what is missing of a cut-off file with grey and says nothing
+                mode = image.mode
     except (UnidentifiedImageError, Image.DecompressionBombError):  # OpenCV has decoded it
         return header
     except Exception as error:
         return f'cannot be decoded ({error})'
+    if mode in _NO_BYTES and _read(path, 'IMREAD_COLOR') is None:
+        return f'has pixels that OpenCV does not read as colours (mode {mode!r})'
     return header
 
 
 def _decoded(path: str) -> Header | str:
     """For what only OpenCV reads."""
+    image = _read(path, 'IMREAD_UNCHANGED')
+    return 'is not an image that can be read' if image is None else Header(image.shape[1], image.shape[0])
+
+
+def _read(path: str, flag: str) -> np.ndarray | None:
     import cv2
 
     try:
-        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+        return cv2.imdecode(np.fromfile(path, np.uint8), getattr(cv2, flag))
     except (OSError, ValueError, cv2.error):
-        image = None
-    return 'is not an image that can be read' if image is None else Header(image.shape[1], image.shape[0])
+        return None
 
 
 def missing_files(folder: str, names: Iterable[str]) -> list[int]:

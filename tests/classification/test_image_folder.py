@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -247,6 +248,22 @@ def test_bad_data_are_one_error_that_names_key_and_value(root, break_it, says):
     with pytest.raises(UserError) as error:
         DATASETS.build(options)
     assert str(error.value).startswith(f'ImageFolder: {says}')
+
+
+@pytest.mark.parametrize('kind', ['float32', 'int32'])
+def test_pixels_that_opencv_reads_not_as_colours_are_said(root, kind):
+    path = root / 'train' / 'cat' / '0.tif'
+    Image.fromarray(np.zeros((8, 8), kind)).save(path)
+    with pytest.raises(UserError, match=f'{re.escape(str(path))} has pixels that OpenCV does not read as colours'):
+        list(ImageFolder(str(root), pipeline=PIPELINE))
+
+
+def test_a_list_of_images_may_have_a_byte_order_mark_and_names_of_any_bytes(root):
+    name = os.fsdecode(b'\xe9.png')
+    write(root / 'train' / name)
+    (root / 'meta.txt').write_bytes(b'\xef\xbb\xbf\xe9.png dog\n')
+    [image] = ImageFolder(str(root), ann_file='meta.txt').load_data_list()
+    assert image == dict(img_path=str(root / 'train' / name), gt_label=1)
 
 
 def test_names_that_no_terminal_can_show(root):

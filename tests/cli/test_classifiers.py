@@ -1,6 +1,7 @@
 """The commands, on an image classifier that trains in a second: right, or one clear error."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -18,6 +19,7 @@ import tiny_cls
 from test_dist_cpu import run_tool
 
 import mmdet_norms  # noqa: F401
+from mmdet_norms.classification.image_folder import images_of_entry
 from mmdet_norms.cli import browse, check, compare, convert_checkpoint, fuse, infer, picture_sheet, replay, test, train
 
 SORTED = sorted(tiny_cls.CLASSES)  # labels
@@ -260,6 +262,21 @@ def test_val_fraction_holds_back_a_part_of_every_class(config, tmp_path):
     again = trained_on(config, tmp_path, '--data-root', root, '--val-fraction', '0.25')
     assert Path(again.val_dataloader.dataset.ann_file).name == lists['val'].name
     assert again.model.head.num_classes == 2
+
+
+def test_names_that_are_no_utf_8_are_held_back_as_they_are(config, tmp_path):
+    root = tiny_cls.write_folders(tmp_path / 'mine', ('train',), ('a', 'b'))
+    os.rename(root / 'train' / 'a', os.fsencode(root / 'train') + b'/\xe9t\xe9')
+    os.rename(root / 'train' / 'b' / '0.png', os.fsencode(root / 'train' / 'b') + b'/\xff.png')
+    cfg = trained_on(config, tmp_path, '--data-root', root, '--val-fraction', '0.5')
+    read = [images_of_entry(cfg[f'{split}_dataloader'].dataset) for split in ('train', 'val')]
+    assert sorted([*read[0], *read[1]]) == sorted(map(str, root.rglob('*.png')))
+
+
+def test_one_class_is_none(config, tmp_path, fails):
+    root = tiny_cls.write_folders(tmp_path / 'mine', classes=('cat',))
+    said = fails(train.main, config, '--work-dir', tmp_path / 'w', '--data-root', root)
+    assert "the data have one class, 'cat'" in said and 'at least two classes' in said
 
 
 @pytest.mark.parametrize(
