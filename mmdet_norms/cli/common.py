@@ -32,7 +32,7 @@ from mmdet_norms.compat.checkpoints import explain_refusal
 from mmdet_norms.datasets.locate import DataRootError, use_data_root
 from mmdet_norms.datasets.sources import SPLITS, datasets
 from mmdet_norms.engine import end_processes, start_cpu_processes, threads
-from mmdet_norms.engine.dist import RANKS, processes_here
+from mmdet_norms.engine.dist import RANKS, explain_lost_process, processes_here
 from mmdet_norms.engine.one_value import explain_one_value
 from mmdet_norms.entries import class_of, explain_unregistered, is_a, is_classifier, spell_out
 from mmdet_norms.errors import UserError
@@ -75,6 +75,12 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
                 raise
             print(f'error: {said}', file=sys.stderr)
             sys.exit(2)
+        except RuntimeError as error:
+            said = explain_lost_process(error)
+            if said is None:
+                raise
+            print(said, file=sys.stderr)
+            sys.exit(1)
         finally:
             end_processes()
 

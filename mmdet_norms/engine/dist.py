@@ -42,6 +42,10 @@ _PROCESSES_HERE = {
 }
 
 
+# what gloo and NCCL say of a process that is gone
+_LOST = ('onnection closed by peer', 'onnection reset by peer', 'Broken pipe', 'remote process exited')
+
+
 def processes_here(launcher: str) -> int:
     """How many processes of this run share the cores of this machine, before they are connected."""
     if launcher == 'none':
@@ -87,6 +91,19 @@ def end_processes() -> None:
     if torch_dist.is_available() and torch_dist.is_initialized():
         gc.collect()  # runner and model refer to each other; a DDP model freed after its group can hang
         torch_dist.destroy_process_group()
+
+
+def explain_lost_process(error: RuntimeError) -> str | None:
+    """What to say where another process of the run has ended; None for any other error.
+
+    That process has said why. The traceback here would show the operation that waited for it.
+    """
+    if not any(words in str(error) for words in _LOST) or not os.environ.get('RANK'):
+        return None
+    return (
+        f'process {os.environ["RANK"]} cannot go on: another process of this run has ended. Its own error says why; '
+        'one that was killed, as for want of memory, leaves none'
+    )
 
 
 def _export_ranks(launcher: str) -> None:

@@ -1,16 +1,23 @@
 """tools/dist_*.sh with two processes on a CPU."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as torch_dist
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / 'engine'))
 import tiny
+from processes import run_in_two
+
+from mmdet_norms.cli.common import command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,6 +55,33 @@ def test_syncbn_trains_on_two_cpu_processes(tmp_path):
     assert 'training is not distributed' not in log
     state = torch.load(tmp_path / 'run' / 'epoch_1.pth', weights_only=True)['state_dict']
     assert state['neck.fpn_convs.0.bn.num_batches_tracked'] == 1
+
+
+def lose_the_other(rank):
+    """In process 0: status and message of a command that waits for process 1, which ends meanwhile."""
+    torch_dist.all_reduce(torch.ones(1))
+    if rank == 1:
+        return None
+    said = io.StringIO()
+    with redirect_stderr(said), pytest.raises(SystemExit) as ended:
+        command(lambda argv: [torch_dist.all_reduce(torch.ones(1)) for _ in range(100)])()
+    return ended.value.code, said.getvalue()
+
+
+def test_where_another_process_has_ended_one_line_says_so(tmp_path):
+    status, said = run_in_two(tmp_path, lose_the_other)[0]
+    assert status == 1
+    assert said.startswith('process 0 cannot go on: another process of this run has ended') and said.count('\n') == 1
+
+
+def own_error(argv):
+    raise RuntimeError('Broken pipe')
+
+
+def test_without_other_processes_the_error_is_ones_own(monkeypatch):
+    monkeypatch.delenv('RANK', raising=False)
+    with pytest.raises(RuntimeError):
+        command(own_error)()
 
 
 @pytest.mark.parametrize('tool', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])
