@@ -20,12 +20,14 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import Registry
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, LogProcessor, Runner, TestLoop, ValLoop
 from mmengine.utils.dl_utils import set_multi_processing
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 from mmdet_norms.commands import several
 from mmdet_norms.entries import class_of, parameter_of
 from mmdet_norms.errors import UserError
+from mmdet_norms.layers import GhostBN
 
 _REGISTRIES = tuple(value for value in vars(registries).values() if isinstance(value, Registry))
 
@@ -365,7 +367,9 @@ def _arguments(function: Callable) -> frozenset[str]:
 
 def _classes(kind: Any) -> list[Callable]:
     """What a type may mean in any registry: the place in the config does not tell which one will be asked."""
-    found = (class_of(kind, registry) for registry in _REGISTRIES)
+    found = [class_of(kind, registry) for registry in _REGISTRIES]
+    if isinstance(kind, str) and nn.BatchNorm2d in found:
+        found.append(GhostBN)  # what the name is with a norm_batch: see registry.py
     return list(dict.fromkeys(cls for cls in found if cls is not None))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -197,6 +198,15 @@ def test_what_python_style_configs_take_is_the_same(tiny_config):
     for option in TAKEN:
         if 'type=' not in option:
             merge_options(with_classes(Config(tiny_config.to_dict())), parsed('--cfg-options', option))
+
+
+def test_the_images_of_a_group_are_a_key_of_batch_norm_by_name_alone(tiny_config):
+    option = 'model.backbone.norm_cfg.norm_batch=2'
+    assert merged(tiny_config, option).model.backbone.norm_cfg.norm_batch == 2
+    refused(tiny_config, option, 'model.backbone.norm_cfg.type=GN')
+    by_class = Config(tiny_config.to_dict())
+    by_class.model.backbone.norm_cfg.type = nn.BatchNorm2d
+    refused(by_class, option)
 
 
 def test_the_other_option_adds_any_key(tiny_config):
