@@ -203,10 +203,11 @@ def _check_pretrained(cfg: Config, args: argparse.Namespace, replaced: bool) -> 
         state, prefix = checkpoint.state_dict, rule.get('prefix')
         if prefix:
             prefix = prefix.rstrip('.') + '.'
-            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            written = checkpoint.content.get('state_dict', checkpoint.content)  # mmengine compares with these names
+            state = {name.removeprefix(prefix): value for name, value in written.items() if name.startswith(prefix)}
             if not state:
-                first = ', '.join(dict.fromkeys(name.partition('.')[0] for name in checkpoint.state_dict))
-                inside = (name.partition(f'.{prefix}') for name in checkpoint.state_dict if f'.{prefix}' in name)
+                first = ', '.join(dict.fromkeys(name.partition('.')[0] for name in written))
+                inside = (name.partition(f'.{prefix}') for name in written if f'.{prefix}' in name)
                 longer = ' or '.join(dict.fromkeys(f'prefix={f"{before}.{prefix}"!r}' for before, _, _ in inside))
                 raise UserError(
                     f'{key}: no weight of {checkpoint.name} starts with prefix={prefix!r}; they start with {first}'

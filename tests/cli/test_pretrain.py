@@ -181,22 +181,23 @@ def test_mabn_that_was_pretrained_uncentred_is_warned_of(checkpoints, tmp_path, 
     assert 'centred' not in capsys.readouterr().err
 
 
-def test_of_a_compiled_classifier_the_prefix_is_said(checkpoints, tmp_path, capsys):
-    """``torch.compile(model).state_dict()``; what mmengine compiles by ``compile=True`` keeps its names."""
+@pytest.mark.parametrize('wrapper', ['_orig_mod', 'module'])
+def test_of_a_wrapped_classifier_the_prefix_is_said(wrapper, checkpoints, tmp_path, capsys):
+    """``torch.compile(model).state_dict()``, or DDP's; what mmengine compiles or wraps keeps its names."""
     path, _ = checkpoints('bnet5')
     content = torch.load(path, weights_only=True)
-    content['state_dict'] = {f'_orig_mod.{key}': value for key, value in content['state_dict'].items()}
-    torch.save(content, tmp_path / 'compiled.pth')
+    content['state_dict'] = {f'{wrapper}.{key}': value for key, value in content['state_dict'].items()}
+    torch.save(content, tmp_path / 'wrapped.pth')
     with pytest.raises(train.UserError) as error:
-        detector(tmp_path, 'bnet5', tmp_path / 'compiled.pth')
-    assert str(error.value).endswith("they start with _orig_mod: write prefix='_orig_mod.backbone.'")
-    cfg = detector(tmp_path, 'bnet5', tmp_path / 'compiled.pth', prefix='_orig_mod.backbone.')
+        detector(tmp_path, 'bnet5', tmp_path / 'wrapped.pth')
+    assert str(error.value).endswith(f"they start with {wrapper}: write prefix='{wrapper}.backbone.'")
+    cfg = detector(tmp_path, 'bnet5', tmp_path / 'wrapped.pth', prefix=f'{wrapper}.backbone.')
     assert 'all weights and statistics come from' in capsys.readouterr().out
     net = build(cfg.model)
     net.init_weights()
     state = content['state_dict']
     assert all(
-        torch.equal(value, state[f'_orig_mod.backbone.{key}']) for key, value in net.backbone.state_dict().items()
+        torch.equal(value, state[f'{wrapper}.backbone.{key}']) for key, value in net.backbone.state_dict().items()
     )
 
 
