@@ -374,7 +374,12 @@ def _classes(kind: Any) -> list[Callable]:
 
 
 def _taken_by_class(kind: Any) -> set[str]:
-    return _OF_BUILDERS.union(*(_arguments(cls) for cls in _classes(kind)))
+    by_name = _BY_NAME.get(kind, ()) if isinstance(kind, str) else ()
+    return _OF_BUILDERS.union(by_name, *(_arguments(cls) for cls in _classes(kind)))
+
+
+# What a name takes beside the arguments of torch's class: see registry.py.
+_BY_NAME = {'BN': ('norm_batch',)}
 
 
 def _taken_at(path: list[str], node: Mapping) -> set[str]:
