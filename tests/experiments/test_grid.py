@@ -1,10 +1,12 @@
 """A grid of trainings: what is finished is kept, what fails is shown, and nobody works on a cell twice."""
 
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -86,42 +88,42 @@ def test_results_of_another_training_are_not_taken(folder, change):
     assert ran(folder) == ['seed1']  # said before anything starts
 
 
+@contextmanager
+def held(*claim):
+    """By another process, until that is told to end."""
+    fork = multiprocessing.get_context('fork')  # a process that imports all of the package takes seconds
+    is_held, over = fork.Event(), fork.Event()
+
+    def hold():
+        with claimed(*claim):
+            is_held.set()
+            over.wait(60)
+
+    other = fork.Process(target=hold)
+    other.start()
+    assert is_held.wait(60)
+    yield over.set
+    over.set()
+    other.join()
+
+
 def test_two_grids_do_not_work_in_one_folder(folder):
-    code = f"""
-import time
-from mmdet_norms.engine.work_dir import claimed
-with claimed({str(folder)!r}, '.grid'):
-    print('held', flush=True)
-    time.sleep(60)
-"""
-    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == 'held\n'
-        with pytest.raises(UserError, match='another run is at work there'):
-            run(cells(folder, 1), folder)
-        other.kill()
+    with held(folder, '.grid'), pytest.raises(UserError, match='another run is at work there'):
+        run(cells(folder, 1), folder)
 
 
 def test_a_cell_that_is_still_trained_is_waited_for_while_others_go_on(folder):
     """A grid that was killed leaves its trainings alive: they hold their work dirs as any training does."""
-    code = f"""
-import time, json
-from pathlib import Path
-from mmdet_norms.engine.work_dir import claimed
-folder = Path({str(folder / 'seed1')!r})
-with claimed(folder):
-    print('held', flush=True)
-    time.sleep(2)
-"""
-    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as orphan:
-        assert orphan.stdout.readline() == 'held\n'
-        run(cells(folder, 1, 2), folder)
+    with held(folder / 'seed1') as end:
+        run(cells(folder, 1, 2), folder, on_end=lambda outcome: end())
     assert ran(folder) == ['seed2', 'seed1']
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_grid_that_is_stopped_ends_its_trainings(folder, number):
     code = f"""
-import sys
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite in the background ignores
 from mmdet_norms.experiments import Cell, grid, run
 grid.TRAIN = {grid.TRAIN!r}
 run([Cell('seed60', {str(folder.parent / 'config.py')!r}, ('--seed', '60'))], {str(folder)!r})
