@@ -11,11 +11,11 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..compat.autograd import custom_functions, is_once_differentiable
 from ..errors import UserError
 from ..layers import MABN
 
@@ -151,7 +151,7 @@ class SecondOrderOptimWrapper(OptimWrapper):
                     allow_unused=True,
                 )
                 terms = [torch.zeros_like(p) if h is None else z * h for p, z, h in zip(params, signs, products)]
-                diagonal = terms if diagonal is None else torch._foreach_add(diagonal, terms)
+                diagonal = terms if diagonal is None else [a + b for a, b in zip(diagonal, terms)]
         except RuntimeError as error:
             said = _explained(error)
             if said is None:
@@ -159,7 +159,7 @@ class SecondOrderOptimWrapper(OptimWrapper):
             raise SecondOrderError(said) from error
         if diagonal is None:
             diagonal = [torch.zeros_like(p) for p in params]
-        torch._foreach_div_(diagonal, max(1, samples))
+        diagonal = [part / max(1, samples) for part in diagonal]
         # At once, and not before the step: a checkpoint amid an accumulation has the optimizer of one process.
         all_reduce_params(diagonal, op='mean')
         for p, grad, part in zip(params, grads, diagonal):
@@ -196,11 +196,11 @@ class SecondOrderOptimWrapper(OptimWrapper):
         trained = [(p, h) for p, h in zip(params, hessian) if p.grad is not None]
         if not trained:
             return
-        before = [state[p].get('exp_hessian_diag_sq', p.grad) for p, _ in trained]
-        now, slopes = torch._foreach_norm([h for _, h in trained]), torch._foreach_norm([p.grad for p, _ in trained])
-        is_new = ['exp_hessian_diag_sq' not in state[p] for p, _ in trained]
-        earlier = [n * (not new) for n, new in zip(torch._foreach_norm(before), is_new)]
-        flat = [(n == 0) & (e == 0) & (s > 0) for n, e, s in zip(now, earlier, slopes)]
+        flat = []
+        for p, h in trained:
+            earlier = state[p].get('exp_hessian_diag_sq')
+            never = (h == 0).all() if earlier is None else (h == 0).all() & (earlier == 0).all()
+            flat.append(never & (p.grad.norm() > 0))  # not of a nan, which others tell
         if not bool(torch.stack(flat).any()):
             return
         which = {id(p) for (p, _), is_flat in zip(trained, flat) if bool(is_flat)}
@@ -239,14 +239,14 @@ def require_second_derivatives(model: nn.Module) -> None:
 
 def _require_twice_differentiable(loss: Tensor, modules: Sequence[tuple[str, nn.Module]]) -> None:
     """Raise if a custom function behind a loss is differentiable once, or hides its parameters from the graph."""
-    functions = _functions(loss)
+    functions = custom_functions(loss)
     if CheckpointFunction in functions:
         raise SecondOrderError(
             _lacks(
                 'activation checkpointing of the reentrant kind: leave out with_cp=True and activation_checkpointing'
             )
         )
-    once = {cls for cls in functions if _is_once_differentiable(cls)}
+    once = {cls for cls in functions if is_once_differentiable(cls)}
     if once:
         files = {cls.__module__ for cls in once}
         layers = [name for name, module in modules if type(module).__module__ in files]
@@ -266,26 +266,6 @@ def _lacks(what: str) -> str:
         f"optim_wrapper.optimizer.type='AdaHessian' needs second derivatives, and the model has {what}; otherwise "
         f'{_OTHERS}'
     )
-
-
-def _functions(loss: Tensor) -> set[type]:
-    """The custom autograd functions behind a loss."""
-    found, seen, todo = set(), set(), [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        cls = getattr(type(node), '_forward_cls', None)
-        if cls is not None:
-            found.add(cls)
-        todo += [following for following, _ in node.next_functions]
-    return found
-
-
-def _is_once_differentiable(cls: type) -> bool:
-    code = getattr(cls.backward, '__code__', None)
-    return code is not None and code is once_differentiable(lambda ctx: None).__code__
 
 
 def _some(names: Sequence[str], count: int = 4) -> str:
