@@ -38,12 +38,10 @@ class GhostBN(WithBatchNorm):
         affine: with weight and bias. Default True.
 
     Raises:
-        ValueError: a number out of range; in training, a batch that is no multiple of B; an input that is not
-            ``(N, C, H, W)``.
+        ValueError: a number out of range; in training, a batch that is no multiple of B; not ``(N, C, H, W)``.
         TypeError: an unknown key.
 
-    Source: Hoffer et al., "Train longer, generalize better", arXiv:1705.08741, section 4; the running statistics as
-    Yan et al., arXiv:2001.06838, simulate small batches.
+    Source: Hoffer et al., arXiv:1705.08741, section 4; the running statistics as Yan et al., arXiv:2001.06838.
     """
 
     _abbr_ = 'bn'  # the attribute name in host models: batch norm's, so that its checkpoints load by key
