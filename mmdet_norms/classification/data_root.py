@@ -13,7 +13,7 @@ from ..datasets.locate import DataRootError
 from ..datasets.parts import held_back
 from ..datasets.sources import SPLITS
 from ..files import replacing
-from .image_folder import ImageFolder, _folders, classes_of_entry, image_folders, problems_of
+from .image_folder import ImageFolder, classes_of_entry, folders_in, image_folders, problems_of
 
 # What folders of splits are called: the first that is there.
 _NAMES = {
@@ -102,12 +102,12 @@ class _Move:
     def _split(self, split: str, written: str) -> str | None:
         """The folder of a split: as the config calls it, or as others do; '' where the root holds the classes."""
         names = ('test', written, *_NAMES['test']) if split == 'test' else (written, *_NAMES[split])
-        found = next((name for name in names if _folders(self.root / name)), None)
+        found = next((name for name in names if folders_in(self.root / name)), None)
         return '' if found is None and split == 'train' and self._is_flat() else found
 
     def _is_flat(self) -> bool:
         """Whether the root holds folders of classes, and none of splits."""
-        names, splits = _folders(self.root), {name for names in _NAMES.values() for name in names}
+        names, splits = folders_in(self.root), {name for names in _NAMES.values() for name in names}
         return bool(names) and not splits & set(names)
 
     def _move(self, split: str, key: str, entry: dict, train: str | None, lists: Mapping[str, str]) -> None:
@@ -141,7 +141,7 @@ class _Move:
         return f'{split}: none of {looked} in {self.root} holds folders of classes; it has {self._names()}{divide}'
 
     def _names(self) -> str:
-        names = _folders(self.root)
+        names = folders_in(self.root)
         return ', '.join(names[:6]) + (', ...' if names[6:] else '') if names else 'no folders'
 
     # ------------------------------------------------------------------------------------------------- --val-fraction
@@ -196,7 +196,7 @@ class _Move:
         """The classes of the training folder for all, and whatever counts them."""
         for key, entry in entries:
             named = (entry.get('metainfo') or {}).get('classes')
-            there = {*_folders(Path(entry.get('data_root') or '', entry.get('split', 'train')))}
+            there = {*folders_in(Path(entry.get('data_root') or '', entry.get('split', 'train')))}
             if named and not set(named) <= there and not self._is_given(f'{key}.metainfo.classes'):
                 entry['metainfo'] = {name: value for name, value in entry['metainfo'].items() if name != 'classes'}
         classes = next((names for _, entry in entries if (names := _classes_of(entry))), ())

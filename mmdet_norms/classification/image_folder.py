@@ -60,7 +60,7 @@ class ImageFolder(BaseDataset):
         self._named = 'classes' in metainfo
         if not self._named:
             folders = (os.path.join(root, name) for name in (classes_from, split))
-            metainfo['classes'] = next(filter(None, map(_folders, folders)), ())
+            metainfo['classes'] = next(filter(None, map(folders_in, folders)), ())
         super().__init__(ann_file=ann_file, data_root=root, metainfo=metainfo, **kwargs)
 
     @property
@@ -76,9 +76,11 @@ class ImageFolder(BaseDataset):
             how = f'{runnable("shapes")} --classification generates it; or ' if made else ''
             return [f'data_root={root!r}: there is no such folder; {how}write the one that holds train/ and val/']
         if not os.path.isdir(self.folder):
-            near = (os.path.dirname(os.path.abspath(root)), *(os.path.join(root, name) for name in _folders(root)))
+            near = (os.path.dirname(os.path.abspath(root)), *(os.path.join(root, name) for name in folders_in(root)))
             instead = [path for path in near if os.path.isdir(os.path.join(path, self.split))]
-            hint = f'did you mean data_root={instead[0]!r}?' if instead else f'it has {_some(_folders(root)) or "none"}'
+            hint = (
+                f'did you mean data_root={instead[0]!r}?' if instead else f'it has {_some(folders_in(root)) or "none"}'
+            )
             return [f'split={self.split!r}: there is no such folder in data_root={root!r}; {hint}']
         if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) for name in classes):
             return [f"metainfo.classes={classes!r:.80} is no list of names; write ('cat', 'dog')"]
@@ -93,7 +95,7 @@ class ImageFolder(BaseDataset):
         return self._lines()[1] if self.ann_file else self._folder_problems()
 
     def _folder_problems(self) -> list[str]:
-        classes, names = self.metainfo['classes'], _folders(self.folder)
+        classes, names = self.metainfo['classes'], folders_in(self.folder)
         split, folder, there = f'split={self.split!r}', as_text(self.folder), set(names) & set(classes)
         empty = [name for name in sorted(there) if next(self._images(name), None) is None]
         other = [name for name in names if name not in there]
@@ -119,7 +121,7 @@ class ImageFolder(BaseDataset):
             raise UserError(f'ImageFolder: {"; ".join(problems)}')
         if self.ann_file:
             return [dict(img_path=path, gt_label=label) for path, label in self._lines()[0]]
-        classes, names = self.metainfo['classes'], _folders(self.folder)
+        classes, names = self.metainfo['classes'], folders_in(self.folder)
         missing, other = sorted(set(classes) - set(names)), sorted(set(names) - set(classes))
         for some, what in ((missing, 'has no folder of'), (other, 'has folders of other classes, which are left out:')):
             if some:
@@ -218,7 +220,7 @@ def _unread(entry: Mapping) -> ImageFolder:
     return class_of(entry, MMDETS)(**{**options, 'lazy_init': True})
 
 
-def _folders(folder: str) -> tuple[str, ...]:
+def folders_in(folder: str) -> tuple[str, ...]:
     """The sorted names of the folders in a folder; none where there is no such folder."""
     try:
         with os.scandir(folder or '.') as entries:
