@@ -374,12 +374,7 @@ def _classes(kind: Any) -> list[Callable]:
 
 
 def _taken_by_class(kind: Any) -> set[str]:
-    by_name = _BY_NAME.get(kind, ()) if isinstance(kind, str) else ()
-    return _OF_BUILDERS.union(by_name, *(_arguments(cls) for cls in _classes(kind)))
-
-
-# What a name takes beside the arguments of torch's class: see registry.py.
-_BY_NAME = {'BN': ('norm_batch',)}
+    return _OF_BUILDERS.union(*(_arguments(cls) for cls in _classes(kind)))
 
 
 def _taken_at(path: list[str], node: Mapping) -> set[str]:
