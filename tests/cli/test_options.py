@@ -56,7 +56,6 @@ def refused(cfg, *options):
 # Not in the config, and read: by mmengine's runner, by builders, or as an argument of the class that the entry names.
 TAKEN = [
     'model.backbone.with_cp=True',
-    'model.backbone.norm_cfg.norm_batch=2',
     'model.backbone.zero_init_residual=False',
     'model.backbone.init_cfg=None',
     'model.backbone.dcn.deform_groups=1',
