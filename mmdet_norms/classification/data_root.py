@@ -138,6 +138,10 @@ class _Move:
             return f'{self.root} holds folders of classes ({self._names()}), and none of splits; {divide}'
         looked = ', '.join(f'{name}/' for name in dict.fromkeys((written, *_NAMES[split])))
         divide = f'; where there is train/, {divide}' if split != 'train' else ''
+        flat = next((name for name in (written, *_NAMES[split]) if (self.root / name).is_dir()), None)
+        if flat and any(entry.is_file() and entry.name[0] != '.' for entry in (self.root / flat).iterdir()):
+            option = f'--cfg-options {split}_dataloader.dataset.ann_file=FILE'
+            divide = f'; for a flat {flat}/ give its list of lines NAME LABEL: {option}'
         return f'{split}: none of {looked} in {self.root} holds folders of classes; it has {self._names()}{divide}'
 
     def _names(self) -> str:

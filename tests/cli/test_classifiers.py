@@ -294,6 +294,15 @@ def test_a_folder_without_a_split_is_one_error(config, tmp_path, fails, splits, 
     assert re.search(said, found)
 
 
+def test_of_a_flat_folder_the_list_of_labels_is_asked_for(config, tmp_path, fails):
+    root = tiny_cls.write_folders(tmp_path / 'mine')
+    shutil.move(root / 'val' / 'disc', tmp_path / 'flat')
+    shutil.rmtree(root / 'val')
+    shutil.move(tmp_path / 'flat', root / 'val')
+    found = fails(train.main, config, '--work-dir', tmp_path / 'w', '--data-root', root)
+    assert 'for a flat val/ give its list of lines NAME LABEL: --cfg-options val_dataloader.dataset.ann_file=' in found
+
+
 def test_faults_of_the_data_are_said_before_a_run(config, tmp_path, fails, capsys, monkeypatch):
     data, work_dir = tmp_path / 'data', ['--work-dir', tmp_path / 'w']
     (data / 'train' / 'empty').mkdir()
