@@ -1,6 +1,7 @@
 """The one error that is an answer to the user."""
 
 import re
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -12,3 +13,9 @@ class UserError(Exception):
         if re.match(r'Caught \w+ in DataLoader worker process \d+\.\n', text):
             text = re.split(rf'\n[\w.]*\b{type(self).__name__}: ', text)[-1].rstrip()
         return text
+
+
+def some(names: Sequence[str], count: int = 4) -> str:
+    """The first few, and how many more there are."""
+    more = f' and {len(names) - count} more' if len(names) > count else ''
+    return ', '.join(names[:count]) + more

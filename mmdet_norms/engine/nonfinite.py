@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..commands import runnable
 from ..compat.foreach import any_nonfinite, copy_all
-from ..errors import UserError
+from ..errors import UserError, some
 from ..files import replacing
 from .rng import kept_random_state, pack, random_state, set_random_state, unpack
 from .together import announce_saving
@@ -87,7 +87,7 @@ class NonFiniteHook(Hook):
         if bad:
             source = f' of {runner._load_from}' if runner._load_from else ''
             raise NonFiniteError(
-                f'the weights to start from{source} are not finite: {_some(bad)}; start from another checkpoint'
+                f'the weights to start from{source} are not finite: {some(bad)}; start from another checkpoint'
             )
         self._watched = dict(finite)
         self._buffers = list(model.buffers())
@@ -224,9 +224,9 @@ class NonFiniteHook(Hook):
             f' (epoch {runner.epoch + 1})' if _by_epoch(runner) else ''
         )
         if why or not message:
-            images = _some(list(dict.fromkeys(i for entry in self._window for i in image_files(entry['batch']))))
+            images = some(list(dict.fromkeys(i for entry in self._window for i in image_files(entry['batch']))))
             why = why or (
-                f'{_some(states)} is not finite' if states else 'a loss or gradient that is finite when computed again'
+                f'{some(states)} is not finite' if states else 'a loss or gradient that is finite when computed again'
             )
             message = f'{why}, images {images}'
         replay = [_replay_command(runner, file) for file in files if file]
@@ -247,7 +247,7 @@ class NonFiniteHook(Hook):
         values = [*model.named_parameters(), *self._watched.items()]
         bad = [name for name, value in values if bool(any_nonfinite([value]))]
         raise NonFiniteError(
-            f'training stopped {when}: the weights are not finite ({_some(bad) or "the averages of a hook"}), although '
+            f'training stopped {when}: the weights are not finite ({some(bad) or "the averages of a hook"}), although '
             f'loss and gradients were: the step was too large, or a hook changed them. No such '
             f'checkpoint was written. {_advice(runner)}'
         )
@@ -320,7 +320,7 @@ class Finding:
         return bool(self.losses or self.place)
 
     def __str__(self) -> str:
-        parts = [f'loss {_some(self.losses)} is not finite'] * bool(self.losses) + [self.place] * bool(self.place)
+        parts = [f'loss {some(self.losses)} is not finite'] * bool(self.losses) + [self.place] * bool(self.place)
         return ', '.join(parts) or 'everything is finite'
 
 
@@ -367,7 +367,7 @@ def find(model: nn.Module, entry: dict, wrapper: OptimWrapper) -> Finding:
             if not broken and seen.forward is None:
                 raise
         if broken:
-            return Finding(names, f'the input has NaN or inf: {_some(broken)}', True, values)
+            return Finding(names, f'the input has NaN or inf: {some(broken)}', True, values)
         if seen.forward is not None:
             return Finding(names, seen.forward, seen.nan, values)
         place = None if names else _first_bad_gradient(model, probe, seen)
@@ -382,9 +382,9 @@ def _first_bad_gradient(model: nn.Module, probe: _Probe, seen: '_Watch') -> str 
     gradients = torch.autograd.grad(sum(losses), [p for _, p in named], allow_unused=True)
     bad = [name for (name, _), g in zip(named, gradients) if g is not None and bool(any_nonfinite([g]))]
     if seen.backward is not None:
-        return f'{seen.backward}' + (f' (and so the gradients of {_some(bad)})' if bad else '')
+        return f'{seen.backward}' + (f' (and so the gradients of {some(bad)})' if bad else '')
     if bad:
-        return f'the gradient of {_some(bad)} is not finite'
+        return f'the gradient of {some(bad)} is not finite'
     norm = torch.stack([g.float().norm() for g in gradients if g is not None]).norm()
     return None if bool(norm.isfinite()) else 'the norm of the gradients is not finite, although each of them is'
 
@@ -419,7 +419,7 @@ class _Watch:
                 if any(bool(any_nonfinite([value])) for value in _tensors(inputs)):
                     self.forward = f'first in the input of {name} ({type(module).__name__})'
                 bad = [key for key, value in module.named_parameters() if bool(any_nonfinite([value]))]
-                self.forward += f', whose {_some(bad)} is not finite' if bad else ''
+                self.forward += f', whose {some(bad)} is not finite' if bad else ''
             if tensor.requires_grad and tensor.is_floating_point():
                 tensor.register_hook(functools.partial(self._look_back, name, type(module).__name__))
 
@@ -470,7 +470,7 @@ def _samples(node: object, depth: int = 0) -> Iterator:
 
 def _sentence(entry: dict, finding: Finding) -> str:
     images = image_files(entry['batch'])
-    return f'{finding}' + (f', images {_some(images, 8)}' if images else '')
+    return f'{finding}' + (f', images {some(images, 8)}' if images else '')
 
 
 # ------------------------------------------------------------------------------------------------ of a run
@@ -517,11 +517,6 @@ def _advice(runner: Runner) -> str:
         f'{start}A lower learning rate, a longer warm-up or clip_grad in optim_wrapper help where training diverges; '
         '--on-nonfinite skip leaves out single bad steps'
     )
-
-
-def _some(names: list[str], count: int = 4) -> str:
-    more = f' and {len(names) - count} more' if len(names) > count else ''
-    return ', '.join(names[:count]) + more
 
 
 # ------------------------------------------------------------------------------------------------ replaying

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..compat.autograd import custom_functions, is_once_differentiable
-from ..errors import UserError
+from ..errors import UserError, some
 from ..layers import MABN
 
 _SEED = 'hessian_seed'  # of this step; in the first group, which is saved with a checkpoint amid an accumulation
@@ -206,7 +206,7 @@ class SecondOrderOptimWrapper(OptimWrapper):
         which = {id(p) for (p, _), is_flat in zip(trained, flat) if bool(is_flat)}
         names = [name for name, p in self._named.items() if id(p) in which]
         raise SecondOrderError(
-            f'AdaHessian divides by the curvature of the loss, which has none in {_some(names)}: it is piecewise '
+            f'AdaHessian divides by the curvature of the loss, which has none in {some(names)}: it is piecewise '
             "linear there, as with L1Loss. Use a curved loss, such as dict(type='SmoothL1Loss'), or " + _OTHERS
         )
 
@@ -232,7 +232,7 @@ def require_second_derivatives(model: nn.Module) -> None:
         raise SecondOrderError(
             "optim_wrapper.optimizer.type='AdaHessian' needs second derivatives, and MABN has none, by design: its "
             'backward pass averages over iterations and is the derivative of no function. The model has MABN at '
-            f"{_some(names)}. Take another norm for small batches (norm_cfg type 'GN', 'CBN' or 'BRN'), keep MABN in "
+            f"{some(names)}. Take another norm for small batches (norm_cfg type 'GN', 'CBN' or 'BRN'), keep MABN in "
             f'eval mode (norm_eval=True of the backbone), or {_OTHERS}'
         )
 
@@ -250,7 +250,7 @@ def _require_twice_differentiable(loss: Tensor, modules: Sequence[tuple[str, nn.
     if once:
         files = {cls.__module__ for cls in once}
         layers = [name for name, module in modules if type(module).__module__ in files]
-        where = f', in {_some(layers)}' if layers else ''
+        where = f', in {some(layers)}' if layers else ''
         names = ', '.join(sorted(cls.__qualname__ for cls in once))
         raise SecondOrderError(_lacks(f'functions that are differentiable once only ({names}{where})'))
 
@@ -266,8 +266,3 @@ def _lacks(what: str) -> str:
         f"optim_wrapper.optimizer.type='AdaHessian' needs second derivatives, and the model has {what}; otherwise "
         f'{_OTHERS}'
     )
-
-
-def _some(names: Sequence[str], count: int = 4) -> str:
-    more = f' and {len(names) - count} more' if len(names) > count else ''
-    return ', '.join(names[:count]) + more
