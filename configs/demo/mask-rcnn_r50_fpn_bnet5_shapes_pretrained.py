@@ -7,7 +7,7 @@ model = dict(
     backbone=dict(
         type='NormResNet', norm_at=dict(last=dict(type='BNET', kernel_size=5)),
         init_cfg=dict(
-            _delete_=True, type='Pretrained', checkpoint='work_dirs/pretrain/epoch_9.pth', prefix='backbone.')))
+            _delete_=True, type='Pretrained', checkpoint='work_dirs/pretrain/epoch_7.pth', prefix='backbone.')))
 
 train_dataloader = dict(sampler=dict(type='InfiniteSampler'))
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=292))

@@ -29,7 +29,9 @@ VERSION = 1
 
 #: So that two minutes on two CPU cores are enough: larger in the image, with more contrast and less around them than in
 #: the demo's detection data. In pixels, objects are as large as there.
-SHAPES_CLS = ShapesConfig(size=48, min_object=0.6, max_object=0.9, clutter=1.5, min_contrast=0.45, texture=0.06)
+SHAPES_CLS = ShapesConfig(
+    size=48, min_object=0.75, max_object=0.9, clutter=0.5, min_contrast=0.6, texture=0.04, noise=0.015, blur=0.5
+)
 
 NUM_TRAIN, NUM_VAL = 6000, 1200
 _STREAMS = {'train': 2, 'val': 3}  # 0 and 1 are those of the detection data

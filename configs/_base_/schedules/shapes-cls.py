@@ -1,11 +1,11 @@
 # Under two minutes on two CPU cores.
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=9, val_interval=9)
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=7, val_interval=7)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', eta_min=0, by_epoch=True, begin=0, end=9, T_max=9, convert_to_iter_based=True)
+    dict(type='CosineAnnealingLR', eta_min=0, by_epoch=True, begin=0, end=7, T_max=7, convert_to_iter_based=True)
 ]
 optim_wrapper = dict(
     type='OptimWrapper',
