@@ -95,6 +95,7 @@ def pytest_runtest_setup():
     # Runs are told apart by config and second: one within a second of another would write into the other's log.
     MMLogger._instance_dict.clear()
     Visualizer._instance_dict.clear()  # hooks take the newest, which need not be that of their run
+    torch.use_deterministic_algorithms(False)  # as a run with --deterministic in this process leaves it
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,15 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.config.lazy import LazyObject
+from mmengine.hooks import LoggerHook
 from mmengine.registry import DATASETS as ROOT_DATASETS
-from mmengine.registry import HOOKS, OPTIM_WRAPPERS
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
+from torch.optim import AdamW
 
 from mmdet_norms.cli.common import command
 from mmdet_norms.entries import class_of, explain_unregistered, is_a, name_of, parameter_of, path_of, spell_out
+from mmdet_norms.layers import BNET
 
 
 class OwnCoco(CocoDataset):
@@ -45,6 +48,13 @@ def test_every_spelling_of_a_class_is_that_class(kind, registry):
         assert is_a(entry, 'CocoDataset', registry) and is_a(entry, CocoDataset, registry)
         assert is_a(entry, ('VOCDataset', 'mmdet.CocoDataset'), registry)
         assert not is_a(entry, 'VOCDataset', registry)
+
+
+@pytest.mark.parametrize(
+    'registry, name, cls', [(OPTIMIZERS, 'AdamW', AdamW), (HOOKS, 'LoggerHook', LoggerHook), (MODELS, 'BNET', BNET)]
+)
+def test_what_mmdet_has_from_mmengine_may_be_named_with_its_scope(registry, name, cls):
+    assert class_of(name, registry) is cls and class_of(f'mmdet.{name}', registry) is cls
 
 
 @pytest.mark.parametrize('kind', ['OwnCoco', 'mmdet.OwnCoco', OwnCoco, 'CityscapesDataset', 'mmdet.LVISV1Dataset'])
