@@ -1,7 +1,8 @@
 """The one error that is an answer to the user."""
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -19,3 +20,10 @@ def some(names: Sequence[str], count: int = 4) -> str:
     """The first few, and how many more there are."""
     more = f' and {len(names) - count} more' if len(names) > count else ''
     return ', '.join(names[:count]) + more
+
+
+def did_you_mean(name: object, valid: Iterable[str]) -> str:
+    """`` (did you mean 'mish'?)``, or nothing where no valid name is close."""
+    by_lower = {key.lower(): key for key in valid}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    return f' (did you mean {by_lower[close[0]]!r}?)' if close else ''

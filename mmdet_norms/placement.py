@@ -1,7 +1,6 @@
 """Where each named choice puts its layers: one table, and ``apply_norm(model_cfg, name)``. Dicts in, dicts out."""
 
 import copy
-import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +10,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from .entries import class_of, is_a, is_classifier, name_of
+from .errors import did_you_mean
 from .norm_cfg import CENTRED, MISSING, conv_is_plain, default_of, norm_of, norms_by_name, parts_with, set_keys, takes
 
 BATCH_NORM = dict(type='BN', requires_grad=True)
@@ -238,8 +238,7 @@ def apply_norm(model_cfg: Mapping, name: str) -> Mapping:
             what to write instead.
     """
     if name not in PLACEMENTS:
-        close = difflib.get_close_matches(str(name).lower(), PLACEMENTS, n=1)
-        hint = f' (did you mean {close[0]!r}?)' if close else ''
+        hint = did_you_mean(name, PLACEMENTS)
         raise ValueError(f'norm {name!r} is unknown{hint}; choose one of: {", ".join(PLACEMENTS)}')
     placement = PLACEMENTS[name]
     model_cfg = copy.deepcopy(model_cfg)

@@ -1,13 +1,13 @@
 """A norm layer by itself, and behind its convolution."""
 
 import ast
-import difflib
 from collections.abc import Iterator, Sequence
 
 import torch
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
+from ..errors import did_you_mean
 from ..layers import CBN, MABN, CenConv2d
 from ..registry import norm_names
 from .groups import CONV_ONLY, ONE_PASS, Entry, Group, Setting, reference_of
@@ -82,11 +82,9 @@ def norm_cfg_of(name: str) -> dict:
     except (SyntaxError, ValueError, AttributeError):
         kind, arguments = None, {}
     if kind not in norm_names():
-        close = difflib.get_close_matches(name.lower(), LAYERS, n=1)
-        hint = f' (did you mean {close[0]!r}?)' if close else ''
         raise ValueError(
-            f'layer {name!r} is unknown{hint}; write one of: {", ".join(LAYERS)}; or a type of norm_cfg with its '
-            f"arguments, such as 'BNET(kernel_size=9)'; types: {', '.join(norm_names())}"
+            f'layer {name!r} is unknown{did_you_mean(name, LAYERS)}; write one of: {", ".join(LAYERS)}; or a type of '
+            f"norm_cfg with its arguments, such as 'BNET(kernel_size=9)'; types: {', '.join(norm_names())}"
         )
     return dict(arguments, type=kind)
 

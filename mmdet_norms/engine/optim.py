@@ -1,6 +1,5 @@
 """The constructor of optimizer wrappers: norms that are not torch's, names that nobody knows, AdaHessian's wrapper."""
 
-import difflib
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMI
 from torch import nn
 
 from ..entries import class_of, is_a, name_of
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..registry import NOT_TORCH_NORMS
 from .dist import CPUAmpOptimWrapper
 from .second_order import SecondOrderOptimWrapper, require_second_derivatives
@@ -66,7 +65,7 @@ def optimizer_problems(optimizer: Any, key: str = 'optim_wrapper.optimizer') -> 
         names = sorted(name for name, cls in OPTIMIZERS.module_dict.items() if cls is not _BASE)
         given = optimizer.get('type')
         said = f'{key}.type={given!r} is no optimizer' if given is not None else f'{key} has no type'
-        yield f'{said}{_hint(given, names)}; choose from {", ".join(names)}'
+        yield f'{said}{did_you_mean(given, names)}; choose from {", ".join(names)}'
         return
     parameters = list(inspect.signature(found).parameters.values())
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -76,8 +75,8 @@ def optimizer_problems(optimizer: Any, key: str = 'optim_wrapper.optimizer') -> 
         if name not in (*valid, 'type', '_scope_'):
             yield (
                 f'{key} of type {name_of(optimizer, OPTIMIZERS)!r} has an unknown key {name}={optimizer[name]!r}'
-                f'{_hint(name, valid)}; valid keys: {", ".join(valid)}. If the key comes from the base config, with '
-                'whose dict yours is merged, write optimizer=dict(_delete_=True, ...)'
+                f'{did_you_mean(name, valid)}; valid keys: {", ".join(valid)}. If the key comes from the base config, '
+                'with whose dict yours is merged, write optimizer=dict(_delete_=True, ...)'
             )
 
 
@@ -110,12 +109,6 @@ def second_order_wrapper(cfg: dict) -> dict:
         f"optim_wrapper.type={name_of(cfg, OPTIM_WRAPPERS)!r} {why}, and optim_wrapper.optimizer.type='AdaHessian' "
         f'needs the Hessian: write {write}'
     )
-
-
-def _hint(name: Any, valid: list[str]) -> str:
-    by_lower = {other.lower(): other for other in valid}
-    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
-    return f' (did you mean {by_lower[close[0]]!r}?)' if close else ''
 
 
 _BASE = OPTIMIZERS.get('Optimizer')  # registered with torch's, and none itself

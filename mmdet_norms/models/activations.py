@@ -1,12 +1,12 @@
 """Activations by name: those that mmcv's registry lacks, and what the ``act_cls`` of a model means."""
 
-import difflib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import did_you_mean
 from ..layers._args import ConfigError
 from ..registry import MODELS
 
@@ -103,10 +103,3 @@ def act_cfg_of(host: str, act_cls: str, act_cfg: Mapping | None = None) -> dict:
             f"dict(type='Mish') or another of: {', '.join(types)}, or of mmcv's"
         )
     return dict(act_cfg)
-
-
-def did_you_mean(name: object, valid: Mapping | list) -> str:
-    """`` (did you mean 'mish'?)``, or nothing where no name is close."""
-    by_lower = {key.lower(): key for key in valid}
-    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
-    return f' (did you mean {by_lower[close[0]]!r}?)' if close else ''

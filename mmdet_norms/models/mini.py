@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..entries import name_of
+from ..errors import did_you_mean
 from ..layers._args import ConfigError
 from ..registry import MODELS
-from .activations import act_cfg_of, did_you_mean
+from .activations import act_cfg_of
 from .resnet import NormAt
 
 _BN = dict(type='BN', requires_grad=True)
