@@ -1,5 +1,5 @@
 # ImageNet-1k: data/imagenet/{train,val}/SYNSET/*.JPEG. Crops and sizes by Pillow, whose filter torchvision has too.
-dataset_type = 'ImageFolder'
+_base_ = './image_folder.py'
 data_root = 'data/imagenet/'
 
 train_pipeline = [
@@ -16,19 +16,7 @@ test_pipeline = [
     dict(type='PackClsInputs')
 ]
 train_dataloader = dict(
-    batch_size=64,
-    num_workers=8,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(type=dataset_type, data_root=data_root, split='train', pipeline=train_pipeline))
+    batch_size=64, num_workers=8, dataset=dict(data_root=data_root, pipeline=train_pipeline))
 val_dataloader = dict(
-    batch_size=64,
-    num_workers=8,
-    persistent_workers=True,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(type=dataset_type, data_root=data_root, split='val', test_mode=True, pipeline=test_pipeline))
+    batch_size=64, num_workers=8, dataset=dict(data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-
-val_evaluator = dict(type='Accuracy', topk=(1, 5))
-test_evaluator = val_evaluator

@@ -1,5 +1,5 @@
 # Imagenette with a shorter side of 160 px (imagenette2-160.tgz of https://github.com/fastai/imagenette), in data/.
-dataset_type = 'ImageFolder'
+_base_ = './image_folder.py'
 data_root = 'data/imagenette2-160/'
 
 train_pipeline = [
@@ -16,20 +16,7 @@ test_pipeline = [
     dict(type='PackClsInputs')
 ]
 train_dataloader = dict(
-    batch_size=32,
-    num_workers=4,
-    persistent_workers=True,
-    drop_last=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(type=dataset_type, data_root=data_root, split='train', pipeline=train_pipeline))
+    batch_size=32, num_workers=4, drop_last=True, dataset=dict(data_root=data_root, pipeline=train_pipeline))
 val_dataloader = dict(
-    batch_size=32,
-    num_workers=4,
-    persistent_workers=True,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(type=dataset_type, data_root=data_root, split='val', test_mode=True, pipeline=test_pipeline))
+    batch_size=32, num_workers=4, dataset=dict(data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-
-val_evaluator = dict(type='Accuracy', topk=(1, 5))
-test_evaluator = val_evaluator
