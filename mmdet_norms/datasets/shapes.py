@@ -414,27 +414,23 @@ def render_scene(cfg: ShapesConfig, seed: int, split: str, index: int) -> Scene:
         for i in range(crowd_count):
             colour = _colour(rng, [(base, cfg.min_contrast)]).astype(np.float32)
             image += _cover(ids == _CROWD + i, size)[..., None] * (colour - image)
-    return Scene(_expose(cfg, _paint(cfg, image, ids, placed, rng), rng), objects + _visible(ids, placed, size))
+    paint, drawn = _draw(cfg, image, ids, placed, rng)
+    return Scene(_expose(cfg, paint, rng), objects + drawn)
 
 
-def _paint(
+def _draw(
     cfg: ShapesConfig, image: np.ndarray, ids: np.ndarray, placed: Sequence[_Placed], rng: np.random.Generator
-) -> np.ndarray:
-    """The background with the placed objects on it."""
-    paint = image.copy()  # weights of all layers add up to one at every pixel
-    for i, p in enumerate(placed, 1):
-        shade = _texture(cfg.size, 0.5 * cfg.texture * rng.uniform(0.0, 1.0), rng)
-        colour = p.colour.astype(np.float32) + shade[..., None]
-        paint += _cover(ids == i, cfg.size)[..., None] * (colour - image)
-    return paint
-
-
-def _visible(ids: np.ndarray, placed: Sequence[_Placed], size: int) -> list[SceneObject]:
-    found = []
+) -> tuple[np.ndarray, list[SceneObject]]:
+    """The background with the placed objects on it, and what is to be seen of each."""
+    paint, objects = image.copy(), []  # weights of all layers add up to one at every pixel
     for i, p in enumerate(placed, 1):
         fine = ids == i
-        found.append(SceneObject(p.label, fine, _cover(fine, size) > 0.5, False, min(1.0, float(fine.sum()) / p.area)))
-    return found
+        cover = _cover(fine, cfg.size)
+        shade = _texture(cfg.size, 0.5 * cfg.texture * rng.uniform(0.0, 1.0), rng)
+        colour = p.colour.astype(np.float32) + shade[..., None]
+        paint += cover[..., None] * (colour - image)
+        objects.append(SceneObject(p.label, fine, cover > 0.5, False, min(1.0, float(fine.sum()) / p.area)))
+    return paint, objects
 
 
 def render_single(cfg: ShapesConfig, rng: np.random.Generator, label: int) -> Scene:
@@ -445,7 +441,8 @@ def render_single(cfg: ShapesConfig, rng: np.random.Generator, label: int) -> Sc
     placed: list[_Placed] = []
     while not placed:  # an unlucky try is given up
         _place(cfg, rng, ids, placed, [], base, label)
-    return Scene(_expose(cfg, _paint(cfg, image, ids, placed, rng), rng), _visible(ids, placed, cfg.size))
+    paint, objects = _draw(cfg, image, ids, placed, rng)
+    return Scene(_expose(cfg, paint, rng), objects)
 
 
 def _expose(cfg: ShapesConfig, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
