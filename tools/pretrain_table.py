@@ -9,12 +9,16 @@ printed, and are those of a user. With several seeds, the table has mean and sta
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+# lets the script run from a checkout in which the package is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmdet_norms.experiments.grid import finished
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSIFIER = 'configs/demo/resnet50_bnet5_shapes-cls.py'
@@ -50,11 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(config: str, work_dir: Path, options: list, config_options: list[str]) -> dict:
     """The results of a run, which is made, or gone on with, unless it is there."""
-    results = work_dir / 'results.json'
-    if not (results.is_file() and (work_dir / 'finished.json').is_file()):
+    if finished(work_dir) is None:
         more = ['--cfg-options', *config_options] if config_options else []
         python('tools/train.py', config, '--work-dir', work_dir, '--resume', *options, *more)
-    return json.loads(results.read_text(encoding='utf-8'))
+    return finished(work_dir)
 
 
 def python(*command: object) -> None:
