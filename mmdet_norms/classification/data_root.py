@@ -69,11 +69,7 @@ class _Move:
         if not root.is_dir():
             what = 'is a file; give the folder that holds train/ and val/' if root.exists() else 'does not exist'
             raise DataRootError(f'the folder {root} {what}')
-        entries = [
-            (split, key, entry)
-            for split in SPLITS
-            for key, entry in image_folders(self._dataset(split), f'{split}_dataloader.dataset')
-        ]
+        entries = list(image_folders(self.cfg, *SPLITS))
         before = next((len(names) for _, _, entry in entries if (names := _classes_of(entry))), None)
         train = self._split('train', 'train')
         val = self._split('val', 'val')
@@ -95,9 +91,6 @@ class _Move:
         """Whether an option has set a key of the config, or a dict around it."""
         parts = key.split('.')
         return any('.'.join(parts[:end]) in self.options for end in range(1, len(parts) + 1))
-
-    def _dataset(self, split: str) -> Any:
-        return (self.cfg.get(f'{split}_dataloader') or {}).get('dataset')
 
     def _split(self, split: str, written: str) -> str | None:
         """The folder of a split: as the config calls it, or as others do; '' where the root holds the classes."""

@@ -15,7 +15,7 @@ from ..commands import runnable
 from ..console import as_text
 from ..datasets.images import decode, missing_files
 from ..entries import class_of, is_a, mappings
-from ..errors import UserError
+from ..errors import UserError, some
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 
@@ -70,29 +70,33 @@ class ImageFolder(BaseDataset):
 
     def problems(self) -> list[str]:
         """What is in the way of reading the data: each a sentence that begins with the key and its value."""
+        return self._unusable() or (self._lines()[1] if self.ann_file else self._folder_problems())
+
+    def _unusable(self) -> list[str]:
         root, classes = self.data_root, self.metainfo['classes']
         if not root or not os.path.isdir(root):
-            made = os.path.normpath(root or '.') == os.path.join('data', 'shapes-cls')
-            how = f'{runnable("shapes")} --classification generates it; or ' if made else ''
+            how = f'{runnable("shapes")} --classification generates it; or ' if is_generated(root) else ''
             return [f'data_root={root!r}: there is no such folder; {how}write the one that holds train/ and val/']
         if not os.path.isdir(self.folder):
             near = (os.path.dirname(os.path.abspath(root)), *(os.path.join(root, name) for name in folders_in(root)))
             instead = [path for path in near if os.path.isdir(os.path.join(path, self.split))]
             hint = (
-                f'did you mean data_root={instead[0]!r}?' if instead else f'it has {_some(folders_in(root)) or "none"}'
+                f'did you mean data_root={instead[0]!r}?'
+                if instead
+                else f'it has {_quoted(folders_in(root)) or "none"}'
             )
             return [f'split={self.split!r}: there is no such folder in data_root={root!r}; {hint}']
         if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) for name in classes):
             return [f"metainfo.classes={classes!r:.80} is no list of names; write ('cat', 'dog')"]
         if len(set(classes)) < len(classes):
             twice = [name for name, count in Counter(classes).items() if count > 1]
-            return [f'metainfo.classes names {_some(twice)} twice; name every class once']
+            return [f'metainfo.classes names {_quoted(twice)} twice; name every class once']
         if not classes:
             return [
                 f'data_root={root!r}: neither {self.classes_from}/ nor {self.split}/ holds folders of classes; write '
                 'the folder that holds train/CLASS/*.jpg, or metainfo=dict(classes=[...]) with ann_file'
             ]
-        return self._lines()[1] if self.ann_file else self._folder_problems()
+        return []
 
     def _folder_problems(self) -> list[str]:
         classes, names = self.metainfo['classes'], folders_in(self.folder)
@@ -104,28 +108,33 @@ class ImageFolder(BaseDataset):
             problems.append(f'{split}: {folder} has no folders of classes; for a flat one write ann_file')
         elif other and not self._named:
             problems.append(
-                f'{split}: {_some(other)} in {folder} is no class of {self.classes_from}/; rename or delete it '
-                f'(the classes: {_some(classes)})'
+                f'{split}: {_quoted(other)} in {folder} is no class of {self.classes_from}/; rename or delete it '
+                f'(the classes: {_quoted(classes)})'
             )
         elif not there:
-            problems.append(f'metainfo.classes={_some(classes)}: none is a folder of {folder}: {_some(names)}')
+            problems.append(f'metainfo.classes={_quoted(classes)}: none is a folder of {folder}: {_quoted(names)}')
         if empty:
             suffixes = ', '.join(self.extensions)
-            problems.append(f'{split}: no image ({suffixes}) in {_some(empty)} of {folder}; delete it, or add images')
+            problems.append(f'{split}: no image ({suffixes}) in {_quoted(empty)} of {folder}; delete it, or add images')
         return problems
 
     def load_data_list(self) -> list[dict]:
         """A dict with ``img_path`` and ``gt_label`` for every image."""
-        problems = self.problems()
+        problems, lines = self._unusable(), []
+        if not problems:
+            lines, problems = self._lines() if self.ann_file else ([], self._folder_problems())
         if problems:
             raise UserError(f'ImageFolder: {"; ".join(problems)}')
         if self.ann_file:
-            return [dict(img_path=path, gt_label=label) for path, label in self._lines()[0]]
+            return [dict(img_path=path, gt_label=label) for path, label in lines]
         classes, names = self.metainfo['classes'], folders_in(self.folder)
         missing, other = sorted(set(classes) - set(names)), sorted(set(names) - set(classes))
-        for some, what in ((missing, 'has no folder of'), (other, 'has folders of other classes, which are left out:')):
-            if some:
-                print_log(f'{as_text(self.folder)} {what} {_some(some)}', logger='current', level=logging.WARNING)
+        for these, what in (
+            (missing, 'has no folder of'),
+            (other, 'has folders of other classes, which are left out:'),
+        ):
+            if these:
+                print_log(f'{as_text(self.folder)} {what} {_quoted(these)}', logger='current', level=logging.WARNING)
         return [
             dict(img_path=path, gt_label=label)
             for label, name in enumerate(classes)
@@ -179,20 +188,24 @@ class ImageFolder(BaseDataset):
             if len(line) != 2 or line[1] not in labels:
                 return [], [
                     f'ann_file={self.ann_file!r}, line {number}: {" ".join(line)!r:.80} must be NAME LABEL, with a '
-                    f'label of 0 to {len(classes) - 1}, or all labels names of classes: {_some(classes)}'
+                    f'label of 0 to {len(classes) - 1}, or all labels names of classes: {_quoted(classes)}'
                 ]
         if not lines:
             return [], [f'ann_file={self.ann_file!r}: is empty; write lines of NAME LABEL']
         gone = missing_files(self.folder, [name for _, (name, _) in lines])
         if gone:
             names = [lines[place][1][0] for place in gone]
-            return [], [f'ann_file={self.ann_file!r}: names {_some(names)}, not there in {self.folder}']
+            return [], [f'ann_file={self.ann_file!r}: names {_quoted(names)}, not there in {self.folder}']
         return [(os.path.join(self.folder, name), labels[label]) for _, (name, label) in lines], []
 
 
-def image_folders(node: Any, key: str = '') -> Iterator[tuple[str, Mapping]]:
-    """Every entry of an :class:`ImageFolder` in a part of a config, with its key; wrappers are looked through."""
-    return ((at, entry) for at, entry in mappings(node, key) if is_a(entry, ImageFolder, MMDETS))
+def image_folders(cfg: Mapping, *splits: str) -> Iterator[tuple[str, str, Mapping]]:
+    """Split, key and entry of every :class:`ImageFolder` that the splits of a config read; in wrappers, too."""
+    for split in splits:
+        dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset')
+        for key, entry in mappings(dataset, f'{split}_dataloader.dataset'):
+            if is_a(entry, ImageFolder, MMDETS):
+                yield split, key, entry
 
 
 def problems_of(entry: Mapping, key: str = 'dataset') -> list[str]:
@@ -218,6 +231,11 @@ def images_of_entry(entry: Mapping) -> list[str]:
 def _unread(entry: Mapping) -> ImageFolder:
     options = {key: value for key, value in entry.items() if key not in ('type', 'pipeline', '_scope_')}
     return class_of(entry, MMDETS)(**{**options, 'lazy_init': True})
+
+
+def is_generated(data_root: str) -> bool:
+    """Whether a folder is the one that a command of this package writes."""
+    return os.path.normpath(data_root or '.') == os.path.join('data', 'shapes-cls')
 
 
 def folders_in(folder: str) -> tuple[str, ...]:
@@ -246,5 +264,5 @@ def _require_image(path: str) -> None:
         raise UserError(f'{as_text(path)} {wrong}; replace or delete the file')
 
 
-def _some(names: Sequence[str]) -> str:
-    return ', '.join(map(repr, names[:5])) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
+def _quoted(names: Sequence[str]) -> str:
+    return some([*map(repr, names)], 5)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mmengine.config import Config
 
+from mmdet_norms.classification.image_folder import image_folders
 from mmdet_norms.commands import typed
 from mmdet_norms.datasets.annotations import forget, read_annotations
 from mmdet_norms.datasets.checks import Finding, Report, check_config
@@ -15,7 +16,7 @@ from mmdet_norms.datasets.parts import write_copy
 from mmdet_norms.datasets.sources import SPLITS, evaluated_files, sources
 from mmdet_norms.placement import PLACEMENTS
 
-from .class_folders import class_folder_findings, folder_of, folders_of_split
+from .class_folders import class_folder_findings, folder_of
 from .common import UserError, add_data_arguments, command, copies_folder, load_config, without_folder
 from .config_checks import training_problems
 from .options import add_option_arguments
@@ -54,7 +55,7 @@ def _check(args: argparse.Namespace) -> int:
             show(f'filled   {path}: {note} (in a copy, when a run starts)')
     errors, warnings = len(problems) + len(report.of('error')), len(report.of('warning'))
     files = [source.ann_file for source in sources(cfg) if source.skipped is None]
-    files += [folder_of(entry) for split in SPLITS for _, entry in folders_of_split(cfg, split)]
+    files += [folder_of(entry) for _, _, entry in image_folders(cfg, *SPLITS)]
     files = ', '.join(dict.fromkeys(files)) or 'no file in COCO format'
     show(f'{args.config}: {errors} errors, {warnings} warnings in {files}')
     return errors

@@ -5,7 +5,13 @@ from collections.abc import Iterator, Mapping
 
 from mmengine.config import Config
 
-from mmdet_norms.classification.image_folder import classes_of_entry, image_folders, images_of_entry, problems_of
+from mmdet_norms.classification.image_folder import (
+    classes_of_entry,
+    image_folders,
+    images_of_entry,
+    is_generated,
+    problems_of,
+)
 from mmdet_norms.datasets.annotations import other_order
 from mmdet_norms.datasets.checks import Finding
 from mmdet_norms.datasets.images import decode
@@ -16,11 +22,6 @@ _SOURCES = {
     'imagenette2-160': 'https://github.com/fastai/imagenette has imagenette2-160.tgz: unpack it there',
     'imagenet': 'https://image-net.org has ILSVRC2012: unpack it so that train/ and val/ hold a folder for each class',
 }
-
-
-def folders_of_split(cfg: Config, split: str) -> Iterator[tuple[str, Mapping]]:
-    """Key and config of every data set of a split that reads folders of classes."""
-    return image_folders((cfg.get(f'{split}_dataloader') or {}).get('dataset'), f'{split}_dataloader.dataset')
 
 
 def folder_of(entry: Mapping) -> str:
@@ -34,13 +35,12 @@ def class_folder_findings(cfg: Config, splits: tuple[str, ...] = SPLITS, full: b
     Args:
         full: decode every image.
     """
-    found = [(split, key, entry) for split in splits for key, entry in folders_of_split(cfg, split)]
     findings, sound = [], []
-    for split, key, entry in found:
+    for split, key, entry in image_folders(cfg, *splits):
         problems = problems_of(entry, key)
         for problem in problems:
             where, _, what = problem.partition(': ')
-            findings.append(Finding('error', where, what, _where_data_are(entry, problem), fatal=True))
+            findings.append(Finding('error', where, what, _where_data_are(entry), fatal=True))
         if not problems:
             sound.append((split, key, entry))
     if not sound:
@@ -81,13 +81,13 @@ def _counts(model: Mapping, key: str, classes: tuple[str, ...], trains: bool) ->
             )
 
 
-def _where_data_are(entry: Mapping, problem: str) -> str:
+def _where_data_are(entry: Mapping) -> str:
     """What to do about data that are not there at all."""
     root = entry.get('data_root') or ''
     if not root or os.path.isdir(root):
         return ''
     name = os.path.basename(os.path.normpath(root))
-    if name == 'shapes-cls' and 'generates' in problem:  # it says already what does
+    if is_generated(root):  # the problem says already what does
         return 'Or give another folder with --data-root DIR'
     given = 'give the folder with --data-root DIR'
     return f'{_SOURCES[name]}; or {given}' if name in _SOURCES else f'To read another: {given.replace("the ", "its ")}'

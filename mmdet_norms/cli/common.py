@@ -10,7 +10,7 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -294,19 +294,13 @@ def move_data_root(
         more: as for :func:`mmdet_norms.datasets.locate.use_data_root`, or
             :func:`mmdet_norms.classification.data_root.use_class_folders` where the config reads folders of classes.
     """
-    use = use_class_folders if next(_image_folders(cfg), None) else use_data_root
+    use = use_class_folders if next(image_folders(cfg, *SPLITS), None) else use_data_root
     try:
         notes = use(cfg, root, reads, **more)
     except DataRootError as error:
         raise UserError(str(error) if str(error).startswith('--') else f'--data-root: {error}') from error
     for note in notes if speaks else ():
         print(without_folder(f'--data-root {root}: {note}', temporary))
-
-
-def _image_folders(cfg: Config) -> Iterator[tuple[str, Mapping]]:
-    """The entries of a classifier's data sets, with their keys."""
-    for split in SPLITS:
-        yield from image_folders((cfg.get(f'{split}_dataloader') or {}).get('dataset'), f'{split}_dataloader.dataset')
 
 
 def require_detector(cfg: Config, config: str, tool: str) -> None:

@@ -436,11 +436,12 @@ def _trained_with(checkpoint: Checkpoint) -> Iterator[str]:
 
 def classes_of(cfg: Config) -> tuple[str, ...] | None:
     """The names of the classes of a config's data, the test data's first; None if it does not say them."""
-    for split in ('test_dataloader', 'val_dataloader', 'train_dataloader'):
-        for _, entry in image_folders((cfg.get(split) or {}).get('dataset')):
+    for split in ('test', 'val', 'train'):
+        for _, _, entry in image_folders(cfg, split):
             if not problems_of(entry):
                 return classes_of_entry(entry)
-        dataset = next(datasets((cfg.get(split) or {}).get('dataset')), None) or {}  # of several, all have the same
+        loader = cfg.get(f'{split}_dataloader') or {}
+        dataset = next(datasets(loader.get('dataset')), None) or {}  # of several, all have the same
         found = metainfo_of(dataset).get('classes')
         if isinstance(found, (list, tuple)):
             return tuple(map(str, found))

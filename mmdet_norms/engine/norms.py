@@ -33,7 +33,7 @@ class NormHook(Hook):
         """Called when the data loader and the optimizer exist, before the first iteration."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         link_convs(model)
-        check_groups(model, runner.train_dataloader)
+        require_whole_groups(model, runner.train_dataloader)
         warn_if_uncentred(model)
         layers = [module for module in model.modules() if isinstance(module, CBN)]
         for layer in layers:
@@ -51,7 +51,7 @@ class NormHook(Hook):
             warnings.warn(message, stacklevel=2)
 
 
-def check_groups(model: nn.Module, loader: DataLoader) -> None:
+def require_whole_groups(model: nn.Module, loader: DataLoader) -> None:
     """Raise unless every ``norm_batch`` divides the batches that training will see.
 
     The layers say so themselves, but of the last batch of an epoch only when it comes. Those of a head are left to do

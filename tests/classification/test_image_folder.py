@@ -298,7 +298,7 @@ def test_rare_classes_can_be_repeated(root):
 def test_entries_are_found_through_wrappers(root):
     inner = entry(root)
     cfg = dict(train_dataloader=dict(dataset=dict(type='RepeatDataset', times=2, dataset=inner)), other=dict(type='X'))
-    assert list(image_folders(cfg)) == [('train_dataloader.dataset.dataset', inner)]
+    assert list(image_folders(cfg, 'train', 'val')) == [('train', 'train_dataloader.dataset.dataset', inner)]
     assert problems_of(dict(type='CocoDataset', data_root='nowhere')) == []
 
 
