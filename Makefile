@@ -139,7 +139,7 @@ lint: $(DEV_STAMP)
 	@$(BIN)/python -m ruff format --check --quiet .
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis data/shapes data/shapes-cls
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis data/shapes data/shapes-cls data/shapes-cls-hard
 	find mmdet_norms mmdet_norms_start tests tools configs -name __pycache__ -prune -exec rm -rf {} +
 
 # YES=1 answers the question.

@@ -1,6 +1,8 @@
 _base_ = ['../_base_/classification_runtime.py', '../_base_/datasets/shapes-cls.py']
 # For docs/norm-batch.md: `norm_batch` images of each batch of 32 are normalized together; all else stays as it is.
-# ResNet-18 at a quarter of the width; about a minute on one CPU core.
+# ResNet-18 at a quarter of the width; about three minutes on one CPU core.
+# `python tools/make_shapes.py --classification --hard` writes the data.
+data_root = 'data/shapes-cls-hard/'
 model = dict(
     type='ImageClassifier',
     data_preprocessor=dict(
@@ -11,11 +13,12 @@ model = dict(
     head=dict(type='LinearClsHead', num_classes=6, in_channels=128))
 
 train_dataloader = dict(
-    batch_size=32, num_workers=0, persistent_workers=False, sampler=dict(type='InfiniteSampler', shuffle=True))
-val_dataloader = dict(batch_size=100, num_workers=0, persistent_workers=False)
+    batch_size=32, num_workers=0, persistent_workers=False, sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(data_root=data_root))
+val_dataloader = dict(batch_size=100, num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
 
-max_iters = 1500
+max_iters = 4000
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

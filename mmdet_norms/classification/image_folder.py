@@ -17,6 +17,10 @@ from ..datasets.images import decode, missing_files
 from ..entries import class_of, is_a, mappings
 from ..errors import UserError, some
 
+_GENERATED = {
+    os.path.join('data', 'shapes-cls'): '--classification',
+    os.path.join('data', 'shapes-cls-hard'): '--classification --hard',
+}
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 
 
@@ -75,7 +79,8 @@ class ImageFolder(BaseDataset):
     def _unusable(self) -> list[str]:
         root, classes = self.data_root, self.metainfo['classes']
         if not root or not os.path.isdir(root):
-            how = f'{runnable("shapes")} --classification generates it; or ' if is_generated(root) else ''
+            options = generated_by(root)
+            how = f'{runnable("shapes")} {options} generates it; or ' if options else ''
             return [f'data_root={root!r}: there is no such folder; {how}write the one that holds train/ and val/']
         if not os.path.isdir(self.folder):
             near = (os.path.dirname(os.path.abspath(root)), *(os.path.join(root, name) for name in folders_in(root)))
@@ -233,9 +238,9 @@ def _unread(entry: Mapping) -> ImageFolder:
     return class_of(entry, MMDETS)(**{**options, 'lazy_init': True})
 
 
-def is_generated(data_root: str) -> bool:
-    """Whether a folder is the one that a command of this package writes."""
-    return os.path.normpath(data_root or '.') == os.path.join('data', 'shapes-cls')
+def generated_by(data_root: str) -> str | None:
+    """With which options the command that generates data writes a folder; None if it does not."""
+    return _GENERATED.get(os.path.normpath(data_root or '.'))
 
 
 def folders_in(folder: str) -> tuple[str, ...]:

@@ -7,9 +7,9 @@ from mmengine.config import Config
 
 from mmdet_norms.classification.image_folder import (
     classes_of_entry,
+    generated_by,
     image_folders,
     images_of_entry,
-    is_generated,
     problems_of,
 )
 from mmdet_norms.datasets.annotations import other_order
@@ -87,7 +87,7 @@ def _where_data_are(entry: Mapping) -> str:
     if not root or os.path.isdir(root):
         return ''
     name = os.path.basename(os.path.normpath(root))
-    if is_generated(root):  # the problem says already what does
+    if generated_by(root):  # the problem says already what does
         return 'Or give another folder with --data-root DIR'
     given = 'give the folder with --data-root DIR'
     return f'{_SOURCES[name]}; or {given}' if name in _SOURCES else f'To read another: {given.replace("the ", "its ")}'

@@ -51,7 +51,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'it was stopped (docs/norm-batch.md).',
     )
     parser.add_argument(
-        '--norms', nargs='+', choices=NORMS, default=list(NORMS), help=f'default: {" ".join(NORMS)}, on shapes-cls'
+        '--norms',
+        nargs='+',
+        choices=NORMS,
+        default=list(NORMS),
+        help=f'default: {" ".join(NORMS)}, on data/shapes-cls-hard',
     )
     parser.add_argument(
         '--configs',
@@ -128,7 +132,7 @@ def _require_options_and_data(args: argparse.Namespace) -> None:
             if root and not Path(root).is_dir():
                 raise UserError(
                     f'{loader}.dataset.data_root: there is no folder {root}; '
-                    f'{runnable("shapes")} --classification generates data/shapes-cls'
+                    f'{runnable("shapes")} --classification --hard generates data/shapes-cls-hard'
                 )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmdet_norms.commands import typed
 from mmdet_norms.datasets.shapes import CLASSES, ShapesConfig, ShapesError, make_shapes
-from mmdet_norms.datasets.shapes_cls import NUM_TRAIN, NUM_VAL, SHAPES_CLS, make_shapes_cls
+from mmdet_norms.datasets.shapes_cls import NUM_TRAIN, NUM_VAL, SHAPES_CLS, SHAPES_CLS_HARD, make_shapes_cls
 from mmdet_norms.files import explain
 
 
@@ -23,9 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         action='store_true',
         help='the data to pretrain on: one shape per image, DIR/{train,val}/CLASS/*.png',
     )
+    parser.add_argument(
+        '--hard', action='store_true', help='of the data to pretrain on those that compare norms (docs/norm-batch.md)'
+    )
     detection = ShapesConfig().size
     parser.add_argument(
-        '--out', metavar='DIR', help='folder to write (default: data/shapes; data/shapes-cls for classification)'
+        '--out',
+        metavar='DIR',
+        help='folder to write (default: data/shapes; data/shapes-cls, or data/shapes-cls-hard, for classification)',
     )
     parser.add_argument('--train', type=int, metavar='N', help=f'train images (default: 1600; {NUM_TRAIN})')
     parser.add_argument('--val', type=int, metavar='N', help=f'val images (default: 200; {NUM_VAL})')
@@ -35,16 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--seed', type=int, default=0, metavar='S', help='random seed (default: 0)')
     parser.add_argument('--overwrite', action='store_true', help='replace another dataset of that kind in DIR')
     args = parser.parse_args(argv)
+    if args.hard and not args.classification:
+        parser.error('--hard is for --classification')
     make, name = (make_shapes_cls, 'shapes-cls') if args.classification else (make_shapes, 'shapes')
+    kind = dict(config=SHAPES_CLS_HARD) if args.hard else {}
+    folder = f'data/{name}-hard' if args.hard else f'data/{name}'
     counts = {key: value for key, value in dict(num_train=args.train, num_val=args.val).items() if value is not None}
     try:
         root = make(
-            f'data/{name}' if args.out is None else args.out,
+            folder if args.out is None else args.out,
             size=args.size,
             seed=args.seed,
             overwrite=args.overwrite,
             progress=True,
             **counts,
+            **kind,
         )
     except (ShapesError, ValueError, OSError) as error:
         said = explain(error) if isinstance(error, OSError) else None

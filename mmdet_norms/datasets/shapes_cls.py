@@ -22,7 +22,7 @@ import numpy as np
 from .generated import SPLITS, Generated, image_name, png, require_counts, write_generated
 from .shapes import CLASSES, Scene, ShapesConfig, render_single
 
-__all__ = ['NUM_TRAIN', 'NUM_VAL', 'SHAPES_CLS', 'VERSION', 'make_shapes_cls', 'render_image']
+__all__ = ['NUM_TRAIN', 'NUM_VAL', 'SHAPES_CLS', 'SHAPES_CLS_HARD', 'VERSION', 'make_shapes_cls', 'render_image']
 
 #: Changes whenever the same arguments would give other pixels.
 VERSION = 1
@@ -32,6 +32,8 @@ VERSION = 1
 SHAPES_CLS = ShapesConfig(
     size=48, min_object=0.75, max_object=0.9, clutter=0.5, min_contrast=0.6, texture=0.04, noise=0.015, blur=0.5
 )
+#: To compare norms: so hard that what they do to a training is to be seen in what it reaches.
+SHAPES_CLS_HARD = ShapesConfig(size=48, min_object=0.6, max_object=0.9, clutter=1.5, min_contrast=0.45, texture=0.06)
 
 NUM_TRAIN, NUM_VAL = 6000, 1200
 _STREAMS = {'train': 2, 'val': 3}  # 0 and 1 are those of the detection data

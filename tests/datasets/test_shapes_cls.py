@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from mmdet_norms.classification import ImageFolder
+from mmdet_norms.classification.image_folder import problems_of
 from mmdet_norms.cli.shapes import main
 from mmdet_norms.datasets import shapes_cls
 from mmdet_norms.datasets.shapes import CLASSES, ShapesConfig, ShapesError, make_shapes
-from mmdet_norms.datasets.shapes_cls import SHAPES_CLS, make_shapes_cls, render_image
+from mmdet_norms.datasets.shapes_cls import SHAPES_CLS, SHAPES_CLS_HARD, make_shapes_cls, render_image
 
 TRAIN, VAL = 30, 12
 SCRIPT = Path(__file__).resolve().parents[2] / 'tools' / 'make_shapes.py'
@@ -231,3 +232,22 @@ def test_the_command_says_what_it_wrote_and_fails_with_one_line(tmp_path, capsys
     capsys.readouterr()
     assert main([*command[:3], '--val', '5']) == 2
     assert 'num_val must be at least 6' in capsys.readouterr().err
+
+
+def test_hard_images_have_a_folder_of_their_own_and_are_of_classification(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(['--classification', '--hard', '--train', '6', '--val', '6']) == 0
+    easy = make_shapes_cls(tmp_path / 'data' / 'shapes-cls', 6, 6)
+    hard = make_shapes_cls(tmp_path / 'own', 6, 6, config=SHAPES_CLS_HARD)
+    assert digest(tmp_path / 'data' / 'shapes-cls-hard') == digest(hard) != digest(easy)
+    with pytest.raises(SystemExit):
+        main(['--hard'])
+    assert '--hard is for --classification' in capsys.readouterr().err
+
+
+def test_the_folder_that_a_config_lacks_is_named_with_the_options_that_write_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, options in (('shapes-cls', '--classification'), ('shapes-cls-hard', '--classification --hard')):
+        said = problems_of(dict(type='ImageFolder', data_root=f'data/{name}/'))[0]
+        assert f'{options} generates it' in said
+    assert 'generates' not in problems_of(dict(type='ImageFolder', data_root='data/others'))[0]
