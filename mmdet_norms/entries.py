@@ -39,9 +39,8 @@ def class_of(entry: Any, registry: Registry = MODELS) -> Callable | None:
     if kind is None or callable(kind):
         return kind
     if '.' in str(kind):
-        where = _mmdets(registry)
-        try:  # mmdet's registry finds what mmengine has as 'AdamW', but only mmengine's finds it as 'mmdet.AdamW'
-            found = where.get(str(kind)) or (where.parent or where).get(str(kind))
+        try:
+            found = _mmdets(registry).get(str(kind))
         except Exception:  # a scope whose package is not installed, or fails to import
             found = None
     else:  # Registry.get would try to import a module of that name

@@ -9,7 +9,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.config.lazy import LazyObject
 from mmengine.hooks import LoggerHook
 from mmengine.registry import DATASETS as ROOT_DATASETS
-from mmengine.registry import HOOKS, OPTIM_WRAPPERS, OPTIMIZERS
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS, OPTIMIZERS, DefaultScope
 from torch import nn
 from torch.optim import AdamW
 
@@ -53,8 +53,11 @@ def test_every_spelling_of_a_class_is_that_class(kind, registry):
 @pytest.mark.parametrize(
     'registry, name, cls', [(OPTIMIZERS, 'AdamW', AdamW), (HOOKS, 'LoggerHook', LoggerHook), (MODELS, 'BNET', BNET)]
 )
-def test_what_mmdet_has_from_mmengine_may_be_named_with_its_scope(registry, name, cls):
-    assert class_of(name, registry) is cls and class_of(f'mmdet.{name}', registry) is cls
+def test_a_scope_is_that_of_the_registry_that_has_the_class(registry, name, cls):
+    assert class_of(name, registry) is cls and class_of(f'mmengine.{name}', registry) is cls
+    assert class_of(f'mmdet.{name}', registry) is None
+    with DefaultScope.overwrite_default_scope('mmdet'), pytest.raises(KeyError):
+        registry.build(dict(type=f'mmdet.{name}', params=[]))
 
 
 @pytest.mark.parametrize('kind', ['OwnCoco', 'mmdet.OwnCoco', OwnCoco, 'CityscapesDataset', 'mmdet.LVISV1Dataset'])

@@ -36,7 +36,7 @@ def scoped(node):
 
 
 def _scoped(name):
-    return f'mmengine.{name}' if name in ('LoggerHook', 'OptimWrapper', 'Pretrained') else f'mmdet.{name}'
+    return f'mmengine.{name}' if name in ('AdamW', 'LoggerHook', 'OptimWrapper', 'Pretrained') else f'mmdet.{name}'
 
 
 def dotted(node):
