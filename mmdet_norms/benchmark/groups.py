@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import cores
-from ..kernels import triton
+from ..kernels import gpu
 from .measure import Case, count_calls, explain, interleave, quartiles, ratios
 
 LAYOUTS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last}
@@ -199,7 +199,7 @@ def add_triton(group: Group) -> Group:
 def _switched(entry: Entry, name: str, on: bool) -> Entry:
     def inside(call: Callable) -> Callable:
         def run():
-            with triton.switched(on):
+            with gpu.switched(on):
                 return call()
 
         return run

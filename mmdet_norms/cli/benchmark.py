@@ -18,7 +18,7 @@ from mmdet_norms.commands import runnable, typed
 from mmdet_norms.console import plain_column, plain_console
 from mmdet_norms.entries import is_classifier
 from mmdet_norms.files import require_writable
-from mmdet_norms.kernels import compiled, triton
+from mmdet_norms.kernels import compiled, gpu
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
 from .common import UserError, add_threads_argument, command, read_config, use_threads
@@ -231,8 +231,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def _require_triton(device: str) -> None:
-    with triton.switched(True):
-        if device == 'cpu' or not triton.works(torch.device(device)):
+    with gpu.switched(True):
+        if device == 'cpu' or not gpu.is_available(torch.device(device)):
             raise UserError(f'--triton: the Triton kernels need a GPU and a Triton that work; not found for {device}')
 
 

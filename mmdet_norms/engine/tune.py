@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compat.torch_versions import autocast_is_on, is_compiling
 from ..deploy.dataflow import Dataflow, may_fold
-from ..kernels.bnet import normalize_and_convolve, serves
+from ..kernels.depthwise import is_supported, normalize_and_convolve
 from ..layers import BNET, BRN, FrozenBN, GhostBN
 from ..layers._fold import CannotFoldError
 from ..layers._watched import is_watched
@@ -310,7 +310,7 @@ class _TunedNorm(_Tuned):
 class _TunedBNET(_TunedNorm):
     def _rest(self, x: Tensor) -> Tensor:
         taps = self.bnconv
-        if self.training and self._is_as_built() and serves(x, *taps.parameters()):
+        if self.training and self._is_as_built() and is_supported(x, *taps.parameters()):
             mean = torch.zeros_like(taps.bias.detach())  # the kernel's depthwise convolution is faster than torch's
             return normalize_and_convolve(x, taps.weight, taps.bias, 0.0, mean, mean + 1)[0]
         return taps(x)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..compat.torch_versions import is_compiling
-from . import passes
+from . import map_ops
 from .second import is_wanted
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -31,7 +31,7 @@ def instance_affine(x: Tensor, rule: Rule) -> Tensor:
     return _Affine.apply(x, stand_in, gain, centre, scale, shift + scale * (centre - origin))
 
 
-def serves(x: Tensor) -> bool:
+def is_supported(x: Tensor) -> bool:
     """Is this a case for :func:`instance_affine`: eager, on a CPU or CUDA, not empty, a tensor as it is?
 
     Compiled code gets the plain formulas, which the compiler fuses; exported graphs get standard operators.
@@ -56,7 +56,7 @@ def serves(x: Tensor) -> bool:
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        mean, var = passes.moments(x, per_instance=True)
+        mean, var = map_ops.moments(x, per_instance=True)
         ctx.save_for_backward(x, mean)
         return x.new_zeros(()).expand(x.shape), torch.empty_like(mean), mean, var
 
@@ -68,14 +68,14 @@ class _Moments(torch.autograd.Function):
         if is_wanted(grad):
             gain, mean, slope, shift = (v[..., None, None] for v in (gain, mean, slope, shift))
             return (gain * grad + slope * (x - mean) + shift).to(x.dtype)
-        return passes.gradient(grad, x, gain, mean, slope, shift)
+        return map_ops.gradient(grad, x, gain, mean, slope, shift)
 
 
 class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, stand_in, gain, centre, scale, shift):
         ctx.save_for_backward(x, centre, scale)
-        return passes.affine(x, centre, scale, shift)
+        return map_ops.affine(x, centre, scale, shift)
 
     @staticmethod
     def backward(ctx, grad):
@@ -84,5 +84,5 @@ class _Affine(torch.autograd.Function):
             wide = grad.to(scale.dtype)
             total, centred = wide.sum((2, 3)), (wide * (x - centre[..., None, None])).sum((2, 3))
         else:
-            total, centred = passes.gradient_sums(grad, x, centre)
+            total, centred = map_ops.gradient_sums(grad, x, centre)
         return None, grad, scale, None, centred, total

@@ -29,7 +29,7 @@ def bnet_gradients(
 
     Args:
         grad: gradient of the result, ``(N, C, H, W)``.
-        x, weight, eps: as in :func:`mmdet_norms.kernels.bnet.normalize_and_convolve`.
+        x, weight, eps: as in :func:`mmdet_norms.kernels.depthwise.normalize_and_convolve`.
         mean, rstd: constants ``(C,)`` that x was normalized with; None for those of x, through which x has a gradient,
             too.
     """

@@ -54,7 +54,7 @@ class Folded(InferenceOnly, nn.Identity):
         return self.was
 
 
-def exact(tensor: Tensor) -> Tensor:
+def float64(tensor: Tensor) -> Tensor:
     """A float64 copy on the CPU, since not every device has that type."""
     return tensor.detach().to('cpu', torch.float64)
 
@@ -63,11 +63,11 @@ def batch_norm_affine(
     weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Scale and shift ``(C,)`` of a batch norm with running statistics; no weight or bias means 1 or 0."""
-    scale = (exact(var) + eps).rsqrt()
+    scale = (float64(var) + eps).rsqrt()
     if weight is not None:
-        scale = scale * exact(weight)
-    shift = -scale * exact(mean)
-    return scale, shift if bias is None else shift + exact(bias)
+        scale = scale * float64(weight)
+    shift = -scale * float64(mean)
+    return scale, shift if bias is None else shift + float64(bias)
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def fold_affine(conv: nn.Module, scale: Tensor, shift: Tensor) -> None:
         conv: a convolution of torch, changed in place; dtype, device and memory format stay.
         scale, shift: ``(C_out,)``.
     """
-    weight = exact(conv.weight)
+    weight = float64(conv.weight)
     if conv.transposed:  # (C_in, C_out / groups, ...)
         by_group = weight.unflatten(0, (conv.groups, -1))
         factor = scale.view(conv.groups, 1, -1, *[1] * (weight.dim() - 2))
@@ -91,7 +91,7 @@ def fold_affine(conv: nn.Module, scale: Tensor, shift: Tensor) -> None:
     if conv.bias is None:
         conv.bias = nn.Parameter(shift.to(conv.weight), requires_grad=conv.weight.requires_grad)
     else:
-        conv.bias.copy_(scale * exact(conv.bias) + shift)
+        conv.bias.copy_(scale * float64(conv.bias) + shift)
 
 
 def fold_batch_norm(conv: nn.Module, bn: nn.Module) -> None:

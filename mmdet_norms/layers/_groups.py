@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels.instance_affine import instance_affine, serves
+from ..kernels.instance_affine import instance_affine, is_supported
 from ._args import ConfigError
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -44,7 +44,7 @@ def normalize_groups(x: Tensor, norm_batch: int, rule: Rule) -> Tensor:
         rule: ``(mean, var) -> (scale, origin, shift)``; mean and biased variance of the groups, all ``(G, C)`` and in
             fp32, or fp64 for fp64 maps. Gradients flow through them, of any order.
     """
-    if serves(x):
+    if is_supported(x):
 
         def of_images(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
             return tuple(for_images(rows, norm_batch) for rows in rule(*_pooled(mean, var, norm_batch)))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..compat.torch_versions import autocast_is_on
-from ..kernels.instance_affine import instance_affine, serves
+from ..kernels.instance_affine import instance_affine, is_supported
 from ._args import ConfigError, check_map, check_number, reject_unknown
-from ._fold import InferenceOnly, batch_norm_affine, exact
+from ._fold import InferenceOnly, batch_norm_affine, float64
 from ._loading import check_kind
 from ._recompute import in_backward, run_batch_norm, running_statistics
 from ._watched import is_watched
@@ -116,7 +116,7 @@ class FoldedAN(InferenceOnly, nn.Module):
         if x.shape[0] == 0:
             return x
         with _no_autocast(x):
-            if serves(x):
+            if is_supported(x):
                 return instance_affine(x, lambda mean, var: self._rule(x, mean, var))
             wide = x.float() if x.dtype in _HALVES else x
             var, mean = torch.var_mean(wide, (2, 3), correction=0)
@@ -258,7 +258,7 @@ class AN(WithBatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         check_map(self, self.num_features, x)
         with _no_autocast(x):
-            if serves(x) and self._is_as_built():
+            if is_supported(x) and self._is_as_built():
                 batch_statistics = self.norm == 'BN' and self.bn.training and x.numel() > x.shape[1]
                 return instance_affine(x, lambda mean, var: self._rule(x, mean, var, batch_statistics))
             if self.norm == 'BN':
@@ -299,13 +299,13 @@ class AN(WithBatchNorm):
     def folded(self) -> FoldedAN:
         """See :mod:`._fold`: the layer in eval mode, with all that is fixed multiplied out."""
         conv, *norms = self.attention_weights.attention
-        weight = exact(conv.weight).flatten(1)
-        bias = weight.new_zeros(self.k) if conv.bias is None else exact(conv.bias)
+        weight = float64(conv.weight).flatten(1)
+        bias = weight.new_zeros(self.k) if conv.bias is None else float64(conv.bias)
         for bn in norms:
             if not isinstance(bn, nn.Identity):  # left by another tool's fusion
                 scale, shift = batch_norm_affine(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
                 weight, bias = weight * scale[:, None], bias * scale + shift
-        gamma, beta = exact(self.weight_) / 6, exact(self.bias_) / 6
+        gamma, beta = float64(self.weight_) / 6, float64(self.bias_) / 6
         if self.norm == 'BN':
             scale, shift = batch_norm_affine(None, None, self.bn.running_mean, self.bn.running_var, self.bn.eps)
             gamma, beta = gamma * scale, beta + gamma * shift

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.bnet import inference, normalize_and_convolve, serves
+from ..kernels.depthwise import inference, is_supported, normalize_and_convolve
 from ._args import ConfigError, check_map, check_number, check_residual, reject_unknown
 from ._fold import InferenceOnly, fold_batch_norm
 from ._loading import check_kind
@@ -69,7 +69,7 @@ class FoldedBNET(InferenceOnly, BNETTaps):
 
     Zero padding is zero in normalized space still, which the convolution in front now puts out. State dict: ``weight``
     ``(C, 1, k, k)``, ``bias`` ``(C,)``. It can end a residual block, too: add the shortcut and apply ReLU in the same
-    pass (:func:`mmdet_norms.kernels.bnet.inference`).
+    pass (:func:`mmdet_norms.kernels.depthwise.inference`).
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False, inplace: bool = False) -> Tensor:
@@ -96,8 +96,8 @@ class BNET(WithBatchNorm):
     with the running statistics. A forward repeated by activation checkpointing counts once. Statistics are accumulated
     in fp32 for fp16/bf16 inputs; y has the dtype of x.
 
-    Training in fp32 on a CPU runs in :mod:`mmdet_norms.kernels.bnet`, which saves x only and costs about what batch
-    norm does; every other case is the two modules one after the other.
+    Training in fp32 on a CPU runs in :mod:`mmdet_norms.kernels.depthwise`, which saves x only and costs about what
+    batch norm does; every other case is the two modules one after the other.
 
     The layer starts as the identity transform (centre tap 1, the rest 0), so a network that swaps BN for BNET starts as
     the same function. ``zero_init_residual`` of a ResNet zeroes the taps, as it zeroes BN's weight.
@@ -148,7 +148,7 @@ class BNET(WithBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(self, self.num_features, x)
-        if self.training and self._is_as_built() and serves(x, *self.parameters(), self.bn.running_mean):
+        if self.training and self._is_as_built() and is_supported(x, *self.parameters(), self.bn.running_mean):
             if not self.bn.training:
                 return self._train(x, self.bn.running_mean, self.bn.running_var)[0]
             if x.numel() > x.shape[1]:

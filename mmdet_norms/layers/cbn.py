@@ -14,11 +14,11 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would impor
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..kernels import passes, winograd
+from ..kernels import map_ops
 from ..kernels.second import is_wanted, spread
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._averaging import AveragesOnRequest
-from ._fold import exact, fold_affine
+from ._fold import float64, fold_affine
 from ._loading import check_kind
 from ._recompute import all_finite, in_backward
 from ._replay import Calls
@@ -163,7 +163,7 @@ class CBN(AveragesOnRequest):
             self._conv_call = None
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            mean, var = passes.moments(x.detach())
+            mean, var = map_ops.moments(x.detach())
             if in_backward():
                 # A forward inside a backward is activation checkpointing computing a forward again.
                 self._conv_call = None
@@ -238,10 +238,10 @@ class CBN(AveragesOnRequest):
 
     def fold_into(self, conv: nn.Module) -> None:
         """See :mod:`._fold`: nothing of the layer remains."""
-        var = exact(self.running_var)
+        var = float64(self.running_var)
         denominator = (var + self.eps).sqrt() if self.eps_in_sqrt else var.sqrt() + self.eps
-        scale = exact(self.weight) / denominator
-        fold_affine(conv, scale, exact(self.bias) - scale * exact(self.running_mean))
+        scale = float64(self.weight) / denominator
+        fold_affine(conv, scale, float64(self.bias) - scale * float64(self.running_mean))
 
     # ------------------------------------------------------------------------------------------------ burn-in
 
@@ -525,7 +525,7 @@ class _Normalize(torch.autograd.Function):
         ctx.outer = outer
         # A constant channel becomes the bias exactly, not 1 / eps times what rounding leaves of x - mean.
         scale = torch.where(var_share > 0, weight.to(mean.dtype) / denominator, 0)
-        return passes.affine(x, mean, scale, bias.to(mean.dtype))
+        return map_ops.affine(x, mean, scale, bias.to(mean.dtype))
 
     @staticmethod
     def backward(ctx, grad):
@@ -533,14 +533,14 @@ class _Normalize(torch.autograd.Function):
         if is_wanted(grad):
             return *_gradients(grad, *saved, ctx.outer), None, None, None, None, None
         x, weight, mean, denominator, mean_share, var_share = saved
-        grad_bias, centred = passes.gradient_sums(grad, x, mean)
+        grad_bias, centred = map_ops.gradient_sums(grad, x, mean)
         grad_weight = centred / denominator
         grad_x = None
         if ctx.needs_input_grad[0]:
             scale = weight.to(mean.dtype) / denominator
             through_var = -scale * var_share * grad_weight / denominator
             through_mean = -scale * mean_share * grad_bias
-            grad_x = passes.gradient(grad, x, scale, mean, through_var, through_mean)
+            grad_x = map_ops.gradient(grad, x, scale, mean, through_var, through_mean)
         return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None, None, None
 
 
@@ -586,7 +586,7 @@ def _mean_patch(conv: _Conv, x: Tensor) -> Tensor:
     """Mean over all output positions of the input patch there, ``(C_in, kh, kw)``; padding counts as zeros."""
     # Output positions of a tap form a strided window of the padded map, so sums of windows do: over the batch first.
     pad_h, pad_w = conv.padding
-    if passes.is_channels_last(conv.input):  # of which sum(0) takes 10 times as long
+    if map_ops.is_channels_last(conv.input):  # of which sum(0) takes 10 times as long
         total = conv.input.permute(0, 2, 3, 1).sum(0, dtype=_statistics_dtype(x)).permute(2, 0, 1)
     else:
         total = conv.input.sum(0, dtype=_statistics_dtype(x))
@@ -606,14 +606,12 @@ def _variance_gradient(conv: _Conv, x: Tensor, mean: Tensor, var: Tensor) -> Ten
     """
     positions = x.numel() // x.shape[1]
     std = (var + 1e-12).sqrt()
-    upstream = passes.affine(x, mean, positions**-0.75 / std, torch.zeros_like(mean))
+    upstream = map_ops.affine(x, mean, positions**-0.75 / std, torch.zeros_like(mean))
     grad = _weight_gradient(conv, upstream)
     return grad.to(mean.dtype).flatten(1) * (2 * positions**-0.25 * std).unsqueeze(1)
 
 
 def _weight_gradient(conv: _Conv, upstream: Tensor) -> Tensor:
-    if winograd.serves(upstream, conv.input, conv.weight, conv.stride, conv.dilation, conv.groups):
-        return winograd.weight_gradient(upstream, conv.input, conv.padding)
     return torch.ops.aten.convolution_backward(
         upstream,
         conv.input,

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..compat.torch_versions import is_compiling
-from ..kernels import passes
+from ..kernels import map_ops
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._averaging import AveragesOnRequest
-from ._fold import exact, fold_affine
+from ._fold import float64, fold_affine
 from ._loading import check_kind
 from ._recompute import in_backward
 from ._replay import Calls, handle_of, layer_of
@@ -102,14 +102,14 @@ class _Normalize(torch.autograd.Function):
         buffer_gz, inverse = ctx.buffer_gz, (moment + ctx.eps).rsqrt()
         scale = weight.to(moment.dtype) * renorm * inverse
         centre = torch.zeros_like(moment)
-        total, product = passes.gradient_sums(grad, x, centre)
+        total, product = map_ops.gradient_sums(grad, x, centre)
         psi = scale * product * (x.shape[1] / x.numel())
         _push(buffer_gz, t, psi)
         average = buffer_gz.to(psi.dtype).mean(0)
         p = torch.where(_single(t, len(buffer_gz), ctx.warmup_iters), psi, average)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = passes.gradient(grad, x, scale, centre, -inverse.square() * p, centre)
+            grad_x = map_ops.gradient(grad, x, scale, centre, -inverse.square() * p, centre)
         if ctx.needs_input_grad[1]:
             grad_weight = (renorm * inverse * product).to(weight.dtype)
         if ctx.needs_input_grad[2]:
@@ -276,7 +276,7 @@ class MABN(AveragesOnRequest):
         )
 
     def _second_moment(self, x: Tensor) -> Tensor:
-        return passes.second_moment(x)
+        return map_ops.second_moment(x)
 
     @torch.no_grad()
     def _statistics(self, x: Tensor) -> Call:
@@ -337,8 +337,8 @@ class MABN(AveragesOnRequest):
 
     def fold_into(self, conv: nn.Module) -> None:
         """See :mod:`._fold`: nothing of the layer remains. Give it :meth:`CenConv2d.to_conv2d` of a centred one."""
-        scale = exact(self.weight) / (exact(self.running_var).flatten() + self.eps).sqrt()
-        fold_affine(conv, scale, exact(self.bias))
+        scale = float64(self.weight) / (float64(self.running_var).flatten() + self.eps).sqrt()
+        fold_affine(conv, scale, float64(self.bias))
 
     def extra_repr(self) -> str:
         return (

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..compat.torch_versions import is_compiling
-from ..kernels import passes
+from ..kernels import map_ops
 from ._args import ConfigError
 from ._groups import check_groups, check_norm_batch, for_images
 from .mabn import MABN, NO_DERIVATIVE, Call
@@ -43,7 +43,7 @@ class _NormalizeGroups(torch.autograd.Function):
         ctx.pre_gz, ctx.eps, ctx.bias_dtype = pre_gz, eps, bias.dtype
         norm_batch = len(x) // len(moment)
         scale = for_images(weight.to(moment.dtype) * renorm * (moment + eps).rsqrt(), norm_batch)
-        return passes.affine(x, torch.zeros_like(scale), scale, bias.to(moment.dtype).expand_as(scale).contiguous())
+        return map_ops.affine(x, torch.zeros_like(scale), scale, bias.to(moment.dtype).expand_as(scale).contiguous())
 
     @staticmethod
     def backward(ctx, grad):
@@ -53,7 +53,7 @@ class _NormalizeGroups(torch.autograd.Function):
         pre_gz, inverse = ctx.pre_gz, (moment + ctx.eps).rsqrt()
         groups, norm_batch = len(moment), len(x) // len(moment)
         centre = moment.new_zeros(x.shape[:2])
-        total, product = passes.gradient_sums(grad, x, centre)  # of the images
+        total, product = map_ops.gradient_sums(grad, x, centre)  # of the images
         product = product.unflatten(0, (groups, norm_batch)).sum(1)
         scale = weight.to(moment.dtype) * renorm * inverse
         psi = scale * product * (groups * x.shape[1] / x.numel())
@@ -64,7 +64,7 @@ class _NormalizeGroups(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             gain, slope = (for_images(rows, norm_batch) for rows in (scale, -inverse.square() * p))
-            grad_x = passes.gradient(grad, x, gain, centre, slope, centre)
+            grad_x = map_ops.gradient(grad, x, gain, centre, slope, centre)
         if ctx.needs_input_grad[1]:
             grad_weight = (renorm * inverse * product).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[2]:
@@ -138,7 +138,7 @@ class GroupedMABN(MABN):
 
     def _second_moment(self, x: Tensor) -> Tensor:
         check_groups('MABN', self.norm_batch, x)
-        mean, var = passes.moments(x, per_instance=True)
+        mean, var = map_ops.moments(x, per_instance=True)
         return (mean.square() + var).unflatten(0, (-1, self.norm_batch)).mean(1)
 
     def _advance(self, batch: Tensor, iters: Tensor, pre_x2: Tensor, running_var: Tensor) -> Call:

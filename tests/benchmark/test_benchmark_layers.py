@@ -9,7 +9,7 @@ from mmdet_norms.benchmark.groups import Setting, add_triton
 from mmdet_norms.benchmark.layers import ConvNorm, candidates, conv_group, layer_group, norm_cfg_of, settle
 from mmdet_norms.benchmark.measure import interleave
 from mmdet_norms.benchmark.reference import ReferenceCBN, ReferenceMABN
-from mmdet_norms.kernels import triton
+from mmdet_norms.kernels import gpu
 from mmdet_norms.layers import CBN, MABN, CenConv2d
 
 CPU = Setting(torch.device('cpu'))
@@ -71,13 +71,13 @@ class TestLayerLevel:
         group, seen = layer_group(['bnet3', 'mabn'], SIZE, 'forward+backward', CPU), {}
         for entry in group.entries:
             name, run = entry.case.name, entry.case.run
-            entry.case.run = lambda name=name, run=run: seen.setdefault(name, []).append(triton._switched_on) or run()
+            entry.case.run = lambda name=name, run=run: seen.setdefault(name, []).append(gpu._switched_on) or run()
         rows = rows_of(add_triton(group))
         for name in ('bnet3', 'mabn'):
             assert rows[f'{name}, Triton']['over'] == 'bn' and rows[f'{name}, Triton']['saved_bytes'] > 0
             assert set(seen[name]) == {False, True} and seen[f'{name} (reference)'][0] is None
         assert [name for name in rows if 'Triton' in name] == ['bnet3, Triton', 'mabn, Triton']
-        assert triton._switched_on is None
+        assert gpu._switched_on is None
 
     def test_cbn_is_sent_to_the_conv_level_except_in_eval(self):
         row = rows_of(layer_group(['cbn'], SIZE, 'forward', CPU))['cbn']

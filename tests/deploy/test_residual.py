@@ -11,7 +11,7 @@ from torch import nn
 
 from mmdet_norms import fuse
 from mmdet_norms.deploy import residual
-from mmdet_norms.kernels import bnet as kernels
+from mmdet_norms.kernels import depthwise as kernels
 from mmdet_norms.registry import MODELS
 
 BNET5 = dict(type='BNET', kernel_size=5)

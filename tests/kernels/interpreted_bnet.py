@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmdet_norms.kernels import bnet as everywhere
-from mmdet_norms.kernels import triton
-from mmdet_norms.kernels.triton import bnet
+from mmdet_norms.kernels import depthwise as everywhere
+from mmdet_norms.kernels import gpu
+from mmdet_norms.kernels.gpu import depthwise_triton
 
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -40,7 +40,7 @@ def literal(x, weight, bias, mean=None, var=None):
 
 
 def by_triton(x, weight, bias, *statistics):
-    return triton.normalize_and_convolve(x, weight, bias, 1e-5, *statistics)[0]
+    return gpu.normalize_and_convolve(x, weight, bias, 1e-5, *statistics)[0]
 
 
 def tensors(size, dtype, layout, shape, seed=0):
@@ -80,7 +80,8 @@ def test_output_and_gradients_are_those_of_the_two_modules(case, given):
 
 @pytest.mark.parametrize('layout', [CONTIGUOUS, LAST])
 def test_programs_may_share_out_instances_and_rows_as_they_like(layout, monkeypatch):
-    monkeypatch.setattr(bnet, 'pieces', lambda count, others, least: min(count, 2))  # 2 + 1 instances, 3 + 2 rows
+    # 2 + 1 instances, 3 + 2 rows
+    monkeypatch.setattr(depthwise_triton, 'pieces', lambda count, others, least: min(count, 2))
     case = 3, torch.float64, layout, (3, 1, 5, 6)
     x, weight, bias, *_ = tensors(*case)
     grad = torch.randn_like(x)
@@ -90,7 +91,7 @@ def test_programs_may_share_out_instances_and_rows_as_they_like(layout, monkeypa
 def test_statistics_are_returned_and_survive_a_huge_mean():
     x = (torch.randn(2, 3, 7, 9, dtype=torch.float64) + 1e4).float()
     taps = torch.ones(3, 1, 1, 1, requires_grad=True)
-    _, mean, var = triton.normalize_and_convolve(x, taps, torch.zeros(3), 1e-5)
+    _, mean, var = gpu.normalize_and_convolve(x, taps, torch.zeros(3), 1e-5)
     torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=2e-7, atol=0)
     torch.testing.assert_close(var.double(), x.double().var((0, 2, 3), correction=0), rtol=1e-4, atol=0)
     assert not mean.requires_grad and not var.requires_grad
@@ -136,16 +137,18 @@ def test_the_gradient_can_be_differentiated_again(layout, given):
 @pytest.mark.parametrize('residual', [False, True])
 @pytest.mark.parametrize('layout', [CONTIGUOUS, LAST])
 def test_inference_adds_the_bias_the_residual_and_relu(layout, residual, relu, monkeypatch):
-    monkeypatch.setattr(triton, '_DEVICES', ('cpu',))
+    monkeypatch.setattr(gpu, '_DEVICES', ('cpu',))
     x, weight, bias, *_ = tensors(3, torch.float32, layout, (2, 3, 3, 9))
     x = torch.cat([x, x], 1)[:, :3]  # neither contiguous nor channels_last
     other = torch.randn(2, 3, 9, 3).transpose(2, 3) if residual else None
     y = F.conv2d(x.double(), weight.double(), bias.double(), 1, 1, 1, 3) + (other if residual else 0)
-    assert triton.serves(x)  # the first question tries every kernel
-    launched, launch = [], bnet.launch
-    monkeypatch.setattr(bnet, 'launch', lambda *args, **sizes: launched.append(args[0]) or launch(*args, **sizes))
+    assert gpu.is_supported(x)  # the first question tries every kernel
+    launched, launch = [], depthwise_triton.launch
+    monkeypatch.setattr(
+        depthwise_triton, 'launch', lambda *args, **sizes: launched.append(args[0]) or launch(*args, **sizes)
+    )
     result = everywhere.inference(x, weight, bias, other, relu)
-    assert launched == [bnet._depthwise_kernel]
+    assert launched == [depthwise_triton._depthwise_kernel]
     torch.testing.assert_close(result.double(), y.relu() if relu else y, rtol=1e-5, atol=1e-5)
 
 
@@ -153,7 +156,7 @@ def test_relu_keeps_nan_and_halves_are_rounded_once():
     x, weight, bias, *_ = tensors(3, torch.float16, CONTIGUOUS, (1, 1, 3, 4))
     residual = torch.zeros_like(x)
     residual[0, 0, 0, 0] = torch.nan
-    y = bnet.bnet_inference(x, weight, bias, residual, True)
+    y = depthwise_triton.bnet_inference(x, weight, bias, residual, True)
     expected = (F.conv2d(x.float(), weight, bias, 1, 1) + residual).relu().half()
     torch.testing.assert_close(y, expected, rtol=1e-3, atol=0, equal_nan=True)
     assert y.isnan().sum() == 1

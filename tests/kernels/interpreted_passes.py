@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_norms.kernels import passes as everywhere
-from mmdet_norms.kernels import triton
-from mmdet_norms.kernels.triton import bnet, passes
+from mmdet_norms.kernels import gpu
+from mmdet_norms.kernels import map_ops as everywhere
+from mmdet_norms.kernels.gpu import depthwise_triton, map_triton
 from mmdet_norms.layers import AN, BNET, CBN, MABN
 
 LAYOUTS = {
@@ -33,7 +33,7 @@ def spread(vector):
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The layers take a CPU, on which the interpreter runs, for a GPU."""
-    monkeypatch.setattr(triton, '_DEVICES', ('cpu',))
+    monkeypatch.setattr(gpu, '_DEVICES', ('cpu',))
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -48,38 +48,38 @@ def test_every_pass_equals_its_formula(per_instance, dtype, tolerance, layout):
         x = LAYOUTS[layout](x)
         exact, exact_grad = x.double(), grad.double()
         gain, centre, scale, shift = torch.randn(4, *(x.shape[:2] if per_instance else x.shape[1:2]), dtype=wide)
-        mean, var = passes.moments(x, per_instance)
+        mean, var = map_triton.moments(x, per_instance)
         assert mean.dtype == var.dtype == wide
         close(mean, exact.mean(over), exactly)
         close(var, exact.var(over, correction=0), exactly)
-        y = passes.affine(x, centre, scale, shift)
+        y = map_triton.affine(x, centre, scale, shift)
         assert y.dtype == dtype and y.is_contiguous() != (layout == 'channels_last' and shape[2:] != (1, 1))
         close(y, spread(scale) * (exact - spread(centre)) + spread(shift), tolerance)
-        total, centred = passes.gradient_sums(grad, x, centre)
+        total, centred = map_triton.gradient_sums(grad, x, centre)
         assert total.dtype == centred.dtype == wide
         close(total, exact_grad.sum(over), exactly)
         close(centred, (exact_grad * (exact - spread(centre))).sum(over), exactly)
         expected = spread(gain) * exact_grad + spread(scale) * (exact - spread(centre)) + spread(shift)
-        close(passes.gradient(grad, x, gain, centre, scale, shift), expected, tolerance)
+        close(map_triton.gradient(grad, x, gain, centre, scale, shift), expected, tolerance)
         if not per_instance:
-            close(passes.second_moment(x), exact.square().mean(over), exactly)
+            close(map_triton.second_moment(x), exact.square().mean(over), exactly)
 
 
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 def test_an_instance_may_be_read_in_pieces_of_several_tiles(layout, monkeypatch):
-    monkeypatch.setattr(passes, 'pointwise_tile', lambda x: dict(BLOCK_S=4, BLOCK_C=2))
-    monkeypatch.setattr(passes, 'pieces', lambda count, others, least: 3)
+    monkeypatch.setattr(map_triton, 'pointwise_tile', lambda x: dict(BLOCK_S=4, BLOCK_C=2))
+    monkeypatch.setattr(map_triton, 'pieces', lambda count, others, least: 3)
     x, grad = torch.randn(2, 2, 3, 5, 6, dtype=torch.float64)
     x[:, :, 0] += 5  # the first tile is far from the mean
     x = LAYOUTS[layout](x)
     for per_instance, over in ((False, (0, 2, 3)), (True, (2, 3))):
-        mean, var = passes.moments(x, per_instance)
+        mean, var = map_triton.moments(x, per_instance)
         torch.testing.assert_close(mean, x.mean(over))
         torch.testing.assert_close(var, x.var(over, correction=0))
-        total, centred = passes.gradient_sums(grad, x, mean)
+        total, centred = map_triton.gradient_sums(grad, x, mean)
         torch.testing.assert_close(total, grad.sum(over))
         torch.testing.assert_close(centred, (grad * (x - spread(mean))).sum(over))
-    torch.testing.assert_close(passes.second_moment(x), x.square().mean((0, 2, 3)))
+    torch.testing.assert_close(map_triton.second_moment(x), x.square().mean((0, 2, 3)))
 
 
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
@@ -87,16 +87,16 @@ def test_an_instance_may_be_read_in_pieces_of_several_tiles(layout, monkeypatch)
 def test_moments_survive_a_huge_mean(offset, layout):
     x = LAYOUTS[layout]((torch.randn(2, 3, 40, 50, dtype=torch.float64) + offset).float())
     for per_instance, over in ((False, (0, 2, 3)), (True, (2, 3))):
-        mean, var = passes.moments(x, per_instance)
+        mean, var = map_triton.moments(x, per_instance)
         torch.testing.assert_close(mean.double(), x.double().mean(over), rtol=2e-7, atol=1e-6)
         torch.testing.assert_close(var.double(), x.double().var(over, correction=0), rtol=2e-5, atol=0)
 
 
 def test_a_constant_map_has_no_variance_and_nan_stays_nan():
     x = torch.full((2, 2, 5, 7), 1234.567)
-    assert (passes.moments(x)[1] == 0).all()
+    assert (map_triton.moments(x)[1] == 0).all()
     x[0, 0, 0, 0] = torch.nan
-    assert [v.isnan().tolist() for v in passes.moments(x)] == [[True, False]] * 2
+    assert [v.isnan().tolist() for v in map_triton.moments(x)] == [[True, False]] * 2
 
 
 @pytest.mark.parametrize('per_instance', [False, True])
@@ -166,8 +166,8 @@ def steps(name, layout, training=True, wrap=lambda layer, x: layer(x)):
 def test_a_layer_trains_by_the_kernels_as_it_does_without(name, layout, monkeypatch):
     expected = steps(name, layout)
     launched = []
-    monkeypatch.setattr(triton, '_DEVICES', ('cpu',))
-    for module in (passes, bnet):
+    monkeypatch.setattr(gpu, '_DEVICES', ('cpu',))
+    for module in (map_triton, depthwise_triton):
         launch = module.launch
         monkeypatch.setattr(module, 'launch', lambda *a, launch=launch, **k: launched.append(a[0]) or launch(*a, **k))
     results = steps(name, layout)
@@ -182,7 +182,7 @@ def test_norm_eval_trains_with_the_running_statistics(monkeypatch):
         return layer(x)
 
     expected = steps('BNET', 'contiguous', wrap=wrap)
-    monkeypatch.setattr(triton, '_DEVICES', ('cpu',))
+    monkeypatch.setattr(gpu, '_DEVICES', ('cpu',))
     for actual, exact in zip(steps('BNET', 'contiguous', wrap=wrap), expected):
         torch.testing.assert_close(actual, exact, rtol=1e-9, atol=1e-9)
 
@@ -219,25 +219,25 @@ def test_compiled_bnet_is_one_operator_in_each_direction(on_cpu):
 @pytest.mark.parametrize('change', ['dtype', 'kernel', 'subclass', 'tracing', 'vmap', 'empty', 'dimensions', 'device'])
 def test_what_the_kernels_do_not_serve(change, on_cpu, monkeypatch):
     x, taps = torch.randn(1, 2, 3, 3), torch.randn(2, 1, 3, 3)
-    assert triton.serves(x, taps) and everywhere._has_triton(x)
+    assert gpu.is_supported(x, taps) and everywhere._has_triton(x)
     if change == 'dtype':
-        assert not triton.serves(x.int()) and not triton.serves(x, taps.int())
+        assert not gpu.is_supported(x.int()) and not gpu.is_supported(x, taps.int())
     elif change == 'kernel':
-        assert not triton.serves(x, torch.randn(2, 1, 9, 9))
+        assert not gpu.is_supported(x, torch.randn(2, 1, 9, 9))
     elif change == 'subclass':
-        assert not triton.serves(x.as_subclass(type('Special', (torch.Tensor,), {})))
+        assert not gpu.is_supported(x.as_subclass(type('Special', (torch.Tensor,), {})))
     elif change == 'tracing':
         seen = []
-        torch.jit.trace(lambda t: seen.append(triton.serves(t)) or t + 1, x, check_trace=False)
+        torch.jit.trace(lambda t: seen.append(gpu.is_supported(t)) or t + 1, x, check_trace=False)
         assert not any(seen)
     elif change == 'vmap':
         seen = []
-        torch.vmap(lambda t: seen.append(triton.serves(t)) or t)(x[None])
+        torch.vmap(lambda t: seen.append(gpu.is_supported(t)) or t)(x[None])
         assert seen == [False]
     elif change == 'empty':
-        assert not triton.serves(x[:0]) and not triton.serves(x[:, :, :0])
+        assert not gpu.is_supported(x[:0]) and not gpu.is_supported(x[:, :, :0])
     elif change == 'dimensions':
-        assert not triton.serves(x[0])
+        assert not gpu.is_supported(x[0])
     else:
-        monkeypatch.setattr(triton, '_DEVICES', ('cuda',))
-        assert not triton.serves(x)
+        monkeypatch.setattr(gpu, '_DEVICES', ('cuda',))
+        assert not gpu.is_supported(x)

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmdet_norms.kernels import bnet, compiled
+from mmdet_norms.kernels import compiled, depthwise
 from mmdet_norms.layers import BNET
 
 WAYS = [
-    pytest.param(bnet._InTorch, id='in torch'),
+    pytest.param(depthwise._InTorch, id='in torch'),
     pytest.param(
-        bnet._Compiled,
+        depthwise._Compiled,
         id='compiled',
         marks=pytest.mark.skipif(compiled.library() is None, reason='installed without a C compiler'),
     ),
@@ -64,12 +64,12 @@ def test_a_few_channels_at_a_time_are_what_all_at_once_are(monkeypatch, size, la
     stats = (torch.randn(75).double(), torch.rand(75).double() + 0.5) if given else (None, None)
     results, parts = [], []
     for values in (1, 1 << 30):
-        monkeypatch.setattr(bnet, '_IN_CACHE', values)
+        monkeypatch.setattr(depthwise, '_IN_CACHE', values)
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-        outputs = bnet._InTorch.apply(*leaves, 1e-5, *stats)
+        outputs = depthwise._InTorch.apply(*leaves, 1e-5, *stats)
         outputs[0].square().sum().backward()
         results.append([*outputs, *(leaf.grad for leaf in leaves)])
-        parts.append(len(bnet._parts(x)))
+        parts.append(len(depthwise._parts(x)))
     assert parts == [3 if layout == torch.channels_last else 5, 1]
     assert outputs[0].is_contiguous(memory_format=layout)
     for few, all_at_once in zip(*results):
@@ -204,12 +204,12 @@ def test_inference_adds_the_residual_and_applies_relu(size, dtype, tolerance, la
         exact = exact + other if residual else exact
         exact = exact.relu() if relu else exact
         before = x.clone(), other.clone()
-        y = bnet.inference(x, weight, bias, other if residual else None, relu)
+        y = depthwise.inference(x, weight, bias, other if residual else None, relu)
         assert torch.equal(x, before[0]) and torch.equal(other, before[1])
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance * size)
         for given in (other, other.transpose(2, 3).contiguous().transpose(2, 3)):  # dense or not
-            y = bnet.inference(x.clone(), weight, bias, given if residual else None, relu, inplace=True)
+            y = depthwise.inference(x.clone(), weight, bias, given if residual else None, relu, inplace=True)
             torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance * size)
 
 
@@ -221,7 +221,7 @@ def test_the_librarys_relu_keeps_what_is_not_a_number(residual, layout):
     other = torch.zeros_like(x)
     x[0, 0, 2, 2] = other[1, 18, 0, 0] = torch.nan
     weight, bias = torch.randn(19, 1, 3, 3), torch.randn(19)
-    y = bnet._compiled_inference(x, weight, bias, other if residual else None, True, False)
+    y = depthwise._compiled_inference(x, weight, bias, other if residual else None, True, False)
     expected = F.conv2d(x, weight, bias, padding=1, groups=19)
     torch.testing.assert_close(y, (expected + other if residual else expected).relu(), equal_nan=True)
     assert y.isnan().sum() == 9 + residual
@@ -232,7 +232,7 @@ def test_the_librarys_relu_keeps_what_is_not_a_number(residual, layout):
 def test_inference_is_differentiable_where_a_gradient_is_wanted(residual, relu):
     x, other = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     weight, bias = torch.randn(3, 1, 5, 5, requires_grad=True), torch.randn(3, requires_grad=True)
-    y = bnet.inference(x, weight, bias, other if residual else None, relu, inplace=True)
+    y = depthwise.inference(x, weight, bias, other if residual else None, relu, inplace=True)
     expected = F.conv2d(x, weight.double(), bias.double(), padding=2, groups=3) + (other if residual else 0)
     torch.testing.assert_close(y, expected.relu() if relu else expected)
     y.sum().backward()

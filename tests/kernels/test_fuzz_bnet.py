@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from layouts import LAYOUTS, as_channels_last, as_contiguous, as_later_part
 from torch.nn import functional as F
 
-from mmdet_norms.kernels import bnet, compiled
+from mmdet_norms.kernels import compiled, depthwise
 from mmdet_norms.layers import BNET
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
@@ -88,7 +88,9 @@ def test_training_is_the_formula(case, of_x, of_weight, of_vectors, of_grad, way
             layer.bn.eval()
         y = layer(inputs[0])
     else:
-        y = bnet.normalize_and_convolve(*inputs, 1e-5, *(None if t is None else of_vectors(t) for t in (mean, var)))[0]
+        y = depthwise.normalize_and_convolve(
+            *inputs, 1e-5, *(None if t is None else of_vectors(t) for t in (mean, var))
+        )[0]
     note(f'{y.grad_fn}')
     assert_close('y', y, expected, dtype)
     if any(needs):
@@ -113,7 +115,7 @@ def test_inference_is_the_formula(case, of_x, of_weight, of_bias, of_residual, r
     expected = expected.relu() if relu else expected
     x = of_x(x)
     before, given = x.clone(), of_residual(other) if residual else None
-    y = bnet.inference(x, of_weight(weight), of_bias(bias), given, relu, inplace)
+    y = depthwise.inference(x, of_weight(weight), of_bias(bias), given, relu, inplace)
     assert_close('y', y, expected, dtype)
     assert inplace or torch.equal(x, before)
     if residual:
@@ -127,7 +129,7 @@ def test_the_compiled_path_is_what_is_tried():
         for dtype in (torch.float32, torch.float64):
             x = layout(torch.randn(2, 3, 4, 5, dtype=dtype)).requires_grad_()
             assert '_Compiled' in str(
-                bnet.normalize_and_convolve(x, x.new_ones(3, 1, 3, 3), x.new_ones(3), 1e-5)[0].grad_fn
+                depthwise.normalize_and_convolve(x, x.new_ones(3, 1, 3, 3), x.new_ones(3), 1e-5)[0].grad_fn
             )
     if os.environ.get('MMDET_NORMS_COMPILED', '1') not in ('0', '1'):
         assert compiled.library()._name == os.environ['MMDET_NORMS_COMPILED']

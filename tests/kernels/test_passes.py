@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_norms.kernels import passes
+from mmdet_norms.kernels import map_ops
 
 SHAPES = [(2, 6, 7, 9), (6, 3, 5, 4), (1, 5, 4, 4), (3, 1, 5, 5), (3, 4, 1, 1), (4, 3, 1, 8), (2, 3, 140, 150)]
 LAYOUTS = {
@@ -45,21 +45,21 @@ def test_every_pass_equals_its_formula(per_instance, dtype, tolerance, layout):
         exact, exact_grad = x.double(), grad.double()
         shape = x.shape[:2] if per_instance else x.shape[1:2]
         gain, centre, scale, shift = torch.randn(4, *shape, dtype=wide)
-        mean, var = passes.moments(x, per_instance)
+        mean, var = map_ops.moments(x, per_instance)
         assert mean.dtype == var.dtype == wide
         close(mean, exact.mean(over), statistics)
         close(var, exact.var(over, correction=0), statistics)
         if not per_instance:
-            close(passes.second_moment(x), exact.square().mean(over), statistics)
-        y = passes.affine(x, centre, scale, shift)
+            close(map_ops.second_moment(x), exact.square().mean(over), statistics)
+        y = map_ops.affine(x, centre, scale, shift)
         assert y.dtype == dtype
         close(y, spread(scale) * (exact - spread(centre)) + spread(shift), tolerance)
-        total, centred = passes.gradient_sums(grad, x, centre)
+        total, centred = map_ops.gradient_sums(grad, x, centre)
         assert total.dtype == centred.dtype == wide
         size = exact[:, 0].numel() ** 0.5  # of which a sum of that many may cancel to nothing
         close(total / size, exact_grad.sum(over) / size, 10 * statistics)
         close(centred / size, (exact_grad * (exact - spread(centre))).sum(over) / size, 10 * statistics)
-        y = passes.gradient(grad, x, gain, centre, scale, shift)
+        y = map_ops.gradient(grad, x, gain, centre, scale, shift)
         assert y.dtype == dtype
         close(y, spread(gain) * exact_grad + spread(scale) * (exact - spread(centre)) + spread(shift), tolerance)
 
@@ -70,7 +70,7 @@ def test_maps_keep_their_layout_and_are_no_views(per_instance):
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 3, 4, 5).contiguous(memory_format=layout)
         vectors = torch.rand(4, 2, 3) if per_instance else torch.rand(4, 3)
-        for y in (passes.affine(x, *vectors[:3]), passes.gradient(x.clone(), x, *vectors)):
+        for y in (map_ops.affine(x, *vectors[:3]), map_ops.gradient(x.clone(), x, *vectors)):
             assert y.is_contiguous(memory_format=layout) and not y._is_view()
 
 
@@ -79,8 +79,8 @@ def test_no_input_is_changed(layout):
     for x, grad, _ in maps(layout, torch.float32):
         before = x.clone(), grad.clone()
         vectors = torch.rand(4, *x.shape[:2])
-        passes.moments(x), passes.second_moment(x), passes.affine(x, *vectors[:3])
-        passes.gradient_sums(grad, x, vectors[0]), passes.gradient(grad, x, *vectors)
+        map_ops.moments(x), map_ops.second_moment(x), map_ops.affine(x, *vectors[:3])
+        map_ops.gradient_sums(grad, x, vectors[0]), map_ops.gradient(grad, x, *vectors)
         assert torch.equal(x, before[0]) and torch.equal(grad, before[1])
 
 
@@ -91,7 +91,7 @@ def test_the_variance_of_values_far_from_zero_keeps_its_digits(per_instance, lay
     torch.manual_seed(0)
     x = LAYOUTS[layout](torch.randn(2, 4, 30, 40) + 3000)
     expected = x.double().var((2, 3) if per_instance else (0, 2, 3), correction=0)
-    torch.testing.assert_close(passes.moments(x, per_instance)[1].double(), expected, rtol=2e-3, atol=0)
+    torch.testing.assert_close(map_ops.moments(x, per_instance)[1].double(), expected, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
@@ -100,15 +100,15 @@ def test_moments_of_large_maps_are_as_exact_as_those_of_small_ones(layout):
     torch.manual_seed(0)
     x = LAYOUTS[layout](torch.randn(1, 2, 700, 1500) + 1)
     exact = x.double()
-    torch.testing.assert_close(passes.moments(x)[1].double(), exact.var((0, 2, 3), correction=0), rtol=2e-5, atol=0)
-    torch.testing.assert_close(passes.second_moment(x).double(), exact.square().mean((0, 2, 3)), rtol=2e-6, atol=0)
+    torch.testing.assert_close(map_ops.moments(x)[1].double(), exact.var((0, 2, 3), correction=0), rtol=2e-5, atol=0)
+    torch.testing.assert_close(map_ops.second_moment(x).double(), exact.square().mean((0, 2, 3)), rtol=2e-6, atol=0)
 
 
 def test_a_constant_map_has_no_variance():
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.full((2, 3, 6, 5), 7.0).contiguous(memory_format=layout)
         for per_instance in (False, True):
-            mean, var = passes.moments(x, per_instance)
+            mean, var = map_ops.moments(x, per_instance)
             assert torch.all(mean == 7) and torch.all(var < 1e-10)
 
 
@@ -123,9 +123,9 @@ def test_compiled_code_gets_formulas_it_can_fuse():
     x, vectors = torch.randn(2, 3, 4, 4), torch.rand(4, 3)
 
     def every(x, grad, gain, centre, scale, shift):
-        results = [passes.second_moment(x), *passes.moments(x), passes.affine(x, centre, scale, shift)]
-        results += passes.gradient_sums(grad, x, centre)
-        return [*results, passes.gradient(grad, x, gain, centre, scale, shift)]
+        results = [map_ops.second_moment(x), *map_ops.moments(x), map_ops.affine(x, centre, scale, shift)]
+        results += map_ops.gradient_sums(grad, x, centre)
+        return [*results, map_ops.gradient(grad, x, gain, centre, scale, shift)]
 
     expected = every(x, x, *vectors)
     for ours, eager in zip(torch.compile(every, backend=backend, fullgraph=True)(x, x, *vectors), expected):
@@ -134,11 +134,11 @@ def test_compiled_code_gets_formulas_it_can_fuse():
 
 
 def test_batch_norms_kernels_still_mean_what_the_passes_take_them_for():
-    """Its gradients in eval mode with statistics 0 and 1 are the sums that :func:`passes.gradient_sums` promises."""
+    """Its gradients in eval mode with statistics 0 and 1 are the sums that :func:`map_ops.gradient_sums` promises."""
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     norm = nn.BatchNorm2d(3, eps=0, dtype=torch.float64).eval()
     grad = torch.randn_like(x)
     norm(x).backward(grad)
-    total, centred = passes.gradient_sums(grad, x, torch.zeros(3, dtype=torch.float64))
+    total, centred = map_ops.gradient_sums(grad, x, torch.zeros(3, dtype=torch.float64))
     torch.testing.assert_close(norm.bias.grad, total)
     torch.testing.assert_close(norm.weight.grad, centred)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from mmdet_norms.kernels import bnet, compiled, pointers
+from mmdet_norms.kernels import compiled, depthwise, pointers
 from mmdet_norms.layers import BNET
 
 needs_library = pytest.mark.skipif(compiled.library() is None, reason='installed without a C compiler')
@@ -202,7 +202,7 @@ def test_a_residual_in_the_memory_of_x_is_read_before_it_is_overwritten():
         both = memory.clone()
         x, residual = both[: 2 * 3 * 4 * 5].view(2, 3, 4, 5), both[start : start + 2 * 3 * 4 * 5].view(2, 3, 4, 5)
         expected = torch.nn.functional.conv2d(x, weight, bias, padding=1, groups=3) + residual
-        torch.testing.assert_close(bnet.inference(x, weight, bias, residual, inplace=True), expected)
+        torch.testing.assert_close(depthwise.inference(x, weight, bias, residual, inplace=True), expected)
 
 
 @needs_library
@@ -247,15 +247,15 @@ def test_messages_say_what_was_wanted():
 def unlaunched(monkeypatch):
     """Triton's wrappers; what is launched in spite of the check is an error, as there may be no GPU."""
     pytest.importorskip('triton', reason='no Triton here; it is for Linux only')
-    from mmdet_norms.kernels.triton import bnet as kernels
-    from mmdet_norms.kernels.triton import common, passes
+    from mmdet_norms.kernels.gpu import common, map_triton
+    from mmdet_norms.kernels.gpu import depthwise_triton as kernels
 
     def moments(x):
         return torch.zeros(x.shape[1]), torch.ones(x.shape[1])
 
     monkeypatch.setattr(kernels, 'moments', moments)
     monkeypatch.setattr(type(kernels._depthwise_kernel), '__getitem__', lambda self, grid: pytest.fail('launched'))
-    return kernels, passes, common
+    return kernels, map_triton, common
 
 
 def triton_calls(kernels, passes):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmdet_norms.kernels import passes, triton
+from mmdet_norms.kernels import gpu, map_ops
 from mmdet_norms.layers import BNET
 
 CPU = torch.device('cpu')
@@ -19,9 +19,9 @@ needs_triton = pytest.mark.skipif(find_spec('triton') is None, reason='no Triton
 @pytest.fixture
 def asked_anew(monkeypatch):
     """As on a machine that has Triton, and has not tried it yet."""
-    monkeypatch.setattr(triton, '_answers', {})
-    monkeypatch.setattr(triton, '_DEVICES', ('cpu',))
-    monkeypatch.setattr(triton, 'find_spec', lambda name: object())
+    monkeypatch.setattr(gpu, '_answers', {})
+    monkeypatch.setattr(gpu, '_DEVICES', ('cpu',))
+    monkeypatch.setattr(gpu, 'find_spec', lambda name: object())
     monkeypatch.setenv('MMDET_NORMS_TRITON', '1')
 
 
@@ -29,7 +29,7 @@ def test_training_on_a_cpu_does_not_import_the_kernels():
     code = (
         'import sys, torch, mmdet_norms.layers as l\n'
         'for layer in (l.BNET(4), l.MABN(4), l.AN(4), l.CBN(4)): layer(torch.randn(2, 4, 5, 5)).sum().backward()\n'
-        'print(any(name.startswith("mmdet_norms.kernels.triton.") for name in sys.modules))'
+        'print(any(name.startswith("mmdet_norms.kernels.gpu.") for name in sys.modules))'
     )
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert done.stdout.split()[-1] == 'False', done.stderr
@@ -37,22 +37,22 @@ def test_training_on_a_cpu_does_not_import_the_kernels():
 
 def test_a_cpu_is_not_served():
     x = torch.randn(1, 2, 3, 3)
-    assert not triton.serves(x) and not passes._has_triton(x)
+    assert not gpu.is_supported(x) and not map_ops._has_triton(x)
     assert 'BNET' not in str(BNET(2)(x.requires_grad_()).grad_fn)
 
 
 def test_they_are_off_unless_the_environment_asks_for_them(asked_anew, monkeypatch, recwarn):
     monkeypatch.delenv('MMDET_NORMS_TRITON')
-    assert not triton.serves(torch.randn(1, 2, 3, 3))
+    assert not gpu.is_supported(torch.randn(1, 2, 3, 3))
     assert not recwarn.list
 
 
 def test_no_triton_or_an_old_one_means_none_without_a_word(asked_anew, monkeypatch, recwarn):
     monkeypatch.setitem(sys.modules, 'triton', SimpleNamespace(__version__='3.2.0'))
-    assert not triton.serves(torch.randn(1, 2, 3, 3))
-    triton._answers.clear()
-    monkeypatch.setattr(triton, 'find_spec', lambda name: None)
-    assert not triton.serves(torch.randn(1, 2, 3, 3))
+    assert not gpu.is_supported(torch.randn(1, 2, 3, 3))
+    gpu._answers.clear()
+    monkeypatch.setattr(gpu, 'find_spec', lambda name: None)
+    assert not gpu.is_supported(torch.randn(1, 2, 3, 3))
     assert not recwarn.list
 
 
@@ -68,9 +68,9 @@ def test_a_triton_that_does_not_work_warns_once_and_training_goes_on(asked_anew,
 
 @needs_triton
 def test_kernels_that_compute_something_else_are_not_used(asked_anew, monkeypatch):
-    monkeypatch.setattr(triton, '_trains', lambda device: False)
+    monkeypatch.setattr(gpu, '_trains', lambda device: False)
     with pytest.warns(UserWarning, match='do not work here.*wrong numbers'):
-        assert not triton.serves(torch.randn(1, 2, 3, 3))
+        assert not gpu.is_supported(torch.randn(1, 2, 3, 3))
 
 
 TYPES = {torch.float16: 'fp16', torch.float32: 'fp32', torch.bfloat16: 'bf16'}
@@ -102,28 +102,28 @@ def compile_for_a_gpu(kernel, options, *args, **sizes):
 )
 def test_every_kernel_compiles_for_a_gpu_that_is_not_there(dtype, layout, width, monkeypatch, tmp_path):
     """The interpreter takes code that the compiler does not."""
-    from mmdet_norms.kernels.triton import bnet
-    from mmdet_norms.kernels.triton import passes as kernels
+    from mmdet_norms.kernels.gpu import depthwise_triton
+    from mmdet_norms.kernels.gpu import map_triton as kernels
 
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
     compiled = []
 
     def launch(kernel, programs, x, *args, per_instance=False, num_warps=4, **sizes):
         options = dict(num_warps=num_warps, enable_fp_fusion=True)
-        result = compile_for_a_gpu(kernel, options, *args, **sizes, ACC=bnet.tl.float32)
+        result = compile_for_a_gpu(kernel, options, *args, **sizes, ACC=depthwise_triton.tl.float32)
         assert result.asm['cubin']
         compiled.append(kernel.__name__)
 
-    monkeypatch.setattr(bnet, 'launch', launch)
+    monkeypatch.setattr(depthwise_triton, 'launch', launch)
     monkeypatch.setattr(kernels, 'launch', launch)
     x = torch.ones(2, 4, 5, width, dtype=dtype).contiguous(memory_format=layout)
     weight, (bias, mean, var) = torch.ones(4, 1, 3, 3), torch.ones(3, 4)
-    bnet.bnet(x, weight, bias, 1e-5)
-    bnet.bnet_backward(x, x, weight, mean, var, 1e-5, True, True, True)
-    bnet.bnet_inference(x, weight, bias, x, True)
+    depthwise_triton.bnet(x, weight, bias, 1e-5)
+    depthwise_triton.bnet_backward(x, x, weight, mean, var, 1e-5, True, True, True)
+    depthwise_triton.bnet_inference(x, weight, bias, x, True)
     kernels.second_moment(x)
     kernels.gradient_sums(x, x, mean)
     kernels.affine(x, mean, mean, mean)
     kernels.gradient(x, x, *torch.ones(4, 2, 4))
-    written = {name for module in (bnet, kernels) for name in vars(module) if name.endswith('_kernel')}
+    written = {name for module in (depthwise_triton, kernels) for name in vars(module) if name.endswith('_kernel')}
     assert set(compiled) == written

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmdet_norms.kernels import passes, triton
+from mmdet_norms.kernels import gpu, map_ops
 from mmdet_norms.layers import AN, BNET, CBN, MABN
 
 pytestmark = [
@@ -34,7 +34,7 @@ in_every_dtype = pytest.mark.parametrize('dtype, tolerance', DTYPES)
 @pytest.fixture(autouse=True)
 def asked_for(monkeypatch):
     monkeypatch.setenv('MMDET_NORMS_TRITON', '1')
-    monkeypatch.setattr(triton, '_answers', {})
+    monkeypatch.setattr(gpu, '_answers', {})
 
 
 def close(actual, expected, tolerance):
@@ -47,7 +47,7 @@ def spread(vector):
 
 
 def test_the_kernels_work_here():
-    assert triton.serves(torch.ones(1, 1, 2, 2, device=GPU))
+    assert gpu.is_supported(torch.ones(1, 1, 2, 2, device=GPU))
 
 
 @everywhere
@@ -65,7 +65,7 @@ def test_bnet_is_its_two_modules(given, size, dtype, tolerance, layout):
         weight, bias = torch.randn(channels, 1, size, size, device=GPU).to(wide), torch.randn(channels, device=GPU)
         moments = (torch.randn(channels, device=GPU), torch.rand(channels, device=GPU) + 0.5) if given else ()
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-        y = triton.normalize_and_convolve(*leaves, 1e-5, *moments)[0]
+        y = gpu.normalize_and_convolve(*leaves, 1e-5, *moments)[0]
         y.backward(grad)
         exact = [t.double().requires_grad_() for t in (x, weight, bias)]
         mean, var = (t.double() for t in moments) if given else (None, None)
@@ -85,7 +85,7 @@ def test_inference_adds_the_residual_and_relu(dtype, tolerance, layout):
         x, other = torch.randn(2, *shape, device=GPU).to(dtype)
         x = x.contiguous(memory_format=LAYOUTS[layout])
         weight, bias = torch.randn(shape[1], 1, size, size, device=GPU), torch.randn(shape[1], device=GPU)
-        y = triton.bnet_inference(x, weight, bias, other, True)
+        y = gpu.bnet_inference(x, weight, bias, other, True)
         expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=size // 2, groups=shape[1])
         close(y, (expected + other).relu(), tolerance)
 
@@ -102,32 +102,32 @@ def test_every_pass_equals_its_formula(per_instance, dtype, tolerance, layout):
         exact, exact_grad, size = x.double(), grad.double(), x[:, 0].numel() ** 0.5
         vectors = shape[:2] if per_instance else shape[1:2]
         gain, centre, scale, shift = torch.randn(4, *vectors, device=GPU, dtype=wide)
-        mean, var = passes.moments(x, per_instance)
+        mean, var = map_ops.moments(x, per_instance)
         close(mean, exact.mean(over), exactly)
         close(var, exact.var(over, correction=0), exactly)
         expected = spread(scale) * (exact - spread(centre)) + spread(shift)
-        close(passes.affine(x, centre, scale, shift), expected, tolerance)
-        total, centred = passes.gradient_sums(grad, x, centre)
+        close(map_ops.affine(x, centre, scale, shift), expected, tolerance)
+        total, centred = map_ops.gradient_sums(grad, x, centre)
         close(total / size, exact_grad.sum(over) / size, exactly)
         close(centred / size, (exact_grad * (exact - spread(centre))).sum(over) / size, exactly)
         expected = spread(gain) * exact_grad + spread(scale) * (exact - spread(centre)) + spread(shift)
-        close(passes.gradient(grad, x, gain, centre, scale, shift), expected, tolerance)
+        close(map_ops.gradient(grad, x, gain, centre, scale, shift), expected, tolerance)
         if not per_instance:
-            close(passes.second_moment(x), exact.square().mean(over), exactly)
+            close(map_ops.second_moment(x), exact.square().mean(over), exactly)
 
 
 def test_nan_stays_nan():
     x = torch.ones(1, 2, 5, 12, device=GPU)
     x[0, 0, 0, 0] = torch.nan
-    assert [v.isnan().tolist() for v in passes.moments(x)] == [[True, False]] * 2
-    y = triton.bnet_inference(x, torch.ones(2, 1, 3, 3, device=GPU), torch.ones(2, device=GPU), None, True)
+    assert [v.isnan().tolist() for v in map_ops.moments(x)] == [[True, False]] * 2
+    y = gpu.bnet_inference(x, torch.ones(2, 1, 3, 3, device=GPU), torch.ones(2, device=GPU), None, True)
     assert y.isnan().sum() == 4
 
 
 def test_moments_survive_a_huge_mean():
     x = (torch.randn(2, 64, 200, 336, device=GPU, dtype=torch.float64) + 1e4).float()
     for per_instance, over in ((False, (0, 2, 3)), (True, (2, 3))):
-        mean, var = passes.moments(x, per_instance)
+        mean, var = map_ops.moments(x, per_instance)
         torch.testing.assert_close(mean.double(), x.double().mean(over), rtol=2e-7, atol=0)
         torch.testing.assert_close(var.double(), x.double().var(over, correction=0), rtol=1e-4, atol=0)
 
@@ -144,7 +144,7 @@ LAYERS = {
 
 
 def without_kernels(monkeypatch):
-    monkeypatch.setattr(triton, '_answers', {torch.device(GPU, torch.cuda.current_device()): False})
+    monkeypatch.setattr(gpu, '_answers', {torch.device(GPU, torch.cuda.current_device()): False})
 
 
 def train(name, layout, dtype=torch.float32, amp=False):
@@ -189,7 +189,7 @@ def test_compiled_bnet_equals_eager():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='one GPU')
 def test_a_map_on_another_gpu_than_the_current_one():
     x = torch.randn(2, 4, 9, 12, device='cuda:1')
-    close(passes.moments(x)[0], x.double().mean((0, 2, 3)), 1e-5)
+    close(map_ops.moments(x)[0], x.double().mean((0, 2, 3)), 1e-5)
 
 
 def median(*functions, repeats=30):
@@ -229,12 +229,12 @@ def test_times_of_training(dtype, layout, monkeypatch, capsys):
                 run = step(make(shape[1]).to(GPU), x, grad)
 
                 def switched(run=run, answer=answer):
-                    triton._answers[device] = answer
+                    gpu._answers[device] = answer
                     run()
 
                 runs[name + way] = switched
         times = dict(zip(runs, median(*runs.values())))
-        triton._answers[device] = True
+        gpu._answers[device] = True
         rows += [(shape, name, time, time / times['BN']) for name, time in times.items()]
     with capsys.disabled():
         print(f'\nforward + backward, {dtype}, {layout}, {torch.cuda.get_device_name()}, torch {torch.__version__}')
@@ -252,7 +252,7 @@ def test_times_of_inference(dtype, layout, capsys):
             x, other = (t.contiguous(memory_format=LAYOUTS[layout]) for t in (x, other))
             weight, bias = torch.randn(shape[1], 1, size, size, device=GPU).to(dtype), torch.randn_like(x[0, :, 0, 0])
             fused, separate, alone = median(
-                lambda x=x, w=weight, b=bias, o=other: triton.bnet_inference(x, w, b, o, True),
+                lambda x=x, w=weight, b=bias, o=other: gpu.bnet_inference(x, w, b, o, True),
                 lambda x=x, w=weight, b=bias, o=other: (
                     F.conv2d(x, w, b, padding=w.shape[-1] // 2, groups=x.shape[1]).add_(o).relu_()
                 ),
@@ -278,20 +278,20 @@ def tiles(built_in, last):
 @pytest.mark.parametrize('shape', TIMED[:3], ids=str)
 @pytest.mark.parametrize('size', [3, 5, 7])
 def test_times_of_tiles(size, shape, dtype, layout, monkeypatch, capsys):
-    from mmdet_norms.kernels.triton import bnet
+    from mmdet_norms.kernels.gpu import depthwise_triton
 
     x = torch.randn(shape, device=GPU).to(dtype).contiguous(memory_format=LAYOUTS[layout])
     weight, (bias, mean, var) = torch.randn(shape[1], 1, size, size, device=GPU), torch.rand(3, shape[1], device=GPU)
     backward = dict(eps=1e-5, mean=mean, var=var, other=x, slope=mean, shift=mean, backward=True)
     kernels = {
-        'forward': lambda: bnet.bnet_given(x, weight, bias, mean, var, 1e-5),
-        'sums': lambda: bnet._sums(x, x, weight, mean),
-        'backward': lambda: bnet._depthwise(x, weight, None, **backward),
+        'forward': lambda: depthwise_triton.bnet_given(x, weight, bias, mean, var, 1e-5),
+        'sums': lambda: depthwise_triton._sums(x, x, weight, mean),
+        'backward': lambda: depthwise_triton._depthwise(x, weight, None, **backward),
     }
     results = []
-    for tile in tiles(bnet._tile(x, size), layout == 'channels_last'):
+    for tile in tiles(depthwise_triton._tile(x, size), layout == 'channels_last'):
         with monkeypatch.context() as patched:
-            patched.setattr(bnet, '_tile', lambda x, size, tile=tile: tile)
+            patched.setattr(depthwise_triton, '_tile', lambda x, size, tile=tile: tile)
             results.append((median(*kernels.values(), repeats=10), tile))
     with capsys.disabled():
         for i, name in enumerate(kernels):

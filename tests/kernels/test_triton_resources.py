@@ -35,7 +35,7 @@ def compiled(monkeypatch, tmp_path):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from mmdet_norms.kernels.triton import bnet, common, passes
+    from mmdet_norms.kernels.gpu import common, depthwise_triton, map_triton
 
     class Driver:
         get_current_device = get_current_stream = staticmethod(lambda *_: 'no device')
@@ -51,8 +51,8 @@ def compiled(monkeypatch, tmp_path):
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
     driver = triton.runtime.driver
     monkeypatch.setattr(driver, '_active' if hasattr(driver, '_active') else 'active', Driver())
-    monkeypatch.setattr(bnet, 'launch', launch)
-    monkeypatch.setattr(passes, 'launch', launch)
+    monkeypatch.setattr(depthwise_triton, 'launch', launch)
+    monkeypatch.setattr(map_triton, 'launch', launch)
     return kernels
 
 
@@ -85,14 +85,14 @@ def widths(kernel):
 
 
 def every_kernel_of_bnet(x, weight, vector):
-    from mmdet_norms.kernels.triton import bnet
+    from mmdet_norms.kernels.gpu import depthwise_triton
 
-    bnet._depthwise(x, weight, vector, eps=1e-5, mean=vector, var=vector, normalize=True)
-    bnet._depthwise(x, weight, vector, other=x, relu=True)
-    parts = bnet._sums(x, x, weight, vector)
-    bnet._join(parts, x, weight, vector, 1e-5)
+    depthwise_triton._depthwise(x, weight, vector, eps=1e-5, mean=vector, var=vector, normalize=True)
+    depthwise_triton._depthwise(x, weight, vector, other=x, relu=True)
+    parts = depthwise_triton._sums(x, x, weight, vector)
+    depthwise_triton._join(parts, x, weight, vector, 1e-5)
     through = dict(other=x, mean=vector, slope=vector, shift=vector)
-    bnet._depthwise(x, weight, None, eps=1e-5, var=vector, backward=True, **through)
+    depthwise_triton._depthwise(x, weight, None, eps=1e-5, var=vector, backward=True, **through)
 
 
 @pytest.mark.parametrize(
@@ -112,45 +112,45 @@ def test_no_kernel_of_bnet_spills_at_the_sizes_of_a_resnet_50(shape, dtype, layo
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
 def test_no_pass_spills_at_the_sizes_of_a_resnet_50(dtype, layout, compiled, tmp_path):
-    from mmdet_norms.kernels.triton import passes
+    from mmdet_norms.kernels.gpu import map_triton
 
     x, _, vector = tensors(LARGE, dtype, layout)
-    passes.moments(x)
-    passes.affine(x, vector, vector, vector)
-    passes.gradient_sums(x, x, vector)
-    passes.gradient(x, x, *[vector] * 4)
+    map_triton.moments(x)
+    map_triton.affine(x, vector, vector, vector)
+    map_triton.gradient_sums(x, x, vector)
+    map_triton.gradient(x, x, *[vector] * 4)
     assert len(compiled) == 6
     assert not spilling(compiled, tmp_path)
 
 
 def test_a_tile_that_is_too_large_would_be_noticed(compiled, tmp_path, monkeypatch):
-    from mmdet_norms.kernels.triton import bnet
+    from mmdet_norms.kernels.gpu import depthwise_triton
 
     tile = dict(LANES=4, STEP=8, UNIT=2, BLOCK_C=128, UNROLL=1, num_warps=4)
-    monkeypatch.setattr(bnet, '_tile', lambda x, size: tile)
+    monkeypatch.setattr(depthwise_triton, '_tile', lambda x, size: tile)
     x, weight, vector = tensors(LARGE, torch.float32, 'channels_last', 7)
-    bnet.bnet_given(x, weight, vector, vector, vector, 1e-5)
+    depthwise_triton.bnet_given(x, weight, vector, vector, vector, 1e-5)
     assert spilling(compiled, tmp_path)
 
 
 @pytest.mark.parametrize('width, words', [(336, 4), (42, 2), (41, 1)])
 def test_neighbouring_columns_are_loaded_and_stored_by_one_instruction(width, words, compiled):
-    from mmdet_norms.kernels.triton import bnet, passes
+    from mmdet_norms.kernels.gpu import depthwise_triton, map_triton
 
     x, weight, vector = tensors((2, 64, 25, width), torch.float32, 'contiguous', 5)
-    bnet.bnet_given(x, weight, vector, vector, vector, 1e-5)
-    passes.affine(x, vector, vector, vector)
+    depthwise_triton.bnet_given(x, weight, vector, vector, vector, 1e-5)
+    map_triton.affine(x, vector, vector, vector)
     convolution, affine = (widths(kernel) for _, kernel in compiled)
     assert max(convolution['ld']) == max(convolution['st']) == max(affine['st']) == words <= max(affine['ld'])
 
 
 def test_a_view_that_is_not_aligned_is_loaded_word_by_word(compiled):
-    from mmdet_norms.kernels.triton import bnet, passes
+    from mmdet_norms.kernels.gpu import depthwise_triton, map_triton
 
     weight, vector = torch.empty(8, 1, 3, 3), torch.empty(8)
     x = torch.empty(2 * 8 * 6 * 40 + 1)[1:].view(2, 8, 6, 40)
-    bnet.bnet_given(x, weight, vector, vector, vector, 1e-5)
-    passes.affine(x, vector, vector, vector)
+    depthwise_triton.bnet_given(x, weight, vector, vector, vector, 1e-5)
+    map_triton.affine(x, vector, vector, vector)
     for _, kernel in compiled:
         assert set(widths(kernel)['ld']) == {1}
 
@@ -159,13 +159,13 @@ def test_a_view_that_is_not_aligned_is_loaded_word_by_word(compiled):
 @pytest.mark.parametrize('shape', [(2, 1, 4, 4), (2, 3, 1, 1)], ids=str)
 def test_sizes_of_one_compile(shape, compiled):
     """A launch makes constants of them, which the interpreter does not."""
-    from mmdet_norms.kernels.triton import bnet, passes
+    from mmdet_norms.kernels.gpu import depthwise_triton, map_triton
 
     x, weight, vector = tensors(shape, torch.float32, 'contiguous')
-    bnet.bnet(x, weight, vector, 1e-5)
-    bnet.bnet_backward(x, x, weight, vector, vector, 1e-5, True, True, True)
-    passes.second_moment(x)
-    passes.affine(x, vector, vector, vector)
-    passes.gradient_sums(x, x, vector)
-    passes.gradient(x, x, *[vector] * 4)
+    depthwise_triton.bnet(x, weight, vector, 1e-5)
+    depthwise_triton.bnet_backward(x, x, weight, vector, vector, 1e-5, True, True, True)
+    map_triton.second_moment(x)
+    map_triton.affine(x, vector, vector, vector)
+    map_triton.gradient_sums(x, x, vector)
+    map_triton.gradient(x, x, *[vector] * 4)
     assert all(kernel.asm['cubin'] for _, kernel in compiled)

@@ -438,7 +438,7 @@ class TestFewPasses:
         calls = count_calls(monkeypatch)
         ours = self.results(copy.deepcopy(layer), x, grad)
         assert calls == [shape]
-        monkeypatch.setattr('mmdet_norms.layers.an.serves', lambda x: False)
+        monkeypatch.setattr('mmdet_norms.layers.an.is_supported', lambda x: False)
         for a, b in zip(ours, self.results(layer, x, grad)):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
         assert calls == [shape]

@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_norms.kernels import winograd
 from mmdet_norms.layers.cbn import CBN, _Conv, _mean_patch, link_convs
 
 PUBLISHED = {'weight', 'bias', 'running_mean', 'running_var'}
@@ -263,30 +262,6 @@ class TestMaths:
             model(batches(1)[0])
         assert seen.count('convolution_backward') == 1 and seen.count('convolution') == 1
         assert not {'_local_scalar_dense', 'item', 'nonzero'} & set(seen)
-
-    @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-    def test_the_fast_weight_gradient_of_large_convolutions_changes_nothing(self, layout, monkeypatch):
-        def run(fast):
-            calls = []
-            real = winograd.weight_gradient
-            monkeypatch.setattr(winograd, 'weight_gradient', lambda *args: (calls.append(1), real(*args))[1])
-            if not fast:
-                monkeypatch.setattr(winograd, 'serves', lambda *args: False)
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), CBN(128, burnin=0)).to(memory_format=layout)
-            for _ in range(3):
-                x = torch.randn(2, 128, 36, 36).contiguous(memory_format=layout)
-                y = model(x)
-                y.backward(torch.randn_like(y))
-                with torch.no_grad():
-                    model[0].weight += 1e-3 * torch.randn_like(model[0].weight)
-            monkeypatch.undo()
-            return len(calls), y, model[0].weight.grad, model[1].state_dict()['history_grad']
-
-        (times, *ours), (never, *direct) = run(True), run(False)
-        assert (times, never) == (3, 0)
-        for a, b in zip(ours, direct):
-            assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
     def test_before_the_history_is_on_it_is_batch_norm_with_the_unbiased_variance(self):
         layer = CBN(3, burnin=5, eps_in_sqrt=True)

@@ -30,7 +30,7 @@ def ghost_bn(channels=4, norm_batch=2, **kwargs):
 def way(request, monkeypatch):
     """Eager code on a CPU, and what compiled code and other devices get."""
     if request.param == 'operators':
-        monkeypatch.setattr(_groups, 'serves', lambda x: False)
+        monkeypatch.setattr(_groups, 'is_supported', lambda x: False)
 
 
 class TestMaths:

@@ -10,7 +10,7 @@ from torch.autograd import grad, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_norms.engine.tune import tune_mode
-from mmdet_norms.kernels import bnet, compiled
+from mmdet_norms.kernels import compiled, depthwise
 from mmdet_norms.layers import BNET, CBN, MABN, link_convs
 from mmdet_norms.layers.bnet import FoldedBNET
 
@@ -129,7 +129,7 @@ def test_bnet_kernels(way, size, given, layout):
     statistics = (torch.randn(2).double(), torch.rand(2).double() + 0.5) if given else ()
 
     def function(*inputs):
-        return bnet.normalize_and_convolve(*inputs, 1e-5, *statistics)[0]
+        return depthwise.normalize_and_convolve(*inputs, 1e-5, *statistics)[0]
 
     assert type(function(x, weight, bias).grad_fn).__name__ == {'compiled': '_Compiled', 'torch': '_InTorch'}[way] + (
         'Backward'

@@ -1,7 +1,7 @@
 """Triton kernels of BNET, and of the passes that MABN, AN and CBN are made of, for training and inference on a GPU.
 
 Triton comes with torch's GPU builds and is imported when it is first needed. Where it is missing or does not work, on
-other devices, and without ``MMDET_NORMS_TRITON=1`` in the environment, :func:`serves` says so, and everything is
+other devices, and without ``MMDET_NORMS_TRITON=1`` in the environment, :func:`is_supported` says so, and everything is
 computed as on any machine. (On request only as yet: the kernels were tested by Triton's interpreter, but on no GPU.)
 They are operators of torch (``torch.ops.mmdet_norms``), known to autograd and the compiler.
 """
@@ -27,7 +27,7 @@ _answers: dict[torch.device, bool] = {}
 _switched_on: bool | None = None  # by the context below; None: what the environment says
 
 
-def serves(x: Tensor, *others: Tensor) -> bool:
+def is_supported(x: Tensor, *others: Tensor) -> bool:
     """Is this a case for the kernels: a map on a GPU that Triton works on, not empty, plain tensors all of them?
 
     Args:
@@ -44,70 +44,70 @@ def serves(x: Tensor, *others: Tensor) -> bool:
         and 0 < x.numel() < _LARGEST_INSTANCE * x.shape[0]
         and all(t.device == x.device and t.dtype in _DTYPES and _is_plain(t) for t in (x, *others))
         and all(t.shape[-1] <= _LARGEST_KERNEL for t in others if t.dim() == 4)
-        and works(x.device)
+        and is_available(x.device)
     )
 
 
 def normalize_and_convolve(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor | None = None, var: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`mmdet_norms.kernels.bnet.normalize_and_convolve` on a GPU, if :func:`serves` says so.
+    """:func:`mmdet_norms.kernels.depthwise.normalize_and_convolve` on a GPU, if :func:`is_supported` says so.
 
     Statistics, sums and gradients of parameters are accumulated in fp32 for halves; y has the dtype and layout of x.
     Gradients are differentiable themselves, then by torch's operators; in compiled code they are not.
     """
-    from . import bnet, common
+    from . import common, depthwise_triton
 
     x, compiling = common.dense(x), is_compiling()
     if mean is not None:
-        run = torch.ops.mmdet_norms.bnet_given if compiling else bnet.EagerBNETGiven.apply
+        run = torch.ops.mmdet_norms.bnet_given if compiling else depthwise_triton.EagerBNETGiven.apply
         return run(x, weight, bias, mean, var, eps), mean, var
-    run = torch.ops.mmdet_norms.bnet if compiling else bnet.EagerBNET.apply
+    run = torch.ops.mmdet_norms.bnet if compiling else depthwise_triton.EagerBNET.apply
     y, mean, var = run(x, weight, bias, eps)
     return y, mean.detach(), var.detach()
 
 
 def bnet_inference(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """:func:`mmdet_norms.kernels.bnet.inference` on a GPU, if :func:`serves` says so; ``residual`` shaped as x."""
-    from . import bnet
+    """:func:`mmdet_norms.kernels.depthwise.inference` on a GPU, if :func:`is_supported`; ``residual`` shaped as x."""
+    from . import depthwise_triton
 
-    run = torch.ops.mmdet_norms.bnet_inference if is_compiling() else bnet.bnet_inference
+    run = torch.ops.mmdet_norms.bnet_inference if is_compiling() else depthwise_triton.bnet_inference
     return run(x, weight, bias, residual, relu)
 
 
 def second_moment(x: Tensor) -> Tensor:
-    """:func:`mmdet_norms.kernels.passes.second_moment`; this and the next four if :func:`serves` says so."""
-    from . import passes
+    """:func:`mmdet_norms.kernels.map_ops.second_moment`; this and the next four if :func:`is_supported` says so."""
+    from . import map_triton
 
-    return passes.second_moment(x)
+    return map_triton.second_moment(x)
 
 
 def moments(x: Tensor, per_instance: bool = False) -> tuple[Tensor, Tensor]:
-    """:func:`mmdet_norms.kernels.passes.moments`."""
-    from . import passes
+    """:func:`mmdet_norms.kernels.map_ops.moments`."""
+    from . import map_triton
 
-    return passes.moments(x, per_instance)
+    return map_triton.moments(x, per_instance)
 
 
 def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """:func:`mmdet_norms.kernels.passes.affine`."""
-    from . import passes
+    """:func:`mmdet_norms.kernels.map_ops.affine`."""
+    from . import map_triton
 
-    return passes.affine(x, centre, scale, shift)
+    return map_triton.affine(x, centre, scale, shift)
 
 
 def gradient_sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`mmdet_norms.kernels.passes.gradient_sums`."""
-    from . import passes
+    """:func:`mmdet_norms.kernels.map_ops.gradient_sums`."""
+    from . import map_triton
 
-    return passes.gradient_sums(grad, x, centre)
+    return map_triton.gradient_sums(grad, x, centre)
 
 
 def gradient(grad: Tensor, x: Tensor, gain: Tensor, centre: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
-    """:func:`mmdet_norms.kernels.passes.gradient`."""
-    from . import passes
+    """:func:`mmdet_norms.kernels.map_ops.gradient`."""
+    from . import map_triton
 
-    return passes.gradient(grad, x, gain, centre, slope, shift)
+    return map_triton.gradient(grad, x, gain, centre, slope, shift)
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def switched(on: bool) -> Iterator[None]:
         _switched_on = before
 
 
-def works(device: torch.device) -> bool:
+def is_available(device: torch.device) -> bool:
     """Whether the kernels are switched on, and compute what they should on this device. Tried once."""
     on = os.environ.get('MMDET_NORMS_TRITON') == '1' if _switched_on is None else _switched_on
     if on and device not in _answers:
@@ -130,7 +130,7 @@ def works(device: torch.device) -> bool:
 
 
 # torch.compiler.assume_constant_result, without importing the compiler: it takes the answer instead of looking for it.
-works._dynamo_marked_constant = True
+is_available._dynamo_marked_constant = True
 
 
 def _try(device: torch.device) -> bool:
@@ -161,12 +161,12 @@ def _try(device: torch.device) -> bool:
 
 def _trains(device: torch.device) -> bool:
     """A step of every kind of kernel, BNET's with one tap."""
-    from . import bnet, passes
+    from . import depthwise_triton, map_triton
 
     x, one = torch.arange(4.0, device=device).view(1, 1, 2, 2), torch.ones(1, 1, 1, 1, device=device)
-    y, mean, var = bnet.bnet(x, 2 * one, one.view(1), 0.0)
-    of_x, of_tap, of_bias = bnet.bnet_backward(y, x, 2 * one, mean, var, 0.0, True, True, True)
-    results = [mean, var, passes.gradient(x, y, *one.new_ones(4, 1)).mean(), of_tap, of_bias, of_x.mean() + 1]
+    y, mean, var = depthwise_triton.bnet(x, 2 * one, one.view(1), 0.0)
+    of_x, of_tap, of_bias = depthwise_triton.bnet_backward(y, x, 2 * one, mean, var, 0.0, True, True, True)
+    results = [mean, var, map_triton.gradient(x, y, *one.new_ones(4, 1)).mean(), of_tap, of_bias, of_x.mean() + 1]
     return all(abs(value.item() - exact) < 1e-4 for value, exact in zip(results, (1.5, 1.25, 2.5, 8, 4, 1)))
 
 

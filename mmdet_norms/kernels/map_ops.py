@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..compat.torch_versions import is_compiling
-from . import triton
+from . import gpu
 from .pointers import is_channels_last
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -28,7 +28,7 @@ _PIECE = 2**14  # positions; some kernels add one after the other, which over a 
 def second_moment(x: Tensor) -> Tensor:
     """``E[x^2]`` per channel ``(C,)``."""
     if _has_triton(x):
-        return triton.second_moment(x)
+        return gpu.second_moment(x)
     if not _has_kernels(x):
         return x.to(_wide(x)).square().mean((0, 2, 3))
     x = _dense(x)
@@ -43,7 +43,7 @@ def second_moment(x: Tensor) -> Tensor:
 def moments(x: Tensor, per_instance: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, ``(C,)`` or ``(N, C)``. From deviations: a mean that is large against them is fine."""
     if _has_triton(x):
-        return triton.moments(x, per_instance)
+        return gpu.moments(x, per_instance)
     if not _has_kernels(x):
         var, mean = torch.var_mean(x.to(_wide(x)), (2, 3) if per_instance else (0, 2, 3), correction=0)
         return mean, var
@@ -60,7 +60,7 @@ def moments(x: Tensor, per_instance: bool = False) -> tuple[Tensor, Tensor]:
 def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``scale * (x - centre) + shift``; all vectors alike, ``(C,)`` or ``(N, C)``."""
     if _has_triton(x):
-        return triton.affine(x, centre, scale, shift)
+        return gpu.affine(x, centre, scale, shift)
     if not _has_kernels(x):
         y = (x.to(_wide(x)) - _spread(centre)) * _spread(scale) + _spread(shift)
         return y.to(x.dtype)
@@ -79,7 +79,7 @@ def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def gradient_sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """``sum grad`` and ``sum grad * (x - centre)``, shaped as ``centre``: ``(C,)`` or ``(N, C)``."""
     if _has_triton(x):
-        return triton.gradient_sums(grad, x, centre)
+        return gpu.gradient_sums(grad, x, centre)
     if not _has_kernels(x):
         grad, over = grad.to(_wide(x)), (2, 3) if centre.dim() == 2 else (0, 2, 3)
         return grad.sum(over), (grad * (x - _spread(centre))).sum(over)
@@ -98,7 +98,7 @@ def gradient_sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tens
 def gradient(grad: Tensor, x: Tensor, gain: Tensor, centre: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
     """``gain * grad + slope * (x - centre) + shift``; all vectors alike, ``(C,)`` or ``(N, C)``."""
     if _has_triton(x):
-        return triton.gradient(grad, x, gain, centre, slope, shift)
+        return gpu.gradient(grad, x, gain, centre, slope, shift)
     if not _has_kernels(x):
         y = grad * _spread(gain) + (x.to(_wide(x)) - _spread(centre)) * _spread(slope) + _spread(shift)
         return y.to(x.dtype)
@@ -110,7 +110,7 @@ def gradient(grad: Tensor, x: Tensor, gain: Tensor, centre: Tensor, slope: Tenso
 
 
 def _has_triton(x: Tensor) -> bool:
-    return not is_compiling() and triton.serves(x)
+    return not is_compiling() and gpu.is_supported(x)
 
 
 def _has_kernels(x: Tensor) -> bool:

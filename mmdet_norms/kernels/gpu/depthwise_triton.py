@@ -1,6 +1,6 @@
 """Triton kernels of BNET: batch norm applied while the depthwise convolution loads its tile.
 
-The maths is that of :mod:`mmdet_norms.kernels.bnet`. Training makes the eight passes over the map that batch norm
+The maths is that of :mod:`mmdet_norms.kernels.depthwise`. Training makes the eight passes over the map that batch norm
 makes, too: statistics read x; the convolution reads x and writes y; one kernel reads x and the gradient for the taps',
 the bias's and both sums of batch norm's backward; one reads both and writes the gradient of x. x is all they save.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from ...compat.torch_versions import is_compiling
 from ..second import bnet_gradients, is_wanted
 from .common import dense, is_channels_last, launch, least_padding, like, pieces, power_of_two, wide
-from .passes import moments
+from .map_triton import moments
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..compat.torch_versions import autocast_is_on, is_compiling
-from . import compiled, pointers, second, triton
+from . import compiled, gpu, pointers, second
 
 _CHANNEL = (1, -1, 1, 1)
 _IN_CACHE = 1 << 19  # values a thread: what is computed of them, some maps as large, fits into the last cache
@@ -30,7 +30,8 @@ def normalize_and_convolve(
     """Depthwise convolution of the normalized map, with statistics of the batch unless some are given.
 
     Args:
-        x: (N, C, H, W), as :func:`serves` wants it, with at least two values per channel unless statistics are given.
+        x: (N, C, H, W), as :func:`is_supported` wants it, with two values per channel or more unless statistics
+            are given.
         weight: taps (C, 1, k, k), k odd.
         bias: (C,).
         eps: added to the variance inside the root.
@@ -39,15 +40,15 @@ def normalize_and_convolve(
     Returns:
         y (N, C, H, W), and the mean and biased variance (C,) that were used, which carry no gradient.
     """
-    if triton.serves(x, weight, bias):
-        return triton.normalize_and_convolve(x, weight, bias, eps, mean, var)
+    if gpu.is_supported(x, weight, bias):
+        return gpu.normalize_and_convolve(x, weight, bias, eps, mean, var)
     way = _Compiled if compiled.library() and compiled.is_plain(x, weight, bias, mean, var) else _InTorch
     return way.apply(x, weight, bias, eps, mean, var)
 
 
-def serves(x: Tensor, *others: Tensor) -> bool:
+def is_supported(x: Tensor, *others: Tensor) -> bool:
     """Is it a case for :func:`normalize_and_convolve`: eager, fp32 or fp64 on a CPU, not under autocast; or a GPU?"""
-    return triton.serves(x, *others) or (
+    return gpu.is_supported(x, *others) or (
         isinstance(x, Tensor)
         and x.dim() == 4
         and x.dtype in (torch.float32, torch.float64)
@@ -88,9 +89,9 @@ def inference(
     """
     tensors = [x, weight, bias] if residual is None else [x, weight, bias, residual]
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors if isinstance(t, Tensor))):
-        if triton.serves(x, weight, bias) and _is_like(residual, x):
-            return triton.bnet_inference(x, weight, bias, residual, relu)
-        if serves(x, weight, bias) and _is_like(residual, x) and _suits_the_library(*tensors):
+        if gpu.is_supported(x, weight, bias) and _is_like(residual, x):
+            return gpu.bnet_inference(x, weight, bias, residual, relu)
+        if is_supported(x, weight, bias) and _is_like(residual, x) and _suits_the_library(*tensors):
             return _compiled_inference(x, weight, bias, residual, relu, inplace)
     y = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), 1, weight.shape[-1] // 2, 1, weight.shape[0]).to(x.dtype)
     if residual is not None:

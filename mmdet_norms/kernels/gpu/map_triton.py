@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`mmdet_norms.kernels.passes`: what the training of MABN and AN reads and writes.
+"""Triton kernels of :mod:`mmdet_norms.kernels.map_ops`: what the training of MABN and AN reads and writes.
 
 Of the eight passes over the map that batch norm makes, too: the statistics read x; :func:`affine` reads x and writes y;
 :func:`gradient_sums` reads x and its gradient; :func:`gradient` reads both and writes one. Statistics of each instance
