@@ -40,11 +40,52 @@ def reject_unknown(cls: type, unknown: dict) -> None:
     )
 
 
+def is_number(value) -> bool:
+    """Whether it is a real number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_count(value, low: int = 1) -> bool:
+    """Whether it is an integer of at least ``low``; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
 def check_number(cls: type, key: str, value, low: float, high: float = float('inf')) -> None:
     """Raise :class:`ConfigError` unless ``value`` is a real number with ``low < value <= high``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
+    if not is_number(value) or not low < value <= high:
         upper = '' if high == float('inf') else f' and at most {high:g}'
         raise ConfigError(f'norm_cfg of type {cls.__name__!r}: {key}={value!r} must be a number above {low:g}{upper}')
+
+
+def check_at_least(cls: type, key: str, value, low: float, note: str = '') -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a real number with ``low <= value``, and finite.
+
+    ``note`` ends the message, as that of :func:`check_count`.
+    """
+    if not is_number(value) or not low <= value < float('inf'):
+        raise ConfigError(
+            f'norm_cfg of type {cls.__name__!r}: {key}={value!r} must be a number of at least {low:g}{note}'
+        )
+
+
+def check_count(cls: type, key: str, value, low: int, note: str = '') -> None:
+    """Raise :class:`ConfigError` unless ``value`` is an integer of at least ``low``."""
+    if not is_count(value, low):
+        raise ConfigError(
+            f'norm_cfg of type {cls.__name__!r}: {key}={value!r} must be an integer of at least {low}{note}'
+        )
+
+
+def check_batch_norm(cls: type, eps, momentum) -> None:
+    """Raise :class:`ConfigError` unless these are a batch norm's, by torch's convention.
+
+    Args:
+        eps: a number above 0.
+        momentum: weight of the newest batch, above 0 and at most 1; None averages over all batches.
+    """
+    check_number(cls, 'eps', eps, 0)
+    if momentum is not None:
+        check_number(cls, 'momentum', momentum, 0, 1)
 
 
 def check_map(layer: nn.Module, channels: int, x: Tensor) -> None:

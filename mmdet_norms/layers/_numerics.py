@@ -1,0 +1,38 @@
+"""In which precision, layout and shape statistics are computed: the same for every norm."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ..compat.torch_versions import autocast_is_on
+from ..kernels.pointers import is_channels_last as is_channels_last
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """fp32 for fp16 and bf16 maps, else the map's own: what statistics, and what is made of them, are kept in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Inside, operators on the device of ``x`` keep the dtypes they are given; autocast would lower them.
+
+    Entered only where it is on, so that exported graphs do not carry it; symbolic tracing has no device to ask.
+    """
+    if not isinstance(x, Tensor) or not autocast_is_on(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def per_channel(vector: Tensor) -> Tensor:
+    """``(C,)``, or ``(N, C)``, as ``(1, C, 1, 1)`` or ``(N, C, 1, 1)``: for broadcasting over a map."""
+    return vector.view(-1, vector.shape[-1], 1, 1)
+
+
+def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the union of equally large sets along ``dim``, which is kept.
+
+    From deviations: a mean that is large against them costs no digits.
+    """
+    of_all = mean.mean(dim, keepdim=True)
+    return of_all, (var + (mean - of_all).square()).mean(dim, keepdim=True)
