@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections import Counter, defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -51,9 +52,11 @@ def test_layers_and_kernels_need_nothing_but_torch():
         for path in (PACKAGE / part).rglob('*.py')
         for name in re.findall(r'compat\.?(\w*) import', path.read_text())
     }
-    assert needed == {'torch_versions'}
-    imports = re.findall(r'(?m)^\s*(?:import|from) (\S+)', (PACKAGE / 'compat' / 'torch_versions.py').read_text())
-    assert set(imports) == {'torch'}
+    assert needed <= {'torch_versions', 'torch_internals'}
+    for name in needed | {'torch_internals'}:
+        text = (PACKAGE / 'compat' / f'{name}.py').read_text()
+        imported = {name.split('.')[0] for name in re.findall(r'(?m)^\s*(?:import|from) (\S+)', text)}
+        assert imported - sys.stdlib_module_names == {'torch'}
 
 
 def test_files_of_tests_have_names_of_their_own():
