@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from ..layers.mabn import warn_if_uncentred
+from ..layers import warn_if_uncentred
 from .layouts import DEFAULTS, STARTS, Layout
 
 

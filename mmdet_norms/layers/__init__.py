@@ -5,11 +5,12 @@ from .an import AN
 from .batch_renorm import BRN
 from .bnet import BNET
 from .cbn import CBN, link_convs
+from .cen_conv import CenConv2d, warn_if_uncentred
 from .frozen_bn import FrozenBN
 from .ghost import GhostBN
 from .group_norm import GN
 from .layer_norm import LN2d
-from .mabn import MABN, CenConv2d, warn_if_uncentred
+from .mabn import MABN
 from .switch_norm import SN
 from .sync_bn import SyncBN
 

@@ -1,4 +1,4 @@
-"""MABN: batch norm for small batches, by moving averages of the statistics in both passes; and its convolution.
+"""MABN: batch norm for small batches, by moving averages of the statistics in both passes.
 
 Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization", ICLR 2020,
 https://arxiv.org/abs/2001.06838.
@@ -13,14 +13,15 @@ from torch.nn import functional as F
 
 from ..compat.torch_versions import is_compiling
 from ..kernels import map_ops
-from ._args import ConfigError, check_map, check_number, reject_unknown
+from ._args import ConfigError, check_count, check_map, check_number, reject_unknown
 from ._averaging import AveragesOnRequest
 from ._fold import float64, fold_affine
 from ._loading import check_kind
+from ._numerics import per_channel, statistics_dtype
 from ._recompute import in_backward
 from ._replay import Calls, handle_of, layer_of
+from .cen_conv import WantsCenConv
 
-_FIX = "write conv_cfg=dict(type='CenConv') beside norm_cfg=dict(type='MABN')"
 NO_DERIVATIVE = (
     'MABN has no second derivative (create_graph=True): its backward pass averages over iterations and is the '
     'derivative of no function, by design (Yan et al. 2020, arXiv:2001.06838), so to differentiate it again would give '
@@ -117,11 +118,7 @@ class _Normalize(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
 
 
-def _per_channel(vector: Tensor) -> Tensor:
-    return vector.view(1, -1, 1, 1)
-
-
-class MABN(AveragesOnRequest):
+class MABN(WantsCenConv, AveragesOnRequest):
     r"""Moving average batch normalization: no mean, second moments averaged over a window of iterations.
 
     With :math:`\chi_t = \mathrm E[x^2]` per channel over ``(N, H, W)``, m the window, t the iteration (from 1),
@@ -145,7 +142,7 @@ class MABN(AveragesOnRequest):
     ``create_graph=True`` raises a ``RuntimeError`` in training. Eval:
     :math:`y = \gamma x / \sqrt{\rho + \epsilon} + \beta`, a batch norm with mean 0 (:meth:`to_batch_norm`).
 
-    No mean is subtracted: the convolution in front has to supply outputs without one, see :class:`CenConv2d`. A
+    No mean is subtracted: the convolution in front has to supply outputs without one, see :mod:`.cen_conv`. A
     convolution whose weight is used as it is makes the layer warn at its first training forward.
 
     Shapes: x and y ``(N, C, H, W)``, any N >= 0, H, W; N = 0 passes through and is no iteration. State, with the
@@ -180,7 +177,7 @@ class MABN(AveragesOnRequest):
       ``bias - weight * running_mean / sqrt(running_var + eps)`` as bias, the batch norm's eps assumed equal. ``iters``
       and both windows start from 0, which a warning says. In training mode x is divided by its second moment
       about 0, so the functions agree as far as its mean is 0. A weight that was trained uncentred gives another x when
-      it is loaded into a :class:`CenConv2d`; the authors found such weights to train badly.
+      it is loaded into a :class:`~.cen_conv.CenConv2d`; the authors found such weights to train badly.
     * A state without complete windows, or with those of groups (``norm_batch``, and the authors' ImageNet models):
       ``iters`` and windows restart from 0, of the latter with a warning.
 
@@ -235,7 +232,7 @@ class MABN(AveragesOnRequest):
         reject_unknown(MABN, unknown)
         check_number(MABN, 'eps', eps, 0)
         check_number(MABN, 'momentum', momentum, 0, 1)
-        _check_count('warmup_iters', warmup_iters, 0)
+        check_count(MABN, 'warmup_iters', warmup_iters, 0)
         super().__init__(num_features, eps, 1 - momentum)
         self.num_features = num_features
         self.buffer_size = _window(B, real_B, buffer_size)
@@ -247,7 +244,6 @@ class MABN(AveragesOnRequest):
         self._register_state()
         self._handle = handle_of(self)
         self._forget_calls()
-        self._conv_checked = False
 
     def _register_state(self) -> None:
         self.register_buffer('running_var', torch.ones(1, self.num_features, 1, 1))
@@ -258,16 +254,11 @@ class MABN(AveragesOnRequest):
     def forward(self, x: Tensor) -> Tensor:
         check_map(self, self.num_features, x)
         if not self.training or x.numel() == 0:
-            moment = self.running_var.flatten().to(_statistics_dtype(x))
+            moment = self.running_var.flatten().to(statistics_dtype(x))
             weight, bias = self.weight.to(moment.dtype), self.bias.to(moment.dtype)
             return F.batch_norm(x, torch.zeros_like(moment), moment, weight, bias, False, 0.0, self.eps)
-        if not (self._conv_checked or is_compiling()) and x.grad_fn is not None:
-            self._conv_checked = True
-            if _made_with_weight_as_is(x):
-                warnings.warn(
-                    f'MABN subtracts no mean, but the convolution in front of it does not centre its weight; {_FIX}',
-                    stacklevel=2,
-                )
+        if not is_compiling():
+            self._check_conv(x)
         return self._normalize(x, self._statistics(x.detach()))
 
     def _normalize(self, x: Tensor, call: Call) -> Tensor:
@@ -307,7 +298,7 @@ class MABN(AveragesOnRequest):
         renorm = ((used + self.eps).sqrt() / (old + self.eps).sqrt()).clamp(*self.RENORM_LIMITS)
         renorm = torch.where(t <= max(self.RENORM_DELAY, self.warmup_iters), torch.ones_like(renorm), renorm)
         new = self.momentum * old + (1 - self.momentum) * used
-        running_var.copy_(_per_channel(torch.where(new.isfinite(), new, old)))
+        running_var.copy_(per_channel(torch.where(new.isfinite(), new, old)))
         return Call(batch, used, renorm, t)
 
     def _forget_calls(self) -> None:
@@ -336,7 +327,7 @@ class MABN(AveragesOnRequest):
         return norm.eval()
 
     def fold_into(self, conv: nn.Module) -> None:
-        """See :mod:`._fold`: nothing of the layer remains. Give it :meth:`CenConv2d.to_conv2d` of a centred one."""
+        """See :mod:`._fold`: nothing of the layer remains. Give it ``CenConv2d.to_conv2d()`` of a centred one."""
         scale = float64(self.weight) / (float64(self.running_var).flatten() + self.eps).sqrt()
         fold_affine(conv, scale, float64(self.bias))
 
@@ -422,7 +413,7 @@ def _resize(rows: Tensor, t: int, size: int) -> Tensor:
 
 def _window(B: int | None, real_B: int | None, buffer_size: int | None) -> int:
     if buffer_size is not None:
-        _check_count('buffer_size', buffer_size, 1)
+        check_count(MABN, 'buffer_size', buffer_size, 1)
         if B is not None or real_B is not None:
             raise ConfigError(
                 f"norm_cfg of type 'MABN': buffer_size={buffer_size} stands in place of B={B} and real_B={real_B}; "
@@ -430,117 +421,10 @@ def _window(B: int | None, real_B: int | None, buffer_size: int | None) -> int:
             )
         return buffer_size
     B, real_B = 2 if B is None else B, 32 if real_B is None else real_B
-    _check_count('B', B, 1)
-    _check_count('real_B', real_B, 1)
+    check_count(MABN, 'B', B, 1)
+    check_count(MABN, 'real_B', real_B, 1)
     if real_B % B:
         raise ConfigError(
             f"norm_cfg of type 'MABN': real_B={real_B} is no multiple of B={B}; the window is real_B / B iterations"
         )
     return real_B // B
-
-
-def _check_count(key: str, value, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"norm_cfg of type 'MABN': {key}={value!r} must be an integer of at least {low}")
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-class CenConv2d(nn.Conv2d):
-    r"""Convolution with a centred weight: ``conv2d(x, W - mean(W), bias)``, the mean per output channel.
-
-    The mean is over ``(C_in / groups, kh, kw)``, so a constant added to all inputs of an output pixel cancels, and the
-    outputs need no mean subtracted by the norm behind. The parameter stays uncentred and is centred in each forward,
-    gradients included (:math:`dW = dW_c - \overline{dW_c}`): any weights may be loaded, the bias stays as it is.
-
-    Arguments, shapes and state dict are those of ``torch.nn.Conv2d``, N = 0 included. Centring is computed in fp32 (or
-    fp64), under autocast too. Tools that read ``weight`` themselves get it uncentred: give them :meth:`to_conv2d`.
-
-    Source: Yan et al., arXiv:2001.06838, section 4.3.
-    """
-
-    def centred_weight(self) -> Tensor:
-        """The weight in use, in the dtype of the parameter."""
-        weight = self.weight.to(_statistics_dtype(self.weight))
-        return (weight - weight.mean((1, 2, 3), keepdim=True)).to(self.weight.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super()._conv_forward(x, self.centred_weight(), self.bias)
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # For efficient_conv_bn_eval of mmcv and mmengine, which calls this with the raw weight times a factor per
-        # output channel: centring commutes with that.
-        wide = weight.to(_statistics_dtype(weight))
-        return super()._conv_forward(x, (wide - wide.mean((1, 2, 3), keepdim=True)).to(weight.dtype), bias)
-
-    @torch.no_grad()
-    def to_conv2d(self) -> nn.Conv2d:
-        """A plain convolution of the same function, for deployment: the weight is centred once."""
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            self.weight.device,
-            self.weight.dtype,
-        )
-        conv.weight.copy_(self.centred_weight())
-        if self.bias is not None:
-            conv.bias.copy_(self.bias)
-        return conv.train(self.training)
-
-
-def warn_if_uncentred(model: nn.Module) -> list[str]:
-    """Warn, once for the whole model, of MABN layers behind a convolution that is no :class:`CenConv2d`.
-
-    A convolution is in front of an MABN if it is the last sibling before it with a weight of convolution shape, as in
-    ``ConvModule``, ResNet blocks and ``nn.Sequential``. Layers for which none is found are passed over. The layers
-    looked at do not warn again in their first forward.
-
-    Returns:
-        Names of the MABN layers, empty if all is well.
-    """
-    found = []
-    for path, module in model.named_modules():
-        conv = None
-        for name, child in module.named_children():
-            if isinstance(child, MABN):
-                if conv is not None and not _norm_first(module):
-                    child._conv_checked = True
-                    if not isinstance(conv, CenConv2d):
-                        found.append(f'{path}.{name}'.lstrip('.'))
-                conv = None
-            elif getattr(child, 'weight', None) is not None and child.weight.dim() > 2:
-                conv = child
-    if found:
-        more = f' and {len(found) - 5} more' if len(found) > 5 else ''
-        warnings.warn(
-            f'MABN subtracts no mean, but the convolutions in front of {", ".join(found[:5])}{more} do not '
-            f'centre their weights; {_FIX}',
-            stacklevel=2,
-        )
-    return found
-
-
-def _norm_first(module: nn.Module) -> bool:
-    """Whether it is a ConvModule that applies its norm before its convolution."""
-    order = getattr(module, 'order', ())
-    return 'norm' in order and 'conv' in order and order.index('norm') < order.index('conv')
-
-
-def _made_with_weight_as_is(x: Tensor) -> bool:
-    """Whether x comes right from a convolution with a trainable parameter as its weight. Reads the graph, no values."""
-    node = x.grad_fn
-    if not type(node).__name__.startswith('ConvolutionBackward') or len(node.next_functions) < 2:
-        return False
-    weight = node.next_functions[1][0]
-    while type(weight).__name__ == 'ToCopyBackward0':  # autocast
-        weight = weight.next_functions[0][0]
-    return type(weight).__name__ == 'AccumulateGrad'

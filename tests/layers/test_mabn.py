@@ -15,7 +15,7 @@ from mmengine.model import ExponentialMovingAverage, kaiming_init
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_norms.layers.mabn import MABN, CenConv2d, warn_if_uncentred
+from mmdet_norms.layers import MABN, CenConv2d, warn_if_uncentred
 
 BUFFERS = ('running_var', 'iters', 'buffer_x2', 'buffer_gz')
 
