@@ -2,15 +2,11 @@
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / 'cli'))
-import tiny
 import torch
 
+from helpers import tiny
 from mmdet_norms.cli import compare, picture_sheet
 from mmdet_norms.datasets.annotations import read_annotations
 from mmdet_norms.engine.safe_checkpoints import CheckpointFolder

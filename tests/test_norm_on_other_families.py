@@ -19,9 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from other_families import DOCUMENT, FAMILIES, NORMS, REFUSED, Family, render, shrink, stock_config
-
 from mmdet_norms import apply_norm, layers, replace_norm_cfg
+from other_families import DOCUMENT, FAMILIES, NORMS, REFUSED, Family, render, shrink, stock_config
 
 CENTRED = dict(type='CenConv')
 # The norms that a family is trained with in the quick run, in turn; the others are marked slow.

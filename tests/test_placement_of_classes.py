@@ -9,9 +9,9 @@ from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 from mmengine.utils import get_installed_path
-from python_style import resolved, with_classes
 from torch import nn
 
+from helpers.python_style import resolved, with_classes
 from mmdet_norms import PLACEMENTS, apply_norm, layers, replace_norm_cfg
 from mmdet_norms.entries import path_of
 

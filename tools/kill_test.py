@@ -27,16 +27,16 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tests' / 'cli'))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tests'))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import tiny
 import torch
 from mmengine.config import config as mmengine_config
 from mmengine.fileio import LocalBackend
 from mmengine.runner import runner as mmengine_runner
 
+from helpers import tiny
 from mmdet_norms import files
 from mmdet_norms.cli import train
 from mmdet_norms.placement import PLACEMENTS

@@ -2,21 +2,17 @@
 
 import copy
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
 
+from helpers.tiny import CONFIG
 from mmdet_norms.benchmark.detectors import Detectors, batch_norm_twin
 from mmdet_norms.benchmark.groups import Setting
 from mmdet_norms.cli.common import read_config
 from mmdet_norms.layers import MABN, NORMS
 from mmdet_norms.placement import PLACEMENTS, apply_norm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'cli'))
-from tiny import CONFIG
 
 CPU = Setting(torch.device('cpu'))
 MASK_RCNN = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'

@@ -8,17 +8,17 @@ import re
 from functools import cache, partial
 from pathlib import Path
 
-import published_networks as published
 import pytest
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
-from published_networks import BENCHMARK, CLASSES, MMDET_1, MMDET_2, NECK, Detector
 from torch import nn
 
 import mmdet_norms
+from helpers import published_networks as published
+from helpers.published_networks import BENCHMARK, CLASSES, MMDET_1, MMDET_2, NECK, Detector
 from mmdet_norms import apply_norm
 from mmdet_norms.checkpoints import LAYOUTS, ConversionError, UntrustedCheckpointError, convert
 

@@ -1,8 +1,6 @@
 """Top-k accuracy against sorting, with ties, NaN, few classes, and two processes."""
 
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +8,9 @@ import torch
 from mmengine.dataset import DefaultSampler
 from torch.utils.data import DataLoader
 
+from helpers.processes import run_in_two
 from mmdet_norms.classification import Accuracy
 from mmdet_norms.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'engine'))
-from processes import run_in_two
 
 
 def evaluate(scores, labels, classes=None, size=None, batch=4, **options):

@@ -4,7 +4,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -15,11 +14,9 @@ from mmengine.registry import DATASETS
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from helpers.digits import write_digits
 from mmdet_norms.classification import ImageFolder, classes_of_entry, image_folders, problems_of
 from mmdet_norms.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from digits import write_digits
 
 PIPELINE = [dict(type='LoadImageFromFile'), dict(type='PackClsInputs')]
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from digits import write_digits
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from helpers.digits import write_digits
 from mmdet_norms import classification
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'imagenette'

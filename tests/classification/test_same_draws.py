@@ -1,7 +1,6 @@
 """Crops, colours and mixed images are a function of seed and iteration, also after a resume, in and without workers."""
 
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 import mmdet_norms.engine  # noqa: F401  (registers RandomStateHook)
-
-sys.path.insert(0, str(Path(__file__).parent))
-from digits import write_digits
+from helpers.digits import write_digits
 
 
 @HOOKS.register_module()

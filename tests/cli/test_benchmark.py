@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import CONFIG
 
+from helpers.tiny import CONFIG
 from mmdet_norms.benchmark import report
 from mmdet_norms.cli import benchmark
 

@@ -1,17 +1,14 @@
 """Data are checked before a run, which reads completed copies of files with gaps; the tool lists what it finds."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from helpers import small
 from mmdet_norms.cli import check, test, train
 from mmdet_norms.datasets import annotations
 from mmdet_norms.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'datasets'))
-import small
 
 
 @pytest.fixture(autouse=True)

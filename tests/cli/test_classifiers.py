@@ -13,12 +13,9 @@ import mmdet
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-import tiny_cls
-from test_dist_cpu import run_tool
-
 import mmdet_norms  # noqa: F401
+from helpers import tiny, tiny_cls
+from helpers.commands import run_tool
 from mmdet_norms.classification.image_folder import images_of_entry
 from mmdet_norms.cli import browse, check, compare, convert_checkpoint, fuse, infer, picture_sheet, replay, test, train
 

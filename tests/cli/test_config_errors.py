@@ -1,6 +1,5 @@
 """What a config got wrong is one message; an error of somebody's own code keeps its traceback."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,22 +8,12 @@ from mmdet.models.backbones import ResNet
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-
+from helpers import tiny
+from helpers.commands import fails
 from mmdet_norms.cli import check, test, train
 from mmdet_norms.cli.common import load_config, read_config
 from mmdet_norms.cli.config_checks import config_problems, norm_problems
 from mmdet_norms.errors import UserError
-
-
-def fails(capsys, main, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -12,23 +11,12 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / 'engine'))
-import tiny
-from processes import run_in_two
-
+from helpers import tiny
+from helpers.commands import run_tool
+from helpers.processes import run_in_two
 from mmdet_norms.cli.common import command
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_tool(name, config, *arguments, **environment):
-    env = dict(os.environ, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES='', **environment)
-    command = [str(ROOT / 'tools' / name), *map(str, (config, *arguments))]
-    cwd = config.parent  # mmengine leaves a .dist_test there
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=cwd)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.slow

@@ -1,14 +1,10 @@
 """Every named choice trains, resumes and is tested through the commands."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-
+from helpers import tiny
 from mmdet_norms.cli import test, train
 from mmdet_norms.placement import PLACEMENTS
 

@@ -2,16 +2,13 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-
+from helpers import tiny
 from mmdet_norms import fuse
 from mmdet_norms.cli import convert_checkpoint, export, weights
 from mmdet_norms.deploy import export_onnx, is_fused, save_fused

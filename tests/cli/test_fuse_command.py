@@ -1,15 +1,11 @@
 """tools/fuse.py, and what tools/export.py asks for before it works."""
 
 import builtins
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-
+from helpers import tiny
 from mmdet_norms.cli import export, fuse, weights
 from mmdet_norms.commands import typed
 from mmdet_norms.deploy import is_fused

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -14,9 +13,7 @@ from mmdet.apis import DetInferencer
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-
+from helpers import tiny
 from mmdet_norms.cli import export, infer, test, weights
 from mmdet_norms.engine.inference import displayable
 from mmdet_norms.engine.pictures import MARK

@@ -1,13 +1,8 @@
 """Optimizers through the tools: names that nobody knows, and what AdaHessian cannot be trained with."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-
+from helpers import tiny
 from mmdet_norms.cli import check, train
 
 ADAHESSIAN = "\noptim_wrapper = dict(optimizer=dict(_delete_=True, type='AdaHessian'))\n"

@@ -1,18 +1,14 @@
 """--cfg-options: what nothing would read is an error with the nearest key; what something reads is taken."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
-from python_style import with_classes
-
+from helpers import tiny
+from helpers.python_style import with_classes
 from mmdet_norms.cli import benchmark, export, picture_sheet, test, train
 from mmdet_norms.cli.common import load_config, read_config
 from mmdet_norms.cli.options import add_option_arguments, merge_options

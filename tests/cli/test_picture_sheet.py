@@ -5,9 +5,9 @@ from pathlib import Path
 
 import cv2
 import pytest
-import tiny
 from pycocotools.coco import COCO
 
+from helpers import tiny
 from mmdet_norms.cli import picture_sheet
 from mmdet_norms.engine.picture import is_sheet
 

@@ -3,7 +3,6 @@
 import json
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.structures import BaseDataElement
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-
+from helpers import tiny
 from mmdet_norms import apply_norm
 from mmdet_norms.cli import train
 from mmdet_norms.cli.weights import check_training

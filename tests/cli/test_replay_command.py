@@ -3,15 +3,12 @@
 import re
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-from test_train_and_test import fails, options_of
-
+from helpers import tiny
+from helpers.commands import fails, options_of
 from mmdet_norms.cli import replay, train
 
 

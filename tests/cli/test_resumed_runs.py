@@ -1,15 +1,10 @@
 """tools/train.py: a detector that was resumed is, bit by bit, the one that was not; without --seed."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-from test_dist_cpu import run_tool
-
+from helpers import tiny
+from helpers.commands import run_tool
 from mmdet_norms.cli import train
 
 MORE = """

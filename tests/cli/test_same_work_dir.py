@@ -14,10 +14,8 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-
 import mmdet_norms  # noqa: F401
+from helpers import tiny
 from mmdet_norms.cli import test, train
 from mmdet_norms.engine import shared_memory
 from mmdet_norms.engine.work_dir import TRAINING

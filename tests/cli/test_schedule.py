@@ -5,11 +5,11 @@ from pathlib import Path
 
 import mmdet
 import pytest
-import tiny
 import torch
 from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
 
+from helpers import tiny
 from mmdet_norms.cli import schedule, train
 from mmdet_norms.cli.common import UserError
 from mmdet_norms.cli.schedule import scale_to, set_learning_rate

@@ -1,8 +1,6 @@
 """The options of the tools on configs that spell their classes in other ways: with a scope, as classes, by paths."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from mmdet.datasets import CocoDataset
@@ -12,11 +10,8 @@ from mmengine.config import Config
 from mmengine.hooks import LoggerHook
 from mmengine.optim import OptimWrapper
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
-from python_style import with_classes, write_python_style
-
+from helpers import tiny
+from helpers.python_style import with_classes, write_python_style
 from mmdet_norms.cli import test, train
 from mmdet_norms.cli.common import UserError, read_config
 from mmdet_norms.datasets.locate import DataRootError, use_data_root

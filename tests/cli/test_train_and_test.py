@@ -14,10 +14,9 @@ from mmengine.config import Config
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-
 import mmdet_norms  # noqa: F401
+from helpers import tiny
+from helpers.commands import fails, options_of
 from mmdet_norms.cli import picture_sheet, test, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,16 +41,6 @@ def config(tmp_path):
 def aps(path):
     results = json.loads(Path(path).read_text())
     return {key: value for key, value in results.items() if '_mAP' in key}
-
-
-def fails(capsys, main, *arguments):
-    """Run a command that must end with status 2 and one message; return it."""
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_training_leaves_a_log_a_checkpoint_results_and_a_runnable_config(trained):
@@ -114,11 +103,6 @@ def test_mixed_precision_trains_on_a_cpu(config, tmp_path):
     weights = torch.load(tmp_path / 'run' / 'epoch_1.pth')['state_dict'].values()
     weights = [value for value in weights if value.is_floating_point()]
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights)
-
-
-def options_of(module, *arguments):
-    args = module.parse_args([str(argument) for argument in arguments])
-    return module.train_config(args) if module is train else module.test_config(args)
 
 
 def test_a_norm_by_name_is_in_the_config_and_options_refine_it(config):

@@ -1,16 +1,13 @@
 """``tools/train.py`` looks at the files it starts from before it does anything with them."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny
-
 import mmdet_norms
+from helpers import tiny
 from mmdet_norms.cli import train
 from mmdet_norms.deploy import is_fused, save_fused
 

@@ -1,20 +1,15 @@
 """A trained detector has the same AP with every kind of ops in every memory format: RoIAlign, NMS, DCN, losses."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from helpers import tiny
 from mmdet_norms import fuse
 from mmdet_norms.cli import train
 from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.compat.mmcv_ops import in_torchvision
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'cli'))
-import tiny
 
 # With deformable convolutions, from channels-last maps, as the demo trains.
 MORE = """

@@ -20,9 +20,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'cli'))
-import tiny
-
+from helpers import tiny
 from mmdet_norms.checkpoints.read import read_checkpoint
 from mmdet_norms.cli import train
 from mmdet_norms.compat import downloads, zoo

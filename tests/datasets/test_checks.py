@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-import small
 from hypothesis import given
 from hypothesis import strategies as st
 from mmdet.registry import DATASETS
@@ -13,6 +12,7 @@ from mmengine.registry import DefaultScope
 from PIL import Image
 from pycocotools import mask as mask_utils
 
+from helpers import small
 from mmdet_norms.datasets import annotations
 from mmdet_norms.datasets.checks import check_config
 from mmdet_norms.datasets.columns import decompressed

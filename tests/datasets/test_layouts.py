@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import small
 from mmengine.config import Config
 
+from helpers import small
 from mmdet_norms.cli.common import UserError, move_and_merge
 from mmdet_norms.cli.options import Options
 from mmdet_norms.datasets.locate import DataRootError, use_data_root

@@ -1,16 +1,12 @@
 """Whole detectors, fused: the same maps, the same detections."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-sys.path.insert(0, str(Path(__file__).parent))
-import detectors
-
+from helpers import detectors
 from mmdet_norms import PLACEMENTS, fuse
 from mmdet_norms.layers import CBN, MABN, CenConv2d, FrozenBN
 

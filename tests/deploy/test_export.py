@@ -7,7 +7,6 @@ import subprocess
 import sys
 import warnings
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,7 @@ from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-import detectors
-import tiny
-
+from helpers import detectors, tiny
 from mmdet_norms import fuse
 from mmdet_norms.cli import export, test
 from mmdet_norms.deploy import export_onnx, is_fused, load_fused, save_fused

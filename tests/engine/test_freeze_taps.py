@@ -1,6 +1,5 @@
 """FreezeBNETHook: the run is that of a loop whose taps have no gradients from that epoch on."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from processes import run_in_two
-
+from helpers.processes import run_in_two
 from mmdet_norms.errors import UserError
 from mmdet_norms.layers import BNET
 

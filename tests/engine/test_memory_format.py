@@ -1,7 +1,5 @@
 """ChannelsLastHook: values stay, in one process and where DistributedDataParallel has planned its buckets before."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +9,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).parent))
-from processes import run_in_two
-
+from helpers.processes import run_in_two
 from mmdet_norms import engine
 from mmdet_norms.compat.ddp import plan_buckets_again
 from mmdet_norms.errors import UserError

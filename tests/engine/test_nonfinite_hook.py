@@ -1,8 +1,6 @@
 """Steps with NaN or inf: not taken, explained, stopped or skipped, computed again."""
 
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +15,7 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from processes import run_in_two
-
+from helpers.processes import run_in_two
 from mmdet_norms.compat.foreach import any_nonfinite
 from mmdet_norms.engine import NonFiniteError, NonFiniteHook, start_cpu_processes
 from mmdet_norms.engine.nonfinite import find, replay

@@ -19,10 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-sys.path.insert(0, str(Path(__file__).parent))
-from processes import run_in_two
-
 import mmdet_norms
+from helpers.processes import run_in_two
 from mmdet_norms.engine import SecondOrderOptimWrapper
 from mmdet_norms.errors import UserError
 from mmdet_norms.layers import BNET, MABN, CenConv2d, SyncBN

@@ -2,20 +2,16 @@
 
 import json
 import logging
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'cli'))
-import tiny
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop
 from pycocotools import mask as rle_codec
 
 import mmdet_norms  # noqa: F401
+from helpers import tiny
 from mmdet_norms.engine import PerClassCocoMetric, ResultsHook, TimedLoggerHook
 from mmdet_norms.engine.picture import to_mask
 from mmdet_norms.engine.results import kept_results, plain_results, results_table, write_json

@@ -1,9 +1,7 @@
 """A resumed run is the run that was never stopped, bit by bit: loops, samplers, workers, checkpoints, processes."""
 
 import random
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +16,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner, loops
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
-sys.path.insert(0, str(Path(__file__).parent))
-from processes import run_in_two
-
+from helpers.processes import run_in_two
 from mmdet_norms.compat.loading import InfiniteBatches, finish_epoch
 from mmdet_norms.engine import rng, start_cpu_processes
 from mmdet_norms.errors import UserError

@@ -1,8 +1,6 @@
 """Running statistics recomputed: by torch's update_bn, and by recompute_statistics."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +9,7 @@ from mmengine.model import BaseModel, ExponentialMovingAverage
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from processes import run_in_two
-
+from helpers.processes import run_in_two
 from mmdet_norms import recompute_statistics
 from mmdet_norms.errors import UserError
 

@@ -1,8 +1,6 @@
 """What several processes save is what they validate and what they go on from, in both loops and with every hook."""
 
-import sys
 from math import ceil
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from processes import run_in_two
-
+from helpers.processes import run_in_two
 from mmdet_norms.engine import SyncBuffersHook, start_cpu_processes, together
 from mmdet_norms.engine.norms import iterations_per_epoch
 from mmdet_norms.layers import AN, BRN, CBN, MABN, CenConv2d

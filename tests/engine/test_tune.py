@@ -19,9 +19,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'cli'))
-import tiny
-
+from helpers import tiny
 from mmdet_norms import fuse
 from mmdet_norms.benchmark.detectors import Detectors
 from mmdet_norms.benchmark.groups import Setting
@@ -449,7 +447,7 @@ def test_compiled_code_is_in_tune_mode_too():
 
 _DDP = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 import mmdet_norms
 import torch
 from mmengine.model import MMDistributedDataParallel

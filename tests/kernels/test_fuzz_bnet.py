@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from layouts import LAYOUTS, as_channels_last, as_contiguous, as_later_part
 from torch.nn import functional as F
 
+from helpers.layouts import LAYOUTS, as_channels_last, as_contiguous, as_later_part
 from mmdet_norms.kernels import compiled, depthwise
 from mmdet_norms.layers import BNET
 

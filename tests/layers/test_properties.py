@@ -19,11 +19,11 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from layouts import LAYOUTS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from helpers.layouts import LAYOUTS
 from mmdet_norms.layers import (
     AN,
     BNET,

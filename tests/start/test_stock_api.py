@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'cli'))
-import tiny
-
+from helpers import tiny
 from mmdet_norms.compat import mmcv_ops
 
 ROOT = Path(__file__).resolve().parents[2]

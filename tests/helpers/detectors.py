@@ -1,7 +1,5 @@
 """Small detectors with the norms of every named choice, in the middle of nowhere: no number at its default."""
 
-import sys
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -10,9 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'cli'))
-import tiny
-
+from helpers import tiny
 from mmdet_norms import apply_norm
 from mmdet_norms.cli.common import read_config
 from mmdet_norms.registry import MODELS
