@@ -2,7 +2,7 @@
 
 from .coco_detections import DumpCocoDetections
 from .dist import CPUAmpOptimWrapper, end_processes, start_cpu_processes
-from .freeze_taps import FreezeBNETHook
+from .freeze_bnet import FreezeBNETHook
 from .fuse import FuseHook
 from .memory_format import ChannelsLastHook
 from .nonfinite import NonFiniteError, NonFiniteHook

@@ -20,7 +20,7 @@ class NormOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     mmengine finds norms by torch's classes. BNET, CBN, MABN, AN and SN are none of them, so their parameters would get
     the full weight decay (as in the published code) whatever ``norm_decay_mult`` says. Here it scales the decay of
-    every parameter of theirs, BNET's taps and AN's attention included; ``custom_keys`` still come first, and all other
+    every parameter of theirs, BNET's kernels and AN's attention included. ``custom_keys`` still come first; all other
     rules are mmengine's (``bias_lr_mult`` reaches their biases, as in MABN's published recipe).
 
     An optimizer or an argument of it that nobody knows gives an error with the choices; AdaHessian gets its

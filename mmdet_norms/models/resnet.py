@@ -200,16 +200,13 @@ class NormTridentResNet(NormAt, TridentResNet):
 
 
 class _DetectoRS(NormAt):
-    """DetectoRS draws the weights of every ``Conv2d`` itself, which are not to include the taps of a BNET."""
+    """DetectoRS zeroes the last norm of each block by its ``weight``, which a BNET does not have itself."""
 
     def init_weights(self):
         super().init_weights()
-        if self.pretrained is not None:
+        if self.pretrained is not None or not self.zero_init_residual:
             return
-        for module in self.modules():
-            if isinstance(module, BNET):
-                module.bnconv.reset_parameters()
-        for stage in self.res_layers if self.zero_init_residual else ():
+        for stage in self.res_layers:
             for block in _blocks(getattr(self, stage)):
                 if isinstance(block.norm3, BNET):
                     nn.init.zeros_(block.norm3.bnconv.weight)

@@ -1,4 +1,4 @@
-"""BNET's taps stop training at an epoch, as in the published ImageNet recipe of ResNet-101."""
+"""BNET's kernels stop training at an epoch, as in the published ImageNet recipe of ResNet-101."""
 
 import functools
 
@@ -15,7 +15,7 @@ from ..layers import BNET
 
 @HOOKS.register_module()
 class FreezeBNETHook(Hook):
-    """From an epoch on, the depthwise weights and biases of every BNET stay as they are: no step, decay or momentum.
+    """From an epoch on, the depthwise kernels and biases of every BNET stay as they are: no step, decay or momentum.
 
     Their gradients are dropped before each step of the optimizer, and before gradients are clipped. ``requires_grad``
     is left alone: DistributedDataParallel has planned with these gradients and would wait for them. A resumed run goes
@@ -25,7 +25,7 @@ class FreezeBNETHook(Hook):
     momentum and weight decay moved the weights all the same, which this hook does not repeat.
 
     Args:
-        epoch: how many epochs the taps train. Default 61, as published, of 100.
+        epoch: how many epochs they train. Default 61, as published, of 100.
 
     Raises:
         UserError: ``epoch`` is no whole number of at least 0; a training that counts iterations.
@@ -35,18 +35,18 @@ class FreezeBNETHook(Hook):
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise UserError(f'FreezeBNETHook: epoch={epoch!r} must be a whole number of at least 0')
         self.epoch = epoch
-        self._taps: list[nn.Parameter] = []
+        self._frozen: list[nn.Parameter] = []
 
     def before_train(self, runner: Runner) -> None:
-        """Find the taps, and stand in front of the optimizer's step."""
+        """Find the kernels and biases, and stand in front of the optimizer's step."""
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             raise UserError(
                 f'FreezeBNETHook: epoch={self.epoch} of a training in iterations, which has no epochs; write '
                 "train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=...), or leave the hook out"
             )
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._taps = [value for m in model.modules() if isinstance(m, BNET) for value in m.bnconv.parameters()]
-        if not self._taps:
+        self._frozen = [value for m in model.modules() if isinstance(m, BNET) for value in m.bnconv.parameters()]
+        if not self._frozen:
             runner.logger.warning('FreezeBNETHook: the model has no BNET, so nothing will be frozen')
         elif self.epoch >= runner.max_epochs:
             runner.logger.warning(
@@ -60,9 +60,9 @@ class FreezeBNETHook(Hook):
         step = wrapper.step
 
         @functools.wraps(step)
-        def step_without_taps(**kwargs) -> None:
-            for value in self._taps if runner.epoch >= self.epoch else ():
+        def step_without_them(**kwargs) -> None:
+            for value in self._frozen if runner.epoch >= self.epoch else ():
                 value.grad = None
             step(**kwargs)
 
-        wrapper.step = step_without_taps
+        wrapper.step = step_without_them

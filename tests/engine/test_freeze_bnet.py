@@ -1,4 +1,4 @@
-"""FreezeBNETHook: the run is that of a loop whose taps have no gradients from that epoch on."""
+"""FreezeBNETHook: the run is that of a loop whose kernels have no gradients from that epoch on."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def weights(net):
 
 
 def published(epochs, epoch, clip=None):
-    """A plain loop: taps without ``requires_grad`` in the later epochs, gradients set to None."""
+    """A plain loop: kernels without ``requires_grad`` in the later epochs, gradients set to None."""
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), **SGD)
     for i in range(epochs):
@@ -71,7 +71,7 @@ def published(epochs, epoch, clip=None):
 
 
 @pytest.mark.parametrize('clip', [None, 0.5])
-def test_a_run_is_the_loop_that_turns_gradients_of_the_taps_off(clip, tmp_path):
+def test_a_run_is_the_loop_that_turns_gradients_of_the_kernels_off(clip, tmp_path):
     more = dict(optim_wrapper=dict(clip_grad=dict(max_norm=clip))) if clip else {}
     run = runner(tmp_path, **more)
     run.train()
@@ -102,7 +102,7 @@ def in_two(rank, folder):
     return [{name: value.numpy() for name, value in entry.items()} for entry in seen]
 
 
-def test_two_processes_go_on_together_and_their_taps_stand(tmp_path):
+def test_two_processes_go_on_together_and_their_kernels_stand(tmp_path):
     one, two = run_in_two(tmp_path, in_two, tmp_path)
     for a, b in zip(one, two):
         assert all((a[name] == b[name]).all() for name in a)
