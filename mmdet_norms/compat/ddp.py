@@ -3,6 +3,8 @@
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .torch_internals import belongs_to_its_buckets, make_buckets_again, number_in_buckets
+
 
 def plan_buckets_again(model: nn.Module) -> int:
     """Have every ``DistributedDataParallel`` in ``model`` lay out its gradient buckets as its parameters are now.
@@ -19,12 +21,12 @@ def plan_buckets_again(model: nn.Module) -> int:
     """
     wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     for ddp in wrappers:
-        if ddp._comm_hooks or getattr(ddp, 'mixed_precision', None) is not None:
+        if belongs_to_its_buckets(ddp):
             raise RuntimeError(
                 'the memory layout of a model cannot change after register_comm_hook() or with the mixed_precision of '
                 'DistributedDataParallel: change it before the model is wrapped'
             )
-        _plan_again(ddp)
+        make_buckets_again(ddp)
     return len(wrappers)
 
 
@@ -46,21 +48,10 @@ def plan_what_is_trained(model: nn.Module) -> int:
         trained = {id(p) for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored}
         planned = getattr(ddp, '_planned_for', None)
         if planned is None:  # by the wrapper itself, which keeps their number only
-            same = ddp._get_ddp_logging_data()['num_parameter_tensors'] == len(trained)
+            same = number_in_buckets(ddp) == len(trained)
         else:
             same = planned == trained
         if trained and not same:
             changed += plan_buckets_again(ddp)
         ddp._planned_for = trained
     return changed
-
-
-def _plan_again(ddp: DistributedDataParallel) -> None:
-    """What unpickling a wrapper does, in the process group that it has."""
-    del ddp.reducer, ddp.logger  # the last references: their hooks leave the parameters
-    parameters, expect_sparse_gradient = ddp._build_params_for_reducer()
-    names = ddp._build_debug_param_to_name_mapping(parameters)
-    ddp._ddp_init_helper(parameters, expect_sparse_gradient, names, ddp.static_graph)
-    if ddp.static_graph:
-        ddp.reducer._set_static_graph()
-        ddp.logger._set_static_graph()

@@ -11,17 +11,17 @@ from collections import OrderedDict
 
 import torch
 from mmengine.logging import HistoryBuffer
-from torch._weights_only_unpickler import _get_allowed_globals
 
 from .checkpoints import harmless_globals
 from .pickles import PlainArray, PlainDtype, encode
+from .torch_internals import harmless_in_checkpoints
 
 UnpicklingError = pickle.UnpicklingError  # like Unpickler and load, what torch takes from the module that it is given
 
 
 @functools.cache
 def _known() -> dict[str, object]:
-    return {**_get_allowed_globals(), **{name: harmless for harmless, name in harmless_globals()}}
+    return {**harmless_in_checkpoints(), **{name: harmless for harmless, name in harmless_globals()}}
 
 
 class Unpickler(pickle._Unpickler):

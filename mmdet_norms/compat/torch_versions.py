@@ -1,7 +1,6 @@
 """Questions that torch of each supported version answers by another name. Imports torch only, so layers may ask too."""
 
 import torch
-from torch import Tensor
 
 try:  # torch 2.3
     is_compiling = torch.compiler.is_compiling
@@ -15,13 +14,3 @@ def autocast_is_on(device: str) -> bool:
     if hasattr(torch.amp, 'is_autocast_available'):  # torch 2.4: one question for all devices
         return torch.is_autocast_enabled(device)
     return torch.is_autocast_cpu_enabled() if device == 'cpu' else torch.is_autocast_enabled()
-
-
-if hasattr(torch._C._functorch, 'is_legacy_batchedtensor'):  # torch 2.3
-    is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
-else:
-    _BATCHED = torch._C._dispatch_key_parse('Batched')
-
-    def is_legacy_batched(tensor: Tensor) -> bool:
-        """Does it stand for many tensors, as ``is_grads_batched=True`` and ``vectorize=True`` hand them to autograd?"""
-        return torch._C._dispatch_keys(tensor).has(_BATCHED)

@@ -2,7 +2,7 @@
 
 import functools
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..commands import runnable
-from ..compat.foreach import any_nonfinite, copy_all
+from ..compat.torch_internals import copy_all, largest_magnitudes
 from ..errors import UserError, some
 from ..files import replacing
 from .rng import kept_random_state, pack, random_state, set_random_state, unpack
@@ -529,3 +529,25 @@ def replay(model: nn.Module, content: dict, wrapper: OptimWrapper) -> Iterator[t
     for entry in content['batches']:
         entry = {**entry, 'rng': unpack(entry['rng'])}
         yield entry, find(model, entry, wrapper)
+
+
+def any_nonfinite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether a number among all of these is NaN or infinite, as a tensor: nothing waits for the device."""
+    largest = []
+    groups: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        tensor = tensor.detach()
+        if tensor.is_sparse:
+            tensor = tensor.coalesce().values()
+        if tensor.is_floating_point() and tensor.numel():
+            groups.setdefault(tensor.device, []).append(tensor)
+    for device, group in groups.items():
+        if device.type == 'cpu':  # where a norm of this kind takes ten times as long
+            extremes = [extreme for tensor in group for extreme in tensor.aminmax()]
+        else:
+            extremes = largest_magnitudes(group)
+        largest.append(torch.stack([extreme.float() for extreme in extremes]).abs().max())
+    if not largest:
+        return torch.zeros((), dtype=torch.bool)
+    bad = [~value.isfinite() for value in largest]
+    return torch.stack([value.to(bad[0].device) for value in bad]).any()

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..compat.autograd import custom_functions, is_once_differentiable
+from ..compat.torch_internals import custom_functions, is_once_differentiable
 from ..errors import UserError, some
 from ..layers import MABN
 

@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..compat.torch_internals import is_functorch_active
 from ..compat.torch_versions import autocast_is_on, is_compiling
 from ..deploy.dataflow import Dataflow, may_fold
 from ..kernels.depthwise import is_supported, normalize_and_convolve
@@ -295,7 +296,7 @@ class _TunedConv(_Tuned):
             and x.dtype == self.weight.dtype
             and not autocast_is_on(x.device.type)
             and not is_compiling()
-            and not torch._C._are_functorch_transforms_active()
+            and not is_functorch_active()
         )
 
 

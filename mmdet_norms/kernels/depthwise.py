@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..compat.torch_internals import is_functorch_active
 from ..compat.torch_versions import autocast_is_on, is_compiling
 from . import compiled, gpu, pointers, second
 
@@ -56,7 +57,7 @@ def is_supported(x: Tensor, *others: Tensor) -> bool:
         and not autocast_is_on('cpu')
         and not is_compiling()
         and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_functorch_active()
     )
 
 

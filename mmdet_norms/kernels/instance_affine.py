@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..compat.torch_internals import is_functorch_active
 from ..compat.torch_versions import is_compiling
 from . import map_ops
 from .second import is_wanted
@@ -43,7 +44,7 @@ def is_supported(x: Tensor) -> bool:
         and x.numel() > 0
         and not is_compiling()
         and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_functorch_active()
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..compat.torch_versions import is_legacy_batched
+from ..compat.torch_internals import is_legacy_batched
 
 _OVER = (0, 2, 3)
 

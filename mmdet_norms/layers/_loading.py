@@ -14,6 +14,8 @@ from functools import cache
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ..compat.torch_internals import has_load_hook, on_load
+
 # Kinds of states, and keys that only they have; of several, the first counts.
 _MARKS = {
     'BNET': ('bnconv',),
@@ -189,9 +191,8 @@ def _is_norm_of_ours(cls: type) -> bool:
 
 def _watch(host: nn.Module, name: str, child: nn.Module | None) -> None:
     """Called by torch for every child that a module gets."""
-    hooks = host._load_state_dict_pre_hooks.values()
-    if _is_norm_of_ours(type(child)) and not any(getattr(hook, 'hook', None) is adopt for hook in hooks):
-        host._register_load_state_dict_pre_hook(adopt, with_module=True)
+    if _is_norm_of_ours(type(child)) and not has_load_hook(host, adopt):
+        on_load(host, adopt)
 
 
 register_module_module_registration_hook(_watch)

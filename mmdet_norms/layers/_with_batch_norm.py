@@ -5,6 +5,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch_internals import on_state_dict
 from ._loading import check_kind
 from ._recompute import take_if_finite
 
@@ -25,7 +26,7 @@ class WithBatchNorm(nn.Module):
         self.num_features = num_features
         if bn is not None:
             self.bn = bn
-        self._register_state_dict_hook(_publish_keys)
+        on_state_dict(self, _publish_keys)
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor | None, bn=None) -> None:

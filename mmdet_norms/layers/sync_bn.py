@@ -8,6 +8,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..compat.torch_internals import name_of_own_backend
 from ..compat.torch_versions import is_compiling
 from ._args import check_map, check_number, reject_unknown
 from ._fold import fold_batch_norm
@@ -163,7 +164,7 @@ class SyncBN(_BatchNorm):
 
 def _served_by_torch() -> tuple[str, ...]:
     """Device types on which ``nn.SyncBatchNorm`` synchronizes."""
-    return ('cuda', 'hpu', 'xpu', torch._C._get_privateuse1_backend_name())
+    return ('cuda', 'hpu', 'xpu', name_of_own_backend())
 
 
 def _say_once(line: str) -> None:

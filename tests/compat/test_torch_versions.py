@@ -18,7 +18,6 @@ def ask(request, monkeypatch):
     if request.param == 'this torch':
         return torch_versions
     monkeypatch.delattr(torch.compiler, 'is_compiling', raising=False)
-    monkeypatch.delattr(torch._C._functorch, 'is_legacy_batchedtensor', raising=False)
     monkeypatch.delattr(torch.amp, 'is_autocast_available', raising=False)
     return SimpleNamespace(**runpy.run_path(torch_versions.__file__))
 
@@ -33,25 +32,6 @@ def test_autocast(ask):
             assert not ask.autocast_is_on('cpu')
 
 
-def test_batched_gradients_are_seen(ask):
-    seen = []
-
-    class Twice(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return 2 * x
-
-        @staticmethod
-        def backward(ctx, grad):
-            seen.append(ask.is_legacy_batched(grad))
-            return 2 * grad
-
-    x = torch.ones(3, requires_grad=True)
-    torch.autograd.grad(Twice.apply(x).sum(), x)
-    torch.autograd.grad(Twice.apply(x), x, torch.eye(3), is_grads_batched=True)
-    assert seen == [False, True]
-
-
 def test_compilation_is_seen():
     def shifted(x):
         return x + (1 if torch_versions.is_compiling() else 2)
@@ -64,6 +44,6 @@ def test_compilation_is_seen():
 
 def test_nothing_else_asks_by_a_name_that_old_torch_lacks():
     package = Path(torch_versions.__file__).parents[1]
-    newer = r'torch\.compiler\.is_compiling|torch\.is_autocast_enabled|is_autocast_available|is_legacy_batchedtensor'
+    newer = r'torch\.compiler\.is_compiling|torch\.is_autocast_enabled|is_autocast_available'
     asking = {path.name for path in package.rglob('*.py') if re.search(newer, path.read_text(encoding='utf-8'))}
     assert asking == {'torch_versions.py'}

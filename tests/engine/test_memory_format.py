@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from helpers.processes import run_in_two
 from mmdet_norms import engine
-from mmdet_norms.compat.ddp import plan_buckets_again
 from mmdet_norms.errors import UserError
 from mmdet_norms.layers import BNET, CBN
 
@@ -188,18 +187,3 @@ def refuse_communication_hook(rank):
 def test_a_communication_hook_is_refused(tmp_path):
     for said in run_in_two(tmp_path, refuse_communication_hook):
         assert 'register_comm_hook' in said
-
-
-def what_torch_has(rank):
-    ddp = DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 4, 3)), static_graph=True)
-    names = ['reducer', 'logger', 'static_graph', '_comm_hooks', '_ddp_init_helper', '_build_params_for_reducer']
-    found = [hasattr(ddp, name) for name in [*names, '_build_debug_param_to_name_mapping']]
-    counted = ddp._get_ddp_logging_data()['num_parameter_tensors']
-    found += [counted == 2, isinstance(ddp.parameters_to_ignore, set)]
-    old = ddp.reducer
-    return found, plan_buckets_again(ddp), ddp.reducer is not old
-
-
-def test_torch_has_the_private_parts_that_are_used(tmp_path):
-    for found, count, changed in run_in_two(tmp_path, what_torch_has):
-        assert all(found) and count == 1 and changed

@@ -16,9 +16,8 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 
 from helpers.processes import run_in_two
-from mmdet_norms.compat.foreach import any_nonfinite
 from mmdet_norms.engine import NonFiniteError, NonFiniteHook, start_cpu_processes
-from mmdet_norms.engine.nonfinite import find, replay
+from mmdet_norms.engine.nonfinite import any_nonfinite, find, replay
 from mmdet_norms.errors import UserError
 from mmdet_norms.layers import BNET, CBN, MABN, CenConv2d
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import mmcv
 import torch
-from torch._compile import _disable_dynamo  # torch.compiler.disable would import the compiler with this file
 
+from ..torch_internals import disable_dynamo
 from ..torch_versions import is_compiling
 from . import compiled, in_torch, in_torchvision
 from .choice import announce, order
@@ -46,7 +46,7 @@ def operator(name: str, own: Callable | None = None) -> Callable:
             f'supplies only {", ".join(in_torch.OPS)} in PyTorch. {remedy()}'
         )
 
-    run_outside = _disable_dynamo(run)
+    run_outside = disable_dynamo(run)
 
     def op(*args: Any, **kwargs: Any) -> Any:
         # One break of the graph per op: what it calls has waits for the device, logs, or is compiled itself.

@@ -9,6 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ..torch_internals import has_kernel
 from .deform_signatures import Computation, Deform, check_deform, deformable_convolutions
 from .sparse import at_least_fp32
 
@@ -34,8 +35,7 @@ def load() -> str:
 def knows(device: str) -> bool:
     """Whether its ops were compiled for this type of device; after :func:`load` said that they are there."""
     key = {'cpu': 'CPU', 'cuda': 'CUDA'}.get(device)
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return key is not None and all(has(f'torchvision::{name}', key) for name in OPERATORS)
+    return key is not None and all(has_kernel(f'torchvision::{name}', key) for name in OPERATORS)
 
 
 @torch.no_grad()

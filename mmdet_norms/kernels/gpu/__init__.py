@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ...compat.torch_internals import constant_in_compiled_code, is_functorch_active
 from ...compat.torch_versions import is_compiling
 
 _DEVICES = ('cuda',)
@@ -39,7 +40,7 @@ def is_supported(x: Tensor, *others: Tensor) -> bool:
         and x.device.type in _DEVICES
         and not torch.jit.is_tracing()
         and not _is_exporting()  # to where these operators are unknown
-        and not torch._C._are_functorch_transforms_active()
+        and not is_functorch_active()
         and x.dim() == 4
         and 0 < x.numel() < _LARGEST_INSTANCE * x.shape[0]
         and all(t.device == x.device and t.dtype in _DTYPES and _is_plain(t) for t in (x, *others))
@@ -121,16 +122,13 @@ def switched(on: bool) -> Iterator[None]:
         _switched_on = before
 
 
+@constant_in_compiled_code
 def is_available(device: torch.device) -> bool:
     """Whether the kernels are switched on, and compute what they should on this device. Tried once."""
     on = os.environ.get('MMDET_NORMS_TRITON') == '1' if _switched_on is None else _switched_on
     if on and device not in _answers:
         _answers[device] = _try(device)
     return on and _answers[device]
-
-
-# torch.compiler.assume_constant_result, without importing the compiler: it takes the answer instead of looking for it.
-is_available._dynamo_marked_constant = True
 
 
 def _try(device: torch.device) -> bool:
