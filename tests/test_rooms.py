@@ -41,8 +41,13 @@ def test_no_import_runs_upwards():
         TopologicalSorter(needs).prepare()
     except CycleError as error:
         raise AssertionError(f'rooms that import each other: {" -> ".join(reversed(error.args[1]))}') from None
-    assert needs['kernels'] <= {'compat'} and needs['layers'] <= {'kernels', 'compat'}
+    assert needs['kernels'] <= {'compat'} and needs['layers'] <= {'kernels', 'compat'} and not needs['reference']
     assert 'cli' not in set().union(*needs.values())
+
+
+def test_references_need_nothing_but_torch():
+    lines = '\n'.join(path.read_text() for path in (PACKAGE / 'reference').glob('[!_]*.py'))
+    assert set(re.findall(r'(?m)^\s*(?:import|from) (\w+)', lines)) <= {'math', 'torch'}
 
 
 def test_layers_and_kernels_need_nothing_but_torch():

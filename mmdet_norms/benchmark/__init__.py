@@ -4,10 +4,8 @@ from .classifiers import Classifiers, resnet50
 from .detectors import Detectors
 from .groups import Case, Entry, Group, Setting
 from .layers import conv_group, layer_group
-from .reference import REFERENCES
 
 __all__ = [
-    'REFERENCES',
     'Case',
     'Classifiers',
     'Detectors',

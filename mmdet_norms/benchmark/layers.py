@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import did_you_mean
 from ..layers import CBN, MABN, CenConv2d
+from ..reference import REFERENCES, ReferenceCBN, ReferenceMABN
 from ..registry import norm_names
 from .groups import CONV_ONLY, ONE_PASS, Entry, Group, Setting, reference_of
 from .measure import Case, held_bytes, owned_tensors, peak_bytes, saved_bytes
-from .reference import REFERENCES, ReferenceCBN, ReferenceMABN
 
 MODES = ('forward', 'forward+backward', 'eval')
 BASELINE = 'bn'

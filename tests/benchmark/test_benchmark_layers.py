@@ -8,9 +8,9 @@ from mmdet_norms.benchmark import layers
 from mmdet_norms.benchmark.groups import Setting, add_triton
 from mmdet_norms.benchmark.layers import ConvNorm, candidates, conv_group, layer_group, norm_cfg_of, settle
 from mmdet_norms.benchmark.measure import interleave
-from mmdet_norms.benchmark.reference import ReferenceCBN, ReferenceMABN
 from mmdet_norms.kernels import gpu
 from mmdet_norms.layers import CBN, MABN, CenConv2d
+from mmdet_norms.reference import ReferenceCBN, ReferenceMABN
 
 CPU = Setting(torch.device('cpu'))
 SIZE = (2, 32, 6, 5)
@@ -185,7 +185,7 @@ class TestSteadyState:
         by_name = {entry.case.name: entry.case for entry in group.entries}
         for name, length in (
             ('cbn', lambda: ours._history.length if ours._history else 0),
-            ('cbn (reference)', lambda: len(literal.weights)),
+            ('cbn (reference)', lambda: len(literal.history)),
         ):
 
             def run(run=by_name[name].run, length=length):
