@@ -1,5 +1,6 @@
 """What a norm is: one method per file, importing torch only."""
 
+from ._contract import NORMS, Contract, contract_of
 from ._loading import AnotherFunctionError, AnotherFunctionWarning, another_function_allowed
 from .an import AN
 from .batch_renorm import BRN
@@ -14,8 +15,7 @@ from .mabn import MABN
 from .switch_norm import SN
 from .sync_bn import SyncBN
 
-NORMS = {cls.__name__: cls for cls in (AN, BNET, BRN, CBN, FrozenBN, GhostBN, GN, LN2d, MABN, SN, SyncBN)}
-"""The norm layers by the name that ``norm_cfg.type`` takes."""
+NORMS.update((cls.__name__, cls) for cls in (AN, BNET, BRN, CBN, FrozenBN, GhostBN, GN, LN2d, MABN, SN, SyncBN))
 
 __all__ = [
     'AN',
@@ -29,11 +29,13 @@ __all__ = [
     'AnotherFunctionError',
     'AnotherFunctionWarning',
     'CenConv2d',
+    'Contract',
     'FrozenBN',
     'GhostBN',
     'LN2d',
     'SyncBN',
     'another_function_allowed',
+    'contract_of',
     'link_convs',
     'warn_if_uncentred',
 ]

@@ -9,50 +9,20 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..compat.torch_internals import has_load_hook, on_load
+from ._contract import NORMS, contract_of
 
-# Kinds of states, and keys that only they have; of several, the first counts.
-_MARKS = {
-    'BNET': ('bnconv',),
-    'AN': ('weight_', 'attention_weights'),
-    'SN': ('mean_weight', 'var_weight'),
-    'MABN': ('iters', 'buffer_x2', 'buffer_gz', 'pre_x2', 'pre_gz'),
-    'CBN': ('iter_count', 'history_patch', 'history_grad', 'history_moments', 'history_index'),
+# Kinds of states that are of no single norm, and keys that show them; the first counts, after the marks of each norm.
+_SHARED = {
     'BN': ('running_mean', 'num_batches_tracked'),  # and GhostBN, SyncBN, BRN, FrozenBN: the same function in eval
     'MABN of ImageNet': ('running_var',),  # without a mean
     'affine': ('weight', 'bias'),  # group, layer and instance norm; batch norm with its statistics folded in
 }
-_CALLED = {
-    'BN': 'batch norm',
-    'AN on GN': 'AN with group norm',
-    'affine': 'a norm without running statistics, such as group norm',
-}
-# What each norm can be; besides its own.
-_TAKES = {
-    'BNET': ('BN',),
-    'AN': ('BN',),
-    'AN on GN': ('affine',),
-    'BRN': ('BN',),
-    'CBN': ('BN',),
-    'FrozenBN': ('BN', 'affine'),
-    'GhostBN': ('BN',),
-    'GN': ('affine',),
-    'LN2d': ('affine',),
-    'MABN': ('BN', 'MABN of ImageNet', 'affine'),
-    'SN': ('BN',),
-    'SyncBN': ('BN',),
-}
-_WHY = {
-    ('GN', 'BN'): 'group norm has no running statistics: it uses those of each image',
-    ('LN2d', 'BN'): 'layer norm has no running statistics: it uses those of each image',
-    ('AN on GN', 'BN'): 'group norm has no running statistics: it uses those of each image',
-}
-_NAMES = re.compile(r'(bnet|bn|sn|gn|ln|in)(?=\d|_|$)(.*)')  # mmcv's abbreviations, and what hosts put behind them
+_CALLED = {'BN': 'batch norm', 'affine': 'a norm without running statistics, such as group norm'}
 _CENTRED = 1e-5  # of a filter's norm; rounding leaves 1e-7
 _allowed = False
 
@@ -80,12 +50,16 @@ def another_function_allowed() -> Iterator[None]:
 
 
 def kind_of(state: dict[str, Tensor], prefix: str = '') -> str | None:
-    """Which norm wrote the values under ``prefix``: a key of :data:`_MARKS`, or 'AN on GN'. None: there are none."""
+    """Which norm wrote the values under ``prefix``: a ``Contract.kind`` or a key of :data:`_SHARED`. None: none did."""
     names = {key[len(prefix) :].partition('.')[0] for key in state if key.startswith(prefix)}
-    kind = next((kind for kind, marks in _MARKS.items() if names.intersection(marks)), None)
+    for contract in map(contract_of, NORMS.values()):
+        if names.intersection(contract.marks):
+            has_statistics = names & {'running_mean', 'running_var'}
+            return contract.kind if has_statistics else contract.kind_without_statistics or contract.kind
+    kind = next((kind for kind, marks in _SHARED.items() if names.intersection(marks)), None)
     if kind == 'affine' and getattr(state.get(prefix + 'weight'), 'ndim', 1) > 1:
         return None  # taps that folding left of a BNET, about which what is loaded as a fused model has its own words
-    return 'AN on GN' if kind == 'AN' and not names & {'running_mean', 'running_var'} else kind
+    return kind
 
 
 def other_function(norm: nn.Module, kind: str) -> str | None:
@@ -93,10 +67,10 @@ def other_function(norm: nn.Module, kind: str) -> str | None:
 
     For MABN and batch norm that is asked of the whole of norm and convolution: see :func:`adopt`.
     """
-    own = _kind(norm)
-    if kind in (own, *_TAKES[own]):
+    own = contract_of(norm)
+    if kind in (own.kind, *own.loads):
         return None
-    return _WHY.get((own, kind), f'{_CALLED.get(own, own)} is another function')
+    return own.why_not.get(kind, f'{own.kind} is another function')
 
 
 def check_kind(norm: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
@@ -125,7 +99,7 @@ def adopt(host: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
     for name, child in host._modules.items():
         if _is_norm_of_ours(type(child)):
             _rename(host, name, child, state, prefix)
-            if conv and _kind(child) == 'MABN' and kind_of(state, f'{prefix}{name}.') == 'BN':
+            if conv and contract_of(child).behind == 'CenConv' and kind_of(state, f'{prefix}{name}.') == 'BN':
                 _check_centred(child, f'{prefix}{name}.', state.get(f'{prefix}{conv}.weight'))
         weight = getattr(child, 'weight', None)
         if isinstance(weight, Tensor) and weight.dim() > 2:
@@ -133,10 +107,12 @@ def adopt(host: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
 
 
 def _rename(host: nn.Module, name: str, norm: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
-    found = _NAMES.fullmatch(name)
+    abbreviations = _abbreviations()
+    # what mmcv calls the child, and what hosts put behind that
+    found = re.fullmatch(rf'({"|".join(abbreviations)})(?=\d|_|$)(.*)', name)
     if not found or any(key.startswith(f'{prefix}{name}.') for key in state):
         return
-    for abbreviation in ('bn', 'bnet', 'sn', 'gn', 'ln', 'in'):
+    for abbreviation in abbreviations:
         other = f'{prefix}{abbreviation}{found[2]}.'
         kind = None if other[len(prefix) : -1] in host._modules else kind_of(state, other)
         if kind is None:
@@ -179,14 +155,14 @@ def _refuse(norm: nn.Module, prefix: str, what: str) -> None:
     )
 
 
-def _kind(norm: nn.Module) -> str:
-    own = next(cls.__name__ for cls in type(norm).__mro__ if cls.__name__ in _TAKES)
-    return 'AN on GN' if own == 'AN' and norm.norm == 'GN' else own
+def _abbreviations() -> list[str]:
+    """mmcv's names of norms as attributes: those of torch's norms, and those that norms of ours choose."""
+    chosen = [vars(cls).get('_abbr_', 'bn') for cls in NORMS.values()]
+    return list(dict.fromkeys(['bn', *chosen, 'gn', 'ln', 'in']))
 
 
-@cache
 def _is_norm_of_ours(cls: type) -> bool:
-    return any(base.__name__ in _TAKES and base.__module__.startswith(__package__) for base in cls.__mro__)
+    return hasattr(cls, 'contract')
 
 
 def _watch(host: nn.Module, name: str, child: nn.Module | None) -> None:

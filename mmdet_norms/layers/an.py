@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..compat.torch_versions import autocast_is_on
 from ..kernels.instance_affine import instance_affine, is_supported
 from ._args import ConfigError, check_map, check_number, reject_unknown
+from ._contract import Contract
 from ._fold import InferenceOnly, batch_norm_affine, float64
 from ._loading import check_kind
 from ._recompute import in_backward, run_batch_norm, running_statistics
@@ -139,6 +140,14 @@ class FoldedAN(InferenceOnly, nn.Module):
         return f'{self.num_features}' + ('' if self.num_groups is None else f', num_groups={self.num_groups}')
 
 
+_ON_GN = Contract(
+    'AN with group norm',
+    loads=('affine',),
+    why_not={'BN': 'group norm has no running statistics: it uses those of each image'},
+    stays='its scale and shift come from the input',
+)
+
+
 class AN(WithBatchNorm):
     r"""Batch or group norm whose affine step is a mixture of ``k`` ones, weighted for each instance by its statistics.
 
@@ -202,6 +211,15 @@ class AN(WithBatchNorm):
     """
 
     _abbr_ = 'bn'  # mmcv names the attribute after it: bn2 in a Bottleneck, as in the published checkpoints
+    contract = Contract(
+        'AN',
+        marks=('weight_', 'attention_weights'),
+        kind_without_statistics='AN with group norm',
+        loads=('BN',),
+        as_in_bn=('eps', 'momentum'),
+        stays='its scale and shift come from the input',
+        counters=('num_batches_tracked', 'attention_weights.attention.1.num_batches_tracked'),
+    )
 
     def __init__(
         self,
@@ -235,6 +253,8 @@ class AN(WithBatchNorm):
         bn = nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False) if norm == 'BN' else None
         super().__init__(num_features, bn)
         self.norm = norm
+        if norm == 'GN':
+            self.contract = _ON_GN
         self.k = k
         self.num_groups = num_groups
         self.eps = eps

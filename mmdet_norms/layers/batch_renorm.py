@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..compat.torch_versions import is_compiling
 from ._args import ConfigError, check_map, check_number, reject_unknown
+from ._contract import Contract
 from ._fold import fold_batch_norm
 from ._groups import check_groups, check_norm_batch, normalize_groups
 from ._recompute import in_backward
@@ -70,6 +71,14 @@ class BRN(WithBatchNorm):
     """
 
     _abbr_ = 'bn'  # the attribute name in host models: batch norm's, so that its checkpoints load by key
+    contract = Contract(
+        'BRN',
+        loads=('BN',),
+        as_in_bn=('eps',),
+        batch_norm='bn',
+        grouped_as='BRN',
+        counters=('num_batches_tracked',),
+    )
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..kernels.depthwise import inference, is_supported, normalize_and_convolve
 from ._args import ConfigError, check_batch_norm, check_map, check_residual, is_count, reject_unknown
+from ._contract import Contract
 from ._fold import InferenceOnly, fold_batch_norm
 from ._loading import check_kind
 from ._recompute import in_backward, run_batch_norm
@@ -62,6 +63,14 @@ class BNET(WithBatchNorm):
     """
 
     _abbr_ = 'bnet'  # mmcv names the attribute after it: bnet3 in a Bottleneck, as in the published checkpoints
+    contract = Contract(
+        'BNET',
+        marks=('bnconv',),
+        loads=('BN',),
+        as_in_bn=('eps', 'momentum'),
+        batch_norm='bn',
+        counters=('num_batches_tracked',),
+    )
 
     def __init__(
         self,

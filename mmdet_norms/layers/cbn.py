@@ -18,6 +18,7 @@ from ..kernels import map_ops
 from ..kernels.second import is_wanted, spread
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._averaging import AveragesOnRequest
+from ._contract import Contract
 from ._fold import float64, fold_affine
 from ._loading import check_kind
 from ._recompute import all_finite, in_backward
@@ -102,6 +103,14 @@ class CBN(AveragesOnRequest):
     """
 
     _abbr_ = 'bn'  # mmcv names the attribute after it, as in the published checkpoints
+    contract = Contract(
+        'CBN',
+        marks=('iter_count', 'history_patch', 'history_grad', 'history_moments', 'history_index'),
+        loads=('BN',),
+        as_in_bn=('eps',),
+        behind='Conv2d',
+        counters=('iter_count',),
+    )
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ._args import check_map, check_number, reject_unknown
+from ._contract import Contract
 from ._fold import fold_batch_norm
 from ._loading import check_kind
 
@@ -42,6 +43,7 @@ class FrozenBN(nn.Module):
     """
 
     _abbr_ = 'bn'  # the attribute name in host models: batch norm's, so that its checkpoints load by key
+    contract = Contract('FrozenBN', loads=('BN', 'affine'), as_in_bn=('eps',))
 
     def __init__(self, num_features: int, eps: float = 1e-5, **unknown):
         super().__init__()

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._args import check_map, check_number, reject_unknown
+from ._contract import Contract
 from ._fold import fold_batch_norm
 from ._groups import check_groups, check_norm_batch, normalize_groups
 from ._recompute import in_backward, running_statistics
@@ -45,6 +46,14 @@ class GhostBN(WithBatchNorm):
     """
 
     _abbr_ = 'bn'  # the attribute name in host models: batch norm's, so that its checkpoints load by key
+    contract = Contract(
+        'GhostBN',
+        loads=('BN',),
+        as_in_bn=('eps', 'momentum'),
+        batch_norm='bn',
+        grouped_as='BN',
+        counters=('num_batches_tracked',),
+    )
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ._args import ConfigError, check_map, check_number, reject_unknown
+from ._contract import Contract
 from ._loading import check_kind
 
 
@@ -36,6 +37,13 @@ class GN(nn.GroupNorm):
 
     Source: Wu and He, arXiv:1803.08494, section 3.
     """
+
+    contract = Contract(
+        'GN',
+        loads=('affine',),
+        why_not={'BN': 'group norm has no running statistics: it uses those of each image'},
+        stays='its statistics come from the input',
+    )
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._args import ConfigError, check_map, check_number, reject_unknown
+from ._contract import Contract
 from ._loading import check_kind
 from .group_norm import group_norm
 
@@ -38,6 +39,12 @@ class LN2d(nn.LayerNorm):
     (C, H, W): Wu and He, arXiv:1803.08494, section 3.
     """
 
+    contract = Contract(
+        'LN2d',
+        loads=('affine',),
+        why_not={'BN': 'layer norm has no running statistics: it uses those of each image'},
+        stays='its statistics come from the input',
+    )
     OVER = ('C', 'CHW')
 
     def __init__(self, num_features: int, over: str = 'C', eps: float = 1e-5, **unknown):

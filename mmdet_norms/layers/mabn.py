@@ -15,6 +15,7 @@ from ..compat.torch_versions import is_compiling
 from ..kernels import map_ops
 from ._args import ConfigError, check_count, check_map, check_number, reject_unknown
 from ._averaging import AveragesOnRequest
+from ._contract import Contract
 from ._fold import float64, fold_affine
 from ._loading import check_kind
 from ._numerics import per_channel, statistics_dtype
@@ -206,6 +207,14 @@ class MABN(WantsCenConv, AveragesOnRequest):
 
     # As batch norm: the published backbone keys (layer1.0.bn1.weight) and those of any batch norm model fit unchanged.
     _abbr_ = 'bn'
+    contract = Contract(
+        'MABN',
+        marks=('iters', 'buffer_x2', 'buffer_gz', 'pre_x2', 'pre_gz'),
+        loads=('BN', 'MABN of ImageNet', 'affine'),
+        behind='CenConv',
+        grouped_as='MABN',
+        counters=('iters',),
+    )
     RENORM_DELAY = 1000
     RENORM_LIMITS = (1 / 5, 5.0)
     WINDOWS = ('buffer_x2', 'buffer_gz')

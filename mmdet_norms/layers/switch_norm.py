@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ._args import check_map, check_number, reject_unknown
+from ._contract import Contract
 from ._loading import check_kind, kind_of
 from ._recompute import in_backward
 from ._with_batch_norm import WithBatchNorm
@@ -52,6 +53,14 @@ class SN(WithBatchNorm):
     """
 
     _abbr_ = 'sn'
+    contract = Contract(
+        'SN',
+        marks=('mean_weight', 'var_weight'),
+        loads=('BN',),
+        as_in_bn=('eps', 'momentum'),
+        stays='its statistics come from the input',
+        counters=('num_batches_tracked',),
+    )
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, **unknown):
         reject_unknown(type(self), unknown)

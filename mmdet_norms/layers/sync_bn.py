@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..compat.torch_internals import name_of_own_backend
 from ..compat.torch_versions import is_compiling
 from ._args import check_map, check_number, reject_unknown
+from ._contract import Contract
 from ._fold import fold_batch_norm
 from ._loading import check_kind
 from ._recompute import all_finite, copied_statistics, in_backward, statistics_kept, take_if_finite
@@ -61,6 +62,8 @@ class SyncBN(_BatchNorm):
 
     Source: Peng et al., "MegDet", arXiv:1711.07240, section 3.3.
     """
+
+    contract = Contract('SyncBN', loads=('BN',), as_in_bn=('eps', 'momentum'), counters=('num_batches_tracked',))
 
     def __init__(
         self,
