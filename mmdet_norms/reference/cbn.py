@@ -45,7 +45,6 @@ class ReferenceCBN(nn.Module):
         window = self._window()  # iterations to look back on: none while burning in, or one after the other
         if window == 0 or not x.requires_grad:
             return self._normalize(x, mean, unbiased)
-
         weight = conv_weight.detach().clone()
         d_mean, d_second = (torch.autograd.grad(s.sum(), conv_weight, retain_graph=True)[0] for s in (mean, second))
         means, seconds = [mean], [second]
@@ -53,11 +52,12 @@ class ReferenceCBN(nn.Module):
             means.append(m_t + self.rho * (dm_t * (weight - weight_t)).sum((1, 2, 3)))
             seconds.append(q_t + self.rho * (dq_t * (weight - weight_t)).sum((1, 2, 3)))
         self.history = [(mean.detach(), second.detach(), d_mean, d_second, weight), *self.history][:window]
-        means, seconds = torch.stack(means), torch.stack(seconds)  # (entries, C)
-        valid = seconds >= means.square()
-        mu = (means * valid).sum(0) / valid.sum(0)
-        var = (seconds * valid).sum(0) / valid.sum(0) - mu.square()
-        return self._normalize(x, mu, var)
+        return self._normalize(x, *self.average(torch.stack(means), torch.stack(seconds)))
+
+    def average(self, means: Tensor, seconds: Tensor) -> tuple[Tensor, Tensor]:
+        valid = seconds >= means.square()  # (entries, C)
+        mu, second = ((values * valid).sum(0) / valid.sum(0) for values in (means, seconds))
+        return mu, second - mu.square()
 
     def _window(self) -> int:
         if self.two_stage or self.burnin == 0:

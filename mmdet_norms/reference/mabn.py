@@ -15,7 +15,8 @@ Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of Bat
     v, r, p, running_var, weight, bias   one value per channel
     buffer_x2, buffer_gz                 (m, C)                 E[x^2] and E[g z] of the last m iterations
 
-Until the window is full, v and p are those of the batch alone. In the first 1000 iterations r = 1.
+Until the window is full, v and p are those of the batch alone. In the first 1000 iterations r = 1. Each forward reads
+the counter on the host, and so waits for the GPU once.
 """
 
 import torch
@@ -32,7 +33,7 @@ class ReferenceCenConv2d(nn.Conv2d):
 
 
 class ReferenceMABN(nn.Module):
-    """The counter is read on the host, which waits for the GPU once a forward."""
+    RENORM_DELAY = 1000  # iterations before r is used
 
     def __init__(self, num_features, B=2, real_B=32, warmup_iters=100, momentum=0.98, eps=1e-5, buffer_size=None):
         super().__init__()
@@ -66,6 +67,6 @@ class ReferenceMABN(nn.Module):
         return now if alone else buffer.mean(0).view_as(now)
 
     def renorm(self, v: Tensor, t: int) -> Tensor:
-        if t <= max(1000, self.warmup_iters):
+        if t <= max(self.RENORM_DELAY, self.warmup_iters):
             return torch.ones_like(v)
         return ((v + self.eps).sqrt() / (self.running_var + self.eps).sqrt()).clamp(1 / 5, 5)

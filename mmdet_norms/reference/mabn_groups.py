@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 
 class ReferenceGroupedMABN(nn.Module):
-    """The counter is read on the host, which waits for the GPU once a forward."""
-
     def __init__(
         self, num_features, norm_batch=2, real_B=32, warmup_iters=100, momentum=0.98, eps=1e-5, buffer_size=None
     ):

@@ -1,4 +1,4 @@
-"""BNET against a literal float64 oracle, the published numbers, and the states a layer lives through."""
+"""BNET against its reference in float64, the published numbers, and the states a layer lives through."""
 
 import copy
 import io
@@ -16,24 +16,7 @@ from torch.fx.experimental.optimization import fuse as fx_fuse
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_norms.layers import BNET
-
-
-def oracle(x, kernels, bias, eps, mean=None, var=None):
-    """The formula, one output pixel at a time."""
-    n, c, h, w = x.shape
-    half = kernels.shape[-1] // 2
-    mean = x.mean(axis=(0, 2, 3)) if mean is None else mean
-    var = x.var(axis=(0, 2, 3)) if var is None else var
-    y = np.empty_like(x)
-    for i, ch, row, col in np.ndindex(n, c, h, w):
-        total = bias[ch]
-        for dy in range(-half, half + 1):
-            for dx in range(-half, half + 1):
-                if 0 <= row + dy < h and 0 <= col + dx < w:
-                    normalized = (x[i, ch, row + dy, col + dx] - mean[ch]) / np.sqrt(var[ch] + eps)
-                    total += kernels[ch, 0, dy + half, dx + half] * normalized
-        y[i, ch, row, col] = total
-    return y
+from mmdet_norms.reference import ReferenceBNET
 
 
 def random_bnet(channels=3, kernel_size=5, dtype=torch.float64, seed=0):
@@ -46,16 +29,19 @@ def random_bnet(channels=3, kernel_size=5, dtype=torch.float64, seed=0):
     return layer
 
 
+def reference_of(layer, **state):
+    reference = ReferenceBNET(layer.num_features, layer.kernel_size, layer.bn.eps).double().train(layer.training)
+    reference.load_state_dict(layer.state_dict() | state)
+    return reference
+
+
 class TestMaths:
     @pytest.mark.parametrize('kernel_size', [1, 3, 5, 7])
     @pytest.mark.parametrize('training', [True, False])
     def test_forward_equals_the_formula_written_out(self, kernel_size, training):
         layer = random_bnet(kernel_size=kernel_size).train(training)
         x = torch.randn(2, 3, 5, 4, dtype=torch.float64) * 3 + 1
-        stats = {} if training else dict(mean=layer.bn.running_mean.numpy(), var=layer.bn.running_var.numpy())
-        kernels, bias = layer.bnconv.weight.detach().numpy(), layer.bnconv.bias.detach().numpy()
-        expected = oracle(x.numpy(), kernels, bias, layer.bn.eps, **copy.deepcopy(stats))
-        np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(layer(x), reference_of(layer)(x), rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize('training', [True, False])
     def test_gradients_are_those_of_the_formula(self, training):
@@ -232,15 +218,10 @@ class TestGenericTools:
         found[0].running_mean = torch.stack(means).mean(0)
         found[0].running_var = torch.stack(variances).mean(0)
         found[0].momentum = momentum
-        expected = oracle(
-            batches[0].double().numpy(),
-            layer.bnconv.weight.detach().double().numpy(),
-            layer.bnconv.bias.detach().double().numpy(),
-            1e-5,
-            np.mean([b.double().mean((0, 2, 3)).numpy() for b in batches], 0),
-            np.mean([b.double().var((0, 2, 3)).numpy() for b in batches], 0) * 50 / 50,
-        )
-        np.testing.assert_allclose(layer.eval()(batches[0]).detach().numpy(), expected, rtol=1e-4, atol=1e-4)
+        of_batches = [(b.double().mean((0, 2, 3)), b.double().var((0, 2, 3))) for b in batches]
+        mean, var = (torch.stack(values).mean(0) for values in zip(*of_batches))
+        expected = reference_of(layer.eval(), running_mean=mean, running_var=var)(batches[0].double())
+        torch.testing.assert_close(layer(batches[0]).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 class TestInit:

@@ -1,4 +1,4 @@
-"""CBN against the published algorithm written out, the published numbers, and the states a layer lives through."""
+"""CBN against its reference in float64, the published numbers, and the states a layer lives through."""
 
 import copy
 import io
@@ -18,55 +18,25 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_norms.layers.cbn import CBN, _Conv, _mean_patch, link_convs
+from mmdet_norms.reference import ReferenceCBN
 
 PUBLISHED = {'weight', 'bias', 'running_mean', 'running_var'}
 HISTORY = {'history_patch', 'history_grad', 'history_moments', 'history_index'}
 
 
-class Oracle:
-    """The published layer, literally: lists of everything, two autograd.grad calls, second moments."""
+class Reference(ReferenceCBN):
+    """With the weight and bias of a layer. Counts the entries that are left out."""
 
-    def __init__(self, channels, buffer_num=3, burnin=8, two_stage=True, rho=1.0, eps=1e-5, eps_in_sqrt=False):
-        self.buffer_num_max, self.burnin, self.two_stage, self.rho = buffer_num, burnin, two_stage, rho
-        self.eps, self.eps_in_sqrt = eps, eps_in_sqrt
-        self.running_mean, self.running_var = torch.zeros(channels).double(), torch.ones(channels).double()
-        self.count, self.window, self.dropped = 0, 0 if burnin > 0 else buffer_num, 0
-        self.entries = []
+    dropped = 0
 
-    def __call__(self, x, conv_weight, weight, bias):
-        if self.burnin > 0:
-            self.count += 1
-            if self.two_stage:
-                self.window = self.buffer_num_max if self.count > self.burnin else 0
-            else:
-                self.window = int(self.buffer_num_max * min(self.count / self.burnin, 1))
-        flat = x.transpose(0, 1).flatten(1)
-        mean, second, unbiased = flat.mean(1), (flat**2).mean(1), flat.var(1)
-        if self.window > 0 and x.requires_grad:
-            d_mean = torch.autograd.grad(mean.sum(), conv_weight, retain_graph=True)[0]
-            d_second = torch.autograd.grad(second.sum(), conv_weight, retain_graph=True)[0]
-            means, seconds = [mean], [second]
-            for old_mean, old_second, old_d_mean, old_d_second, old_weight in self.entries:
-                move = conv_weight.detach() - old_weight
-                means.append(old_mean + self.rho * (old_d_mean * move).sum((1, 2, 3)))
-                seconds.append(old_second + self.rho * (old_d_second * move).sum((1, 2, 3)))
-            means, seconds = torch.stack(means), torch.stack(seconds)
-            valid = (seconds - means**2 >= 0).double()
-            self.dropped += int((1 - valid).sum())
-            mu = (means * valid).sum(0) / valid.sum(0)
-            var = (seconds * valid).sum(0) / valid.sum(0) - mu**2
-            new = mean.detach(), second.detach(), d_mean, d_second, conv_weight.detach().clone()
-            self.entries = [new, *self.entries][: self.window]
-        else:
-            mu, var = mean, unbiased
-        self.running_mean = 0.9 * self.running_mean + 0.1 * mean.detach()
-        self.running_var = 0.9 * self.running_var + 0.1 * unbiased.detach()
-        return self.normalize(x, mu, var, weight, bias)
+    def __init__(self, layer, **arguments):
+        super().__init__(layer.num_features, **arguments)
+        self.double()
+        self.weight, self.bias = layer.weight, layer.bias
 
-    def normalize(self, x, mu, var, weight, bias):
-        mu, var, weight, bias = (t.view(1, -1, 1, 1) for t in (mu, var, weight, bias))
-        denominator = (var + self.eps).sqrt() if self.eps_in_sqrt else var.sqrt() + self.eps
-        return (x - mu) / denominator * weight + bias
+    def average(self, means, seconds):
+        self.dropped += int((seconds < means.square()).sum())
+        return super().average(means, seconds)
 
 
 def relative(actual, expected):
@@ -144,12 +114,13 @@ class TestMaths:
         torch.manual_seed(0)
         cbn = dict(dict(burnin=3), **cbn)
         module = nn.Conv2d(4, 6, **dict(dict(kernel_size=3, padding=1, bias=False), **conv)).double()
-        layer, oracle = CBN(6, **cbn).double(), Oracle(6, **cbn)
+        layer = CBN(6, **cbn).double()
         nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
+        reference = Reference(layer, **cbn)
         optimizer, noise = torch.optim.SGD([*module.parameters(), *layer.parameters()], lr=0.1), torch.Generator()
         for x in batches(12, dtype=torch.float64):
             results = []
-            for norm in (layer, lambda y: oracle(y, module.weight, layer.weight, layer.bias)):
+            for norm in (layer, lambda y: reference(y, module.weight)):
                 optimizer.zero_grad(set_to_none=True)
                 x_in = x.clone().requires_grad_()
                 y = norm(module(x_in))
@@ -160,15 +131,14 @@ class TestMaths:
             for actual, expected in zip(*results):
                 # the gradient of a conv bias is zero but for rounding
                 assert relative(actual, expected) <= 1e-10 or expected.abs().max() < 1e-12
-            assert relative(layer.running_mean, oracle.running_mean) <= 1e-12
-            assert relative(layer.running_var, oracle.running_var) <= 1e-12
+            assert relative(layer.running_mean, reference.running_mean) <= 1e-12
+            assert relative(layer.running_var, reference.running_var) <= 1e-12
             optimizer.step()
             with torch.no_grad():
                 module.weight.lerp_(torch.randn(module.weight.shape, generator=noise).double(), shake)
-        assert oracle.dropped > 5 or not shake
+        assert reference.dropped > 5 or not shake
         y = module(x).detach()
-        expected = oracle.normalize(y, oracle.running_mean, oracle.running_var, layer.weight, layer.bias)
-        assert relative(layer.eval()(y), expected) <= 1e-12
+        assert relative(layer.eval()(y), reference.eval()(y)) <= 1e-12
 
     @pytest.mark.parametrize('name', ['k1', 'k3', 'k3_bias', 'k3_negvar', 'k3_ramp', 'k3_rho05'])
     def test_twelve_iterations_equal_the_published_layer(self, name, golden):
@@ -763,11 +733,12 @@ class TestSituations:
             grads.append(model[0].weight.grad)
         torch.testing.assert_close(*grads)
 
-    def test_a_module_shared_by_two_maps_counts_both_and_equals_the_oracle(self):
-        conv, layer, oracle = nn.Conv2d(4, 6, 3).double(), CBN(6, burnin=2).double(), Oracle(6, burnin=2)
+    def test_a_module_shared_by_two_maps_counts_both_and_equals_the_reference(self):
+        conv, layer = nn.Conv2d(4, 6, 3).double(), CBN(6, burnin=2).double()
+        reference = Reference(layer, burnin=2)
         for large, small in zip(batches(4, dtype=torch.float64), batches(4, size=4, seed=3, dtype=torch.float64)):
             ours = [layer(conv(x)) for x in (large, small)]
-            theirs = [oracle(conv(x), conv.weight, layer.weight, layer.bias) for x in (large, small)]
+            theirs = [reference(conv(x), conv.weight) for x in (large, small)]
             grads = [torch.autograd.grad(sum(y.pow(3).sum() for y in ys), conv.weight)[0] for ys in (ours, theirs)]
             assert all(relative(a, b) < 1e-11 for a, b in zip(ours, theirs)) and relative(*grads) < 1e-10
         assert layer.iter_count == 8
