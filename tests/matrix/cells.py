@@ -971,6 +971,13 @@ EXCEPTIONS = {
         'equal to eager with `link_convs(model)`, with a graph break at the layer in training and none in eval',
         check=_breaks_the_graph_in_training,
     ),
+    **{
+        (norm, 'torch.compile without graph breaks: forward, backward and state as eager'): Otherwise(
+            'equal to eager, with a graph break at the layer in training and none in eval',
+            check=_breaks_the_graph_in_training,
+        )
+        for norm in _MABNS
+    },
     ('IN', 'torch.export of the eval graph'): Otherwise(_KEYWORD, check=_exports_under_another_name(exported)),
     ('IN', 'ONNX of the eval graph, in onnxruntime'): Otherwise(
         _KEYWORD, check=_exports_under_another_name(onnx_runtime)
