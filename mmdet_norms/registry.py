@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import mmcv.cnn.bricks.norm as mmcv_norm
 import mmengine.utils.dl_utils.misc as mmengine_norm
+from mmcv.cnn.bricks.wrappers import Conv2d
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,12 +14,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import layers
 from .layers._args import ConfigError
+from .layers._conv_in_front import PLAIN_CONVS
 
 NORM_LAYERS = MODELS
 """The registry in which mmcv's ``build_norm_layer`` resolves names.
 
 mmcv 1.x called it ``NORM_LAYERS``; since mmcv 2 it is mmengine's root ``MODELS``, which every scope falls back to.
 """
+
+PLAIN_CONVS.add(Conv2d)  # mmcv's own only adds empty inputs for old versions of torch
 
 _STOCK_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 _OUR_NORMS = tuple(layers.NORMS.values())

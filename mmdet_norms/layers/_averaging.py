@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ._recompute import all_finite
+from ._numerics import all_finite
 
 
 class AveragesOnRequest(nn.Module):

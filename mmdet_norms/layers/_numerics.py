@@ -36,3 +36,8 @@ def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """
     of_all = mean.mean(dim, keepdim=True)
     return of_all, (var + (mean - of_all).square()).mean(dim, keepdim=True)
+
+
+def all_finite(*statistics: Tensor) -> Tensor:
+    """Whether all values are finite, as a tensor ``()`` on their device: nobody waits for it."""
+    return sum(values.sum() for values in statistics).isfinite()

@@ -9,16 +9,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compat.torch_versions import is_compiling
-from ._replay import is_looked_at, recall, remember
-
-
-def in_backward() -> bool:
-    """Is this forward run from within a backward pass? Then activation checkpointing is repeating it.
-
-    (Or for somebody who looks at the saved tensors of a graph.) Compiled code is asked while it is traced, and traces
-    every forward once: False.
-    """
-    return not is_compiling() and (torch._C._current_graph_task_id() != -1 or is_looked_at())
+from ._numerics import all_finite
+from ._replay import in_backward, recall, remember
 
 
 @contextmanager
@@ -34,11 +26,6 @@ def statistics_kept(norm: _BatchNorm) -> Iterator[None]:
         yield
     finally:  # also when checkpointing stops a recomputation early, by an exception
         norm._buffers.update(buffers)
-
-
-def all_finite(*statistics: Tensor) -> Tensor:
-    """Whether all values are finite, as a tensor ``()`` on their device: nobody waits for it."""
-    return sum(values.sum() for values in statistics).isfinite()
 
 
 @torch.no_grad()

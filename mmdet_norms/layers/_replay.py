@@ -1,17 +1,17 @@
 """What a forward used, for activation checkpointing to use again when it repeats the forward."""
 
 import itertools
-import sys
 import weakref
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
 
-_TORCHS_FILE = CheckpointFunction.forward.__code__.co_filename
+from ..compat.torch_internals import backward_pass, checkpointed_regions, is_looked_at
+from ..compat.torch_versions import is_compiling
+
 _ATTRIBUTE = '_mmdet_norms_calls'
 _REMEMBERED_CALLS = 32  # covers a head shared by all levels of a pyramid, several times over; C-sized vectors each
 
@@ -21,33 +21,13 @@ _REMEMBERED_CALLS = 32  # covers a head shared by all levels of a pyramid, sever
 # passes (each repeats from the start) are then all the same. Where the object is, only the running functions know.
 
 
-def _regions() -> Iterator[tuple[object, Hashable]]:
-    """The checkpointed regions around this call, from the inside: each, and what is the same for all of one repetition.
+def in_backward() -> bool:
+    """Is this forward run from within a backward pass? Then activation checkpointing is repeating it.
 
-    That is None where the region runs for the first time.
+    (Or for somebody who looks at the saved tensors of a graph.) Compiled code is asked while it is traced, and traces
+    every forward once: False.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename == _TORCHS_FILE:
-            variables, name = frame.f_locals, frame.f_code.co_name
-            if name == 'unpack_hook' and 'gid' in variables:  # repeated, use_reentrant=False
-                yield variables['frame'], variables['gid']
-            elif name == 'backward' and 'ctx' in variables:  # repeated, use_reentrant=True
-                yield variables['ctx'], torch._C._current_graph_task_id()
-            elif name == 'forward' and 'ctx' in variables:
-                yield variables['ctx'], None
-            elif name == 'checkpoint' and 'gen' in variables:
-                generator = variables['gen'].gi_frame
-                if generator is not None and 'new_frame' in generator.f_locals:
-                    yield generator.f_locals['new_frame'], None
-        frame = frame.f_back
-
-
-def is_looked_at() -> bool:
-    """Whether a forward is being repeated because somebody looks at its saved tensors, outside of a backward pass."""
-    top_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)  # not in old versions
-    hooks = top_hooks(False) if top_hooks else None
-    return hooks is not None and hooks[1].__qualname__.startswith('_recomputation_hook.')
+    return not is_compiling() and (backward_pass() is not None or is_looked_at())
 
 
 @dataclass
@@ -65,7 +45,7 @@ def _keep(region: object, layer: object, call: tuple[Tensor, ...]) -> None:
 
 def remember(layer: object, call: tuple[Tensor, ...]) -> bool:
     """Keep what this forward used for its repetitions, if a checkpoint is around it. Returns whether there is one."""
-    regions = [region for region, repetition in _regions() if repetition is None]
+    regions = [region for region, repetition in checkpointed_regions() if repetition is None]
     for region in regions:
         _keep(region, layer, call)
     return bool(regions)
@@ -74,7 +54,7 @@ def remember(layer: object, call: tuple[Tensor, ...]) -> bool:
 def recall(layer: object) -> tuple[Tensor, ...] | None:
     """What the forward that is being repeated used; None if it was not remembered."""
     new = []  # regions within the repeated one, which may be repeated themselves
-    for region, repetition in _regions():
+    for region, repetition in checkpointed_regions():
         if repetition is None:
             new.append(region)
             continue
@@ -111,7 +91,7 @@ def layer_of(handle: Tensor) -> nn.Module:
 
 
 class Calls:
-    """What the training forwards of one layer used, for their repetitions.
+    """What the training forwards of one layer used, for their repetitions: ``layer._calls.once(key, compute)``.
 
     Other code than torch's checkpoint that repeats forwards (the compiler's partitioner, other libraries) has no
     regions. For it the last 32 calls are remembered, and that with the nearest ``key`` is taken; of equal ones from the
@@ -124,8 +104,24 @@ class Calls:
         self._last: deque[tuple[Tensor, ...]] = deque(maxlen=_REMEMBERED_CALLS)
         self._taken: dict[torch.Size, Tensor] = {}  # by shape of the key, how often each call was
 
+    def once(self, key: Tensor, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """``compute()``; in a repeated forward what it returned the first time.
+
+        A forward inside a backward pass that repeats none is computed as well, and not remembered.
+
+        Args:
+            key: a vector, or rows of them, that depend on the input.
+        """
+        repeated = in_backward()
+        if repeated and (call := self.recall(key)):
+            return call[1:]
+        used = compute()
+        if not repeated:
+            self.add((key, *used))
+        return used
+
     def add(self, call: tuple[Tensor, ...]) -> None:
-        """``call[0]`` is the key: a vector, or rows of them, that depend on the input."""
+        """``call[0]`` is the key."""
         if not remember(self, call):
             self._last.append(call)
             self._taken = {}

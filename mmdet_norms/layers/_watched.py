@@ -2,13 +2,9 @@
 
 from torch import nn
 
+from ..compat.torch_internals import has_hooks
+
 
 def is_watched(module: nn.Module) -> bool:
     """Whether the module has hooks, or a ``forward`` of its own on the instance, as mmengine puts there."""
-    return bool(
-        'forward' in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return 'forward' in vars(module) or has_hooks(module)

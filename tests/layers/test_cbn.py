@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_norms.layers.cbn import CBN, _Conv, _mean_patch, link_convs
+from mmdet_norms.compat.torch_internals import Convolution
+from mmdet_norms.layers._cbn_history import mean_patch
+from mmdet_norms.layers.cbn import CBN, link_convs
 from mmdet_norms.reference import ReferenceCBN
 
 PUBLISHED = {'weight', 'bias', 'running_mean', 'running_var'}
@@ -211,7 +213,7 @@ class TestMaths:
             weight = torch.randn(6, 2, *kernel, dtype=torch.float64, requires_grad=True)
             y = F.conv2d(x, weight, None, stride, padding, dilation, 2)
             expected = torch.autograd.grad(y.mean((0, 2, 3)).sum(), weight)[0]
-            patch = _mean_patch(_Conv(x, weight.detach(), stride, padding, dilation, 2), y)
+            patch = mean_patch(Convolution(x, weight.detach(), stride, padding, dilation, 2), y)
             for channel in range(6):
                 group = slice(0, 2) if channel < 3 else slice(2, 4)
                 assert relative(patch[group], expected[channel]) < 1e-13
@@ -387,9 +389,9 @@ class TestFindingTheConvolution:
     def test_the_tensors_of_a_step_are_not_kept(self):
         model = conv_cbn(linked=True)
         train(model, batches(3))
-        assert model[1]._conv_call is None
+        assert model[1]._linked_call is None
         model.eval()(batches(1)[0])
-        assert model[1]._conv_call is None
+        assert model[1]._linked_call is None
 
 
 class TestBurnIn:
@@ -635,12 +637,12 @@ class TestSituations:
         x = batches(1)[0]
         with torch.autocast('cpu', dtype=torch.bfloat16):
             z = model[0](x)
-        found = model[1]._find_conv(z, 3)
+        found = model[1]._conv_in_front(z, None, False)
         assert found.weight.dtype == torch.float32 and torch.equal(found.weight, model[0].weight)
         model[0].requires_grad_(False)
         with torch.autocast('cpu', dtype=torch.bfloat16):
             z = model[0](x.requires_grad_())
-        assert model[1]._find_conv(z, 3).weight.shape == found.weight.shape
+        assert model[1]._conv_in_front(z, None, False).weight.shape == found.weight.shape
 
     @pytest.mark.parametrize('scale, offset', [(3e3, 0), (100, 1000)])
     def test_large_half_activations_do_not_overflow(self, scale, offset):
