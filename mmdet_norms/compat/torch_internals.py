@@ -138,19 +138,31 @@ def is_convolution(node) -> bool:
     return type(node).__name__ == 'ConvolutionBackward0' and not node._saved_transposed
 
 
-def saved_convolution(node) -> Convolution:
-    """The call that such a node belongs to, detached.
+def weight_source(node):
+    """The node that made the weight of a convolution, transposed or not. That of a parameter has it as ``variable``.
 
-    The weight is the parameter. Autocast convolves with a rounded copy of it, and the parameter hangs behind the cast.
+    Autocast convolves with a rounded copy of the parameter, which hangs behind the cast. None: no convolution, or a
+    frozen parameter.
 
-    Private: ``_saved_input`` and the like of ``ConvolutionBackward0``, ``ToCopyBackward0``, ``variable`` of a leaf.
-    Without it: an error that names it. A cast by another name would leave the rounded weight.
+    Private: the name ``ConvolutionBackward0``, whose ``next_functions`` come in the order of its arguments, and
+    ``ToCopyBackward0``. Without it: None, or the cast.
     """
-    weight, source = node._saved_weight, node.next_functions[1][0]
+    if type(node).__name__ != 'ConvolutionBackward0':
+        return None
+    source = node.next_functions[1][0]
     while type(source).__name__ == 'ToCopyBackward0':
         source = source.next_functions[0][0]
+    return source
+
+
+def saved_convolution(node) -> Convolution:
+    """The call that such a node belongs to, detached; the weight in full precision where that can be found.
+
+    Private: ``_saved_input`` and the like of ``ConvolutionBackward0``, ``variable`` of a leaf. Without it: an error
+    that names it.
+    """
     # A frozen parameter leaves no trace: then its rounded copy does not move either.
-    weight = getattr(source, 'variable', weight)
+    weight = getattr(weight_source(node), 'variable', node._saved_weight)
     geometry = node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_groups
     return Convolution(node._saved_input.detach(), weight.detach(), *geometry)
 

@@ -5,6 +5,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch_internals import weight_source
 from ._numerics import statistics_dtype
 
 _FIX = "write conv_cfg=dict(type='CenConv') beside norm_cfg=dict(type='MABN')"
@@ -72,7 +73,7 @@ class WantsCenConv:
         if self._conv_checked or x.grad_fn is None:
             return
         self._conv_checked = True
-        if _made_with_weight_as_is(x):
+        if hasattr(weight_source(x.grad_fn), 'variable'):  # a parameter, as it is
             warnings.warn(
                 f'MABN subtracts no mean, but the convolution in front of it does not centre its weight; {_FIX}',
                 stacklevel=3,
@@ -115,14 +116,3 @@ def _norm_first(module: nn.Module) -> bool:
     """Whether it is a ConvModule that applies its norm before its convolution."""
     order = getattr(module, 'order', ())
     return 'norm' in order and 'conv' in order and order.index('norm') < order.index('conv')
-
-
-def _made_with_weight_as_is(x: Tensor) -> bool:
-    """Whether x comes right from a convolution with a trainable parameter as its weight. Reads the graph, no values."""
-    node = x.grad_fn
-    if not type(node).__name__.startswith('ConvolutionBackward') or len(node.next_functions) < 2:
-        return False
-    weight = node.next_functions[1][0]
-    while type(weight).__name__ == 'ToCopyBackward0':  # autocast
-        weight = weight.next_functions[0][0]
-    return type(weight).__name__ == 'AccumulateGrad'

@@ -190,6 +190,7 @@ def test_a_convolution_is_found_behind_its_result(autocast, frozen):
     with unless_moved('the parameter is no longer found behind the cast of autocast: CBN gets a rounded weight'):
         assert torch.equal(found.weight, conv.weight.bfloat16() if autocast and frozen else conv.weight)
         assert found.weight.dtype == (torch.bfloat16 if autocast and frozen else torch.float32)
+        assert getattr(internals.weight_source(node), 'variable', None) is (None if frozen else conv.weight)
 
 
 def test_what_is_no_convolution():
@@ -197,6 +198,9 @@ def test_what_is_no_convolution():
     for module in nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(4):
         assert not internals.is_convolution(module(x).grad_fn)
     assert not internals.is_convolution(None)
+    assert internals.weight_source(nn.BatchNorm2d(4)(x).grad_fn) is internals.weight_source(None) is None
+    transposed = nn.ConvTranspose2d(4, 6, 3)
+    assert internals.weight_source(transposed(x).grad_fn).variable is transposed.weight
 
 
 # --------------------------------------------------------------------------------------------- activation checkpointing
