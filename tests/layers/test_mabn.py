@@ -1,4 +1,4 @@
-"""MABN and CenConv2d against a literal float64 oracle, the published numbers, and the states a layer lives through."""
+"""MABN and CenConv2d against their references in float64, the published numbers, and the states they live through."""
 
 import copy
 import os
@@ -16,40 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_norms.layers import MABN, CenConv2d, warn_if_uncentred
+from mmdet_norms.reference import ReferenceMABN
 
 BUFFERS = ('running_var', 'iters', 'buffer_x2', 'buffer_gz')
-
-
-class Oracle:
-    """The formulas, one channel at a time, over a list of past moments instead of a ring."""
-
-    def __init__(self, channels, window, warmup_iters=100, momentum=0.98, eps=1e-5, delay=1000, limits=(1 / 5, 5)):
-        self.window, self.warmup, self.momentum, self.eps = window, warmup_iters, momentum, eps
-        self.delay, self.limits = delay, limits
-        self.t, self.rv = 0, np.ones(channels)
-        self.chis, self.psis = [], []
-
-    def step(self, x, g, weight, bias):
-        """One iteration: y, gradients of x, weight and bias, and the renorm factors."""
-        self.t += 1
-        single = self.t <= self.window or self.t < self.warmup
-        y, gx, gw, gb, r = np.empty_like(x), np.empty_like(x), *np.empty((3, x.shape[1]))
-        self.chis.append(np.empty(x.shape[1])), self.psis.append(np.empty(x.shape[1]))
-        for c in range(x.shape[1]):
-            self.chis[-1][c] = np.mean(x[:, c] ** 2)
-            v = self.chis[-1][c] if single else np.mean([row[c] for row in self.chis[-self.window :]])
-            r[c] = np.clip(np.sqrt(v + self.eps) / np.sqrt(self.rv[c] + self.eps), *self.limits)
-            if self.t <= max(self.delay, self.warmup):
-                r[c] = 1
-            z = x[:, c] / np.sqrt(v + self.eps)
-            y[:, c] = weight[c] * r[c] * z + bias[c]
-            self.rv[c] = self.momentum * self.rv[c] + (1 - self.momentum) * v
-            gh = g[:, c] * weight[c] * r[c]
-            self.psis[-1][c] = np.mean(gh * z)
-            p = self.psis[-1][c] if single else np.mean([row[c] for row in self.psis[-self.window :]])
-            gx[:, c] = (gh - z * p) / np.sqrt(v + self.eps)
-            gw[c], gb[c] = np.sum(g[:, c] * r[c] * z), np.sum(g[:, c])
-        return y, gx, gw, gb, r
 
 
 def close(actual, expected, what, tolerance=1e-12):
@@ -65,6 +34,24 @@ def random_mabn(channels=3, dtype=torch.float32, seed=0, delay=1000, **kwargs):
     layer.RENORM_DELAY = delay
     nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
     return layer
+
+
+def reference_of(layer):
+    reference = ReferenceMABN(
+        layer.num_features, buffer_size=layer.buffer_size, warmup_iters=layer.warmup_iters
+    ).double()
+    reference.RENORM_DELAY = layer.RENORM_DELAY
+    reference.load_state_dict(layer.state_dict())
+    return reference
+
+
+def step(layer, x, g):
+    """y and the gradients of x, weight and bias, by name."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(g)
+    return dict(y=y, gx=x.grad, gw=layer.weight.grad, gb=layer.bias.grad)
 
 
 def state_of(model):
@@ -98,42 +85,31 @@ class TestMaths:
     @pytest.mark.parametrize('window, warmup, delay', [(4, 9, 1000), (6, 2, 1000), (3, 2, 8), (1, 0, 5), (5, 12, 3)])
     def test_every_phase_equals_the_formulas_written_out(self, window, warmup, delay):
         layer = random_mabn(dtype=torch.float64, buffer_size=window, warmup_iters=warmup, delay=delay)
-        oracle = Oracle(3, window, warmup, delay=delay)
+        reference = reference_of(layer)
         for i in range(30):
-            weight, bias = (torch.randn(3, dtype=torch.float64) for _ in range(2))
-            layer.weight.data.copy_(weight), layer.bias.data.copy_(bias)
+            for parameter, other in zip(layer.parameters(), reference.parameters()):
+                other.data.copy_(nn.init.normal_(parameter))
             x = torch.randn(2, 3, 4, 5, dtype=torch.float64) * (1 + i % 3) + torch.arange(3.0)[:, None, None]
-            x.requires_grad_()
             g = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-            layer.zero_grad()
-            y = layer(x)
-            y.backward(g)
-            expected = oracle.step(x.detach().numpy(), g.numpy(), weight.numpy(), bias.numpy())
-            actual = dict(y=y, gx=x.grad, gw=layer.weight.grad, gb=layer.bias.grad)
-            for (name, value), wanted in zip(actual.items(), expected):
-                close(value, wanted, (i, name))
-            close(layer.running_var, oracle.rv, (i, 'running_var'))
+            actual, expected = step(layer, x, g), step(reference, x, g)
+            for name, wanted in (expected | state_of(reference)).items():
+                close((actual | state_of(layer))[name], wanted, (i, name))
             assert layer.iters.item() == i + 1
-            for buffer, rows in ((layer.buffer_x2, oracle.chis), (layer.buffer_gz, oracle.psis)):
-                close(buffer[(i + 1) % window], rows[-1], i)
 
     def test_past_iteration_1000_the_renorm_factor_runs_into_both_limits(self):
-        layer, oracle = random_mabn(dtype=torch.float64, warmup_iters=100), Oracle(3, 4, 100)
+        layer, seen = random_mabn(dtype=torch.float64, warmup_iters=100), []
         assert (layer.RENORM_DELAY, layer.RENORM_LIMITS) == (1000, (0.2, 5.0))
-        rng, seen = np.random.default_rng(0), []
-        weight, bias = (p.detach().numpy() for p in (layer.weight, layer.bias))
+        reference = reference_of(layer)
+        renorm = reference.renorm
+        reference.renorm = lambda v, t: seen.append(renorm(v, t)) or seen[-1]
         for t in range(1, 1101):
-            x, g = rng.normal(size=(2, 2, 3, 2, 2))
+            x, g = torch.randn(2, 2, 3, 2, 2, dtype=torch.float64)
             x *= {1040: 100, 1060: 100}.get(t, 1e-4 if 1065 <= t <= 1090 else 1)
-            x_in = torch.from_numpy(x).requires_grad_()
-            y = layer(x_in)
-            y.backward(torch.from_numpy(g))
-            y_expected, gx, *_, r = oracle.step(x, g, weight, bias)
-            seen.append(r)
+            actual, expected = step(layer, x, g), step(reference, x, g)
             if t > 990:
-                close(y, y_expected, t, 1e-11), close(x_in.grad, gx, t, 1e-11)
-        close(layer.running_var, oracle.rv, 'running_var')
-        seen = np.array(seen)
+                close(actual['y'], expected['y'], t, 1e-11), close(actual['gx'], expected['gx'], t, 1e-11)
+        close(layer.running_var, reference.running_var, 'running_var')
+        seen = torch.stack(seen)
         assert (seen[:1000] == 1).all() and (seen[1000] != 1).all()
         assert (seen == 5).any() and (seen == 1 / 5).any() and ((seen > 0.2) & (seen < 5) & (seen != 1)).any()
 
@@ -480,14 +456,10 @@ class TestSituations:
 
     @pytest.mark.parametrize('shape', [(1, 3, 1, 1), (5, 3, 1, 1), (1, 3, 7, 7), (7, 3, 2, 1)])
     def test_any_batch_size_and_single_pixels_follow_the_formula(self, shape):
-        layer, oracle = random_mabn(dtype=torch.float64, delay=6), Oracle(3, 4, 3, delay=6)
+        layer = random_mabn(dtype=torch.float64, delay=6)
+        reference = reference_of(layer)
         xs = torch.randn(9, *shape, dtype=torch.float64)
-        results = train(layer, xs)
-        for i, x in enumerate(xs):
-            g = upstream(x, i)
-            y, gx, *_ = oracle.step(x.numpy(), g.numpy(), *(p.detach().numpy() for p in layer.parameters()))
-            np.testing.assert_allclose(results[2 * i], y, rtol=1e-12, atol=1e-12)
-            np.testing.assert_allclose(results[2 * i + 1], gx, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(train(layer, xs), train(reference, xs), rtol=1e-12, atol=1e-12)
 
     def test_constant_zero_and_huge_channels_stay_finite(self):
         layer = random_mabn()

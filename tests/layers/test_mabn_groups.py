@@ -1,10 +1,9 @@
-"""MABN over groups of images (`norm_batch`) against a literal float64 oracle, and the states that it lives through."""
+"""MABN over groups of images (`norm_batch`) against its reference in float64, and the states that it lives through."""
 
 import copy
 import pickle
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from mmcv.cnn import ConvModule, build_norm_layer
@@ -15,46 +14,7 @@ from mmdet_norms import fuse
 from mmdet_norms.layers import MABN, CenConv2d
 from mmdet_norms.layers._args import ConfigError
 from mmdet_norms.layers.mabn_groups import GroupedMABN
-
-
-class Oracle:
-    """The published ImageNet variant, one channel and one group at a time, over lists of all moments so far."""
-
-    def __init__(self, channels, norm_batch, window, momentum=0.98, eps=1e-5, warmup_iters=100):
-        self.size, self.window, self.momentum, self.eps, self.warmup = norm_batch, window, momentum, eps, warmup_iters
-        self.t, self.rv = 0, np.empty(channels)
-        self.chis = [[1.0] * window for _ in range(channels)]  # as published, where they are never used
-        self.psis = [[0.0] * window for _ in range(channels)]
-
-    def step(self, x, g, weight, bias):
-        """One batch: y, gradients of x, weight and bias, and the renorm factors."""
-        self.t += 1
-        y, gx, gw, gb = np.empty_like(x), np.empty_like(x), np.zeros_like(weight), np.zeros_like(bias)
-        starts = range(0, len(x), self.size)
-        single = self.t <= np.ceil(self.window / len(starts))  # with as many groups as rows: t = 1
-        factors = np.empty((len(starts), len(weight)))
-        for c in range(len(weight)):
-            used = []
-            for i, start in enumerate(starts):
-                part = slice(start, start + self.size)
-                self.chis[c].append(np.mean(x[part, c] ** 2))
-                v = self.chis[c][-1] if single else np.mean(self.chis[c][-self.window :])
-                r = 1.0
-                if self.t >= self.warmup:
-                    r = np.clip(np.sqrt(v + self.eps) / np.sqrt(self.rv[c] + self.eps), 1 / 5, 5)
-                z = x[part, c] / np.sqrt(v + self.eps)
-                y[part, c] = weight[c] * r * z + bias[c]
-                gh = g[part, c] * weight[c] * r
-                self.psis[c].append(np.mean(gh * z))
-                p = self.psis[c][-1] if single else np.mean(self.psis[c][-self.window :])
-                gx[part, c] = (gh - z * p) / np.sqrt(v + self.eps)
-                gw[c] += np.sum(g[part, c] * r * z)
-                gb[c] += np.sum(g[part, c])
-                used.append(v)
-                factors[i, c] = r
-            now = np.mean(used)
-            self.rv[c] = now if self.t == 1 else self.momentum * self.rv[c] + (1 - self.momentum) * now
-        return y, gx, gw, gb, factors
+from mmdet_norms.reference import ReferenceGroupedMABN
 
 
 def grouped(channels=3, dtype=torch.float32, seed=0, norm_batch=2, **kwargs):
@@ -94,28 +54,31 @@ def assert_same_state(a, b):
         assert torch.equal(a[key], b[key]), key
 
 
-def against_the_oracle(layer, oracle, batches, changes=(), layout=torch.contiguous_format):
+def against_the_reference(layer, batches, changes=(), layout=torch.contiguous_format):
     """Batches of these sizes, those of ``changes`` on another scale. The renorm factors."""
+    arguments = dict(norm_batch=layer.norm_batch, buffer_size=layer.buffer_size, warmup_iters=layer.warmup_iters)
+    reference, seen = ReferenceGroupedMABN(3, **arguments).double(), []
+    renorm = reference.renorm
+    reference.renorm = lambda v, t: seen.append(renorm(v, t)) or seen[-1]
     generator = torch.Generator().manual_seed(5)
-    seen = []
     for i, images in enumerate(batches):
-        weight, bias = (torch.randn(3, dtype=torch.float64, generator=generator) for _ in range(2))
-        layer.weight.data.copy_(weight), layer.bias.data.copy_(bias)
+        for parameter, other in zip(layer.parameters(), reference.parameters()):
+            parameter.data.normal_(generator=generator)
+            other.data.copy_(parameter)
         x, g = (torch.randn(images, 3, 3, 4, dtype=torch.float64, generator=generator) for _ in range(2))
         x = (x * (1 + i % 3) + torch.arange(3.0)[:, None, None]) * dict(changes).get(i, 1)
-        leaf = x.clone(memory_format=layout).requires_grad_()
-        layer.zero_grad()
-        y = layer(leaf)
-        y.backward(g)
-        *expected, factors = oracle.step(x.numpy(), g.numpy(), weight.numpy(), bias.numpy())
-        actual = dict(y=y, gx=leaf.grad, gw=layer.weight.grad, gb=layer.bias.grad)
-        for (name, value), wanted in zip(actual.items(), expected):
-            close(value, wanted, (i, name))
-        close(layer.running_var, oracle.rv, (i, 'running_var'))
-        for buffer, rows in ((layer.pre_x2, oracle.chis), (layer.pre_gz, oracle.psis)):
-            close(buffer, torch.tensor([row[-layer.buffer_size :] for row in rows]).T, i)
-        assert layer.iters.item() == i + 1 and y.is_contiguous(memory_format=layout)
-        seen.append(factors)
+        results = []
+        for norm in (layer, reference):
+            leaf = x.clone(memory_format=layout).requires_grad_()
+            norm.zero_grad()
+            y = norm(leaf)
+            y.backward(g)
+            gradients = {f'gradient of {name}': parameter.grad for name, parameter in norm.named_parameters()}
+            results.append(dict(y=y, gx=leaf.grad, **gradients, **state_of(norm)))
+        actual, expected = results
+        for name, value in expected.items():
+            close(actual[name], value, (i, name))
+        assert layer.iters.item() == i + 1 and actual['y'].is_contiguous(memory_format=layout)
     return seen
 
 
@@ -125,7 +88,7 @@ class TestMaths:
         """As published: as many groups of two as rows in the window, the factor from the 100th iteration on."""
         layer = MABN(3, norm_batch=2, real_B=8).double()
         changes = {105: 30, 106: 30, **dict.fromkeys(range(110, 130), 1e-3)}
-        seen = against_the_oracle(layer, Oracle(3, 2, 4), [8] * 150, changes, layout)
+        seen = against_the_reference(layer, [8] * 150, changes, layout)
         assert all((factors == 1).all() for factors in seen[:99]) and (seen[99] != 1).any()
         assert max(f.max() for f in seen) == 5 and min(f.min() for f in seen) == 1 / 5
 
@@ -134,13 +97,13 @@ class TestMaths:
     )
     def test_fewer_and_more_groups_than_rows(self, norm_batch, window, images):
         layer = grouped(dtype=torch.float64, norm_batch=norm_batch, buffer_size=window, warmup_iters=6)
-        against_the_oracle(layer, Oracle(3, norm_batch, window, warmup_iters=6), [images] * 20)
+        against_the_reference(layer, [images] * 20)
 
     def test_batches_of_changing_size(self):
         layer = grouped(dtype=torch.float64, norm_batch=2, buffer_size=4, warmup_iters=6)
-        against_the_oracle(layer, Oracle(3, 2, 4, warmup_iters=6), [8, 2, 6, 12, 2, 2, 8, 8])
+        against_the_reference(layer, [8, 2, 6, 12, 2, 2, 8, 8])
         layer = grouped(dtype=torch.float64, norm_batch=2, buffer_size=4, warmup_iters=6)
-        against_the_oracle(layer, Oracle(3, 2, 4, warmup_iters=6), [2, 8, 4, 6, 2, 8, 2])
+        against_the_reference(layer, [2, 8, 4, 6, 2, 8, 2])
 
     def test_one_group_a_batch_has_the_window_of_the_detection_variant(self):
         layer = grouped(dtype=torch.float64, norm_batch=2, warmup_iters=1000)
