@@ -22,8 +22,7 @@ from . import checkpoints, classification, engine, models  # noqa: E402, F401  (
 from .compat import recalls  # noqa: E402
 from .deploy import fuse  # noqa: E402
 from .engine import recompute_statistics  # noqa: E402
-from .norm_cfg import replace_norm_cfg  # noqa: E402
-from .placement import PLACEMENTS, apply_norm  # noqa: E402
+from .placement import PLACEMENTS, apply_norm, replace_norm_cfg  # noqa: E402
 from .registry import NORM_LAYERS, register_norm_layers  # noqa: E402
 
 register_norm_layers()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build sdist and wheel, install the wheel into a fresh environment of each Python, and use it outside the clone.
 #
-#   [TORCH=torch==2.13.0] [TESTS="tests/test_placement.py ..."] tools/check_wheel.sh PYTHON ...
+#   [TORCH=torch==2.13.0] [TESTS="tests/placement/test_placement.py ..."] tools/check_wheel.sh PYTHON ...
 #
 # Each PYTHON (such as python3.10) gets the wheel with its extra [lite] and, as a user would in a folder of their own,
 # makes a data set, trains and tests a config named mmdet_norms::..., by one and by two processes. The first one also
@@ -18,7 +18,7 @@ trap 'rm -rf "$work"' EXIT
 unset PYTHONPATH
 export PIP_DISABLE_PIP_VERSION_CHECK=1 GIT_CEILING_DIRECTORIES=$work
 config=mmdet_norms::demo/mask-rcnn_r50_fpn_bnet5_shapes.py
-tests=${TESTS:-tests/test_packaging.py tests/test_rooms.py tests/test_placement.py tests/layers/test_bnet.py tests/configs}
+tests=${TESTS:-tests/test_packaging.py tests/test_rooms.py tests/placement/test_placement.py tests/layers/test_bnet.py tests/configs}
 quick=(--cfg-options train_cfg.max_epochs=1 train_dataloader.num_workers=0 train_dataloader.persistent_workers=False
     val_dataloader.num_workers=0 val_dataloader.persistent_workers=False)
 

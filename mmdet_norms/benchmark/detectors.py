@@ -16,7 +16,7 @@ from torch import nn
 
 from ..entries import is_a, name_of
 from ..layers import NORMS, CenConv2d, another_function_allowed, link_convs
-from ..placement import BATCH_NORM, CENTRED, HOSTS
+from ..placement import BATCH_NORM, CENTRED, VARIANTS
 from .groups import Entry, Group, Setting
 from .layers import failed_entry, settle, settling_calls
 from .measure import Case, owned_tensors, peak_bytes, saved_bytes
@@ -26,7 +26,7 @@ CONFIG = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 NORMS_BY_DEFAULT = ('bn', 'bnet5', 'cbn', 'mabn', 'an')
 
 _BOXES_PER_IMAGE = 8
-_STOCK = {ours: stock for stock, ours in HOSTS.items()}
+_STOCK = {ours: stock for stock, ours in VARIANTS.items()}
 
 
 class Detectors:

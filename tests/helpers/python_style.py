@@ -1,15 +1,20 @@
 """Configs in mmengine's python style: they name classes where others have strings. mmdet's wheel ships none."""
 
 import functools
+import warnings
 from pathlib import Path
 
 import mmdet.registry as registries
 from mmengine.config import Config
 from mmengine.config.lazy import LazyObject
 from mmengine.registry import Registry
+from mmengine.utils import get_installed_path
 from torch import nn
 
-from mmdet_norms.entries import class_of
+from mmdet_norms import PLACEMENTS, apply_norm, layers, replace_norm_cfg
+from mmdet_norms.entries import class_of, path_of
+
+CONFIGS = Path(get_installed_path('mmdet'), '.mim', 'configs')
 
 # What a config that imports its classes has for these names, which this package serves by classes of its own.
 _TORCHS = {'GN': nn.GroupNorm, 'SyncBN': nn.SyncBatchNorm}
@@ -70,3 +75,24 @@ def write_python_style(cfg: Config, path: Path) -> Path:
     lines = [f'{key} = {value!r}' for key, value in named.items()]
     path.write_text('\n'.join([*sorted(imports), *lines, '']))
     return path
+
+
+def outcome(change, *arguments):
+    """The config in classes, or the error; and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        try:
+            result = resolved(change(*arguments))
+        except ValueError as error:
+            result = str(error)
+    return result, [str(warning.message) for warning in caught if 'norm ' in str(warning.message)]
+
+
+def assert_alike(model, names=tuple(PLACEMENTS), spellings=(None, path_of)):
+    """Each name, and two norms in place of all, do to a model config of strings what they do to one of classes."""
+    for spelling in spellings:
+        in_classes = with_classes(model, spelling)
+        for name in names:
+            assert outcome(apply_norm, in_classes, name) == outcome(apply_norm, model, name)
+        for norm_cfg in (dict(type='BNET'), dict(type=layers.MABN)):
+            assert outcome(replace_norm_cfg, in_classes, norm_cfg) == outcome(replace_norm_cfg, model, norm_cfg)

@@ -1,10 +1,8 @@
 """Norms on families beyond Faster, Mask, Cascade R-CNN and RetinaNet: all norms of a model replaced, and ``--norm``."""
 
 import functools
-import sys
 import types
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +15,8 @@ from mmengine.registry import init_default_scope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-sys.path.insert(0, str(Path(__file__).parent))
-
+from helpers.other_families import DOCUMENT, FAMILIES, NORMS, REFUSED, Family, render, shrink, stock_config
 from mmdet_norms import apply_norm, layers, replace_norm_cfg
-from other_families import DOCUMENT, FAMILIES, NORMS, REFUSED, Family, render, shrink, stock_config
 
 CENTRED = dict(type='CenConv')
 # The norms that a family is trained with in the quick run, in turn; the others are marked slow.
@@ -236,4 +232,4 @@ def test_group_norm_that_does_not_fit_a_narrow_model_says_what_does():
 
 
 def test_the_document_shows_these_families():
-    assert DOCUMENT.read_text(encoding='utf-8') == render(), 'run: python tests/other_families.py'
+    assert DOCUMENT.read_text(encoding='utf-8') == render(), 'run: python tests/helpers/other_families.py'

@@ -7,7 +7,7 @@ from mmengine.config import ConfigDict
 
 from mmdet_norms import replace_norm_cfg
 from mmdet_norms.entries import class_of
-from mmdet_norms.norm_cfg import default_of, norm_of, takes
+from mmdet_norms.placement.part import Part
 
 BNET = dict(type='BNET', kernel_size=5)
 
@@ -90,11 +90,12 @@ def test_a_norm_without_a_type_is_an_error(norm_cfg):
 
 
 def test_an_argument_is_found_through_the_keyword_arguments_of_subclasses():
-    assert default_of(dict(type='PAAHead'), 'norm_cfg')['type'] == 'GN'  # PAAHead(*args, **kwargs), of ATSSHead
-    assert norm_of(dict(type='PAAHead'))['type'] == 'GN'
-    assert takes(dict(type='mmdet.FSAFHead'), 'norm_cfg') and norm_of(dict(type='FSAFHead')) is None
-    assert not takes(dict(type='RPNHead'), 'norm_cfg') and not takes(dict(type='HRFPN'), 'norm_cfg')
-    assert norm_of(dict(type='PAAHead', norm_cfg=None)) is None
+    head = Part(dict(type='PAAHead'))  # PAAHead(*args, **kwargs), of ATSSHead
+    assert head.default('norm_cfg')['type'] == head.norm['type'] == 'GN'
+    assert Part(dict(type='PAAHead', norm_cfg=None)).norm is None
+    head = Part(dict(type='mmdet.FSAFHead'))
+    assert head.takes('norm_cfg') and head.norm is None
+    assert not any(Part(dict(type=kind)).takes('norm_cfg') for kind in ('RPNHead', 'HRFPN'))
 
 
 def test_classes_of_other_packages_are_not_looked_up():

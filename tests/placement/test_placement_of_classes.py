@@ -1,22 +1,18 @@
 """apply_norm and replace_norm_cfg on python-style configs do what they do on the same config in strings."""
 
 import warnings
-from pathlib import Path
 
 import pytest
 from mmdet.models.backbones import ResNet
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
-from mmengine.utils import get_installed_path
 from torch import nn
 
-from helpers.python_style import resolved, with_classes
-from mmdet_norms import PLACEMENTS, apply_norm, layers, replace_norm_cfg
-from mmdet_norms.entries import path_of
+from helpers.python_style import CONFIGS, assert_alike, with_classes
+from mmdet_norms import PLACEMENTS, apply_norm, layers
 
-CONFIGS = Path(get_installed_path('mmdet'), '.mim', 'configs')
-# Norms in backbone, neck, heads and shared head, conv_cfg of every kind, backbones with twins and without, cascades.
+# Norms in backbone, neck, heads and shared head, conv_cfg of every kind, backbones with variants and without, cascades.
 SOME = [
     'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
     'faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco.py',
@@ -40,26 +36,6 @@ SOME = [
     'tood/tood_r50_fpn_1x_coco.py',
     'nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py',
 ]
-
-
-def outcome(change, *arguments):
-    """The config in classes, or the error; and the warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        try:
-            result = resolved(change(*arguments))
-        except ValueError as error:
-            result = str(error)
-    return result, [str(warning.message) for warning in caught if 'norm ' in str(warning.message)]
-
-
-def assert_alike(model, names=tuple(PLACEMENTS), spellings=(None, path_of)):
-    for spelling in spellings:
-        in_classes = with_classes(model, spelling)
-        for name in names:
-            assert outcome(apply_norm, in_classes, name) == outcome(apply_norm, model, name)
-        for norm_cfg in (dict(type='BNET'), dict(type=layers.MABN)):
-            assert outcome(replace_norm_cfg, in_classes, norm_cfg) == outcome(replace_norm_cfg, model, norm_cfg)
 
 
 @pytest.mark.parametrize('path', SOME)

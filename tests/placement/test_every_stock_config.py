@@ -3,8 +3,8 @@
 import pytest
 from mmengine.config import Config
 
+from helpers.python_style import CONFIGS, assert_alike
 from mmdet_norms.cli.config_checks import config_problems
-from test_placement_of_classes import CONFIGS, assert_alike
 
 PARTS = 6
 FOLDERS = sorted(folder for folder in CONFIGS.iterdir() if folder.is_dir() and folder.name != '_base_')

@@ -9,7 +9,7 @@ from mmengine.registry import init_default_scope
 
 from mmdet_norms import PLACEMENTS, apply_norm
 from mmdet_norms.layers import BNET
-from mmdet_norms.placement import HOSTS
+from mmdet_norms.placement import VARIANTS
 
 IN_BACKBONE = ('bn', 'bnet3', 'bnet5', 'bnet7', 'an')  # these leave neck and heads alone
 
@@ -64,8 +64,8 @@ def test_applying_a_name_twice_is_applying_it_once(name):
 
 @pytest.mark.parametrize('first', IN_BACKBONE)
 @pytest.mark.parametrize('second', IN_BACKBONE)
-@pytest.mark.parametrize('backbone', HOSTS)
-def test_the_last_name_wins_on_every_host(backbone, first, second):
+@pytest.mark.parametrize('backbone', VARIANTS)
+def test_the_last_name_wins_on_every_backbone(backbone, first, second):
     model = detector(type=backbone)
     assert apply_norm(apply_norm(model, first), second) == apply_norm(model, second)
 
@@ -121,9 +121,9 @@ def test_a_new_style_config_with_the_class_as_its_type_is_understood(tmp_path):
     assert sum(isinstance(m, BNET) for m in MODELS.build(backbone).modules()) == 16
 
 
-def test_every_host_of_the_table_exists_and_is_a_twin_of_the_stock_one():
-    for stock, ours in HOSTS.items():
-        assert issubclass(MODELS.get(ours), MODELS.get(stock))
+def test_every_variant_exists_and_is_one_of_its_stock_backbone():
+    for stock, variant in VARIANTS.items():
+        assert issubclass(MODELS.get(variant), MODELS.get(stock))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_backbone_of_another_kind_is_an_error_that_names_the_possible_ones(bac
     with pytest.raises(ValueError) as error:
         apply_norm(detector(type=backbone), name)
     assert f'norm {name!r}: model.backbone.type={backbone!r} {reason}; use one of: ' in str(error.value)
-    assert all(host in str(error.value) for host in HOSTS)
+    assert all(stock in str(error.value) for stock in VARIANTS)
     assert 'The names cbn, gn, syncbn leave the backbone alone' in str(error.value)
 
 

@@ -1,6 +1,6 @@
 """Stock mmdet configs beyond Faster, Mask, Cascade R-CNN and RetinaNet, small enough for a training step in a test.
 
-``python tests/other_families.py`` writes ``docs/families.md``: what ``test_norm_on_other_families.py`` tests.
+``python tests/helpers/other_families.py`` writes ``docs/families.md``: what ``test_norm_on_other_families.py`` tests.
 """
 
 import re
@@ -11,10 +11,10 @@ from mmengine.config import Config
 from mmengine.utils import get_installed_path
 
 import mmdet_norms  # noqa: F401  (before mmdet's models, which need mmcv's ops)
-from mmdet_norms.norm_cfg import norm_of
-from mmdet_norms.placement import HOSTS
+from mmdet_norms.placement import VARIANTS
+from mmdet_norms.placement.part import Part
 
-DOCUMENT = Path(__file__).resolve().parents[1] / 'docs' / 'families.md'
+DOCUMENT = Path(__file__).resolve().parents[2] / 'docs' / 'families.md'
 
 # What replaces every norm_cfg of a model, at a width that two groups and two components fit.
 NORMS = {
@@ -203,8 +203,9 @@ def _shrink(node, by: int) -> None:
         node['num_groups'] = 2
     elif kind == 'RandomSampler':
         node['num'] = 16
-    if (norm_of(node) or {}).get('type') == 'GN':
-        node['norm_cfg'] = dict(norm_of(node), num_groups=2)  # perhaps its class's default
+    norm = Part(node).norm
+    if norm and norm['type'] == 'GN':
+        node['norm_cfg'] = dict(norm, num_groups=2)  # perhaps its class's default
     for key, value in node.items():
         if key in _SIZES:
             node[key] = _SIZES[key]
@@ -237,14 +238,15 @@ def render() -> str:
         rows.append([name, *cells, ' and '.join(parts) or 'refused', stays or '-', f'`{family.config}`'])
     rows.append(['SSD', *['1'] * len(NORMS), 'neck', 'bbox_head (SSDHead)', '`ssd/ssd300_coco.py`'])
     table = '\n'.join(f'| {" | ".join(row)} |' for row in rows)
-    return _TEXT.format(table=table, families=len(FAMILIES), backbones=', '.join(f'`{host}`' for host in HOSTS))
+    return _TEXT.format(table=table, families=len(FAMILIES), backbones=', '.join(f'`{name}`' for name in VARIANTS))
 
 
 _TEXT = """\
 # Norms on other families of detectors
 
-Generated from `tests/other_families.py` by `python tests/other_families.py`, and checked by `make test`, which runs
-what it says: {families} stock mmdet configs, with narrower layers and a ResNet-18 in place of a ResNet-50.
+Generated from `tests/helpers/other_families.py` by `python tests/helpers/other_families.py`, and checked by
+`make test`, which runs what it says: {families} stock mmdet configs, with narrower layers and a ResNet-18 in place of a
+ResNet-50.
 
 ## Every norm of a model
 

@@ -149,7 +149,7 @@ def test_group_norm_has_as_many_groups_as_fit():
 
 
 def test_the_table_of_the_documentation_says_what_each_name_means_in_a_classifier():
-    text = (Path(__file__).resolve().parents[1] / 'docs' / 'train.md').read_text()
+    text = (Path(__file__).resolve().parents[2] / 'docs' / 'train.md').read_text()
     table = re.search(r'\| where it sits in a classifier \|\n(.*?)\n\n', text, re.DOTALL)[1]
     rows = [row.strip('|').split('|') for row in table.splitlines()]
     said = {name: row[2].strip() for row in rows for name in re.findall(r'`([\w-]+)`', row[0])}
