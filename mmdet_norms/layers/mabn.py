@@ -1,11 +1,13 @@
 """MABN: batch norm for small batches, by moving averages of the statistics in both passes.
 
+The method in 70 lines: ``reference/mabn.py``; here exact, fast and resumable. How it goes with checkpointing, DDP, loss
+scaling, accumulation and other norms' states: docs/norms.md.
+
 Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization", ICLR 2020,
 https://arxiv.org/abs/2001.06838.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,6 @@ from ._groups import for_images
 from ._loading import check_kind
 from ._mabn_states import take_over
 from ._numerics import statistics_dtype
-from ._recompute import in_backward
 from ._replay import Calls
 from .cen_conv import WantsCenConv
 
@@ -32,15 +33,6 @@ NO_DERIVATIVE = (
     'For gradient penalties, AdaHessian or Hessian-vector products use another norm that suits small batches '
     "(norm_cfg type 'GN', 'CBN' or 'BRN'), or put MABN into eval mode, where it is an affine map"
 )
-
-
-class Call(NamedTuple):
-    """What one training forward computed; vectors are ``(C,)``, with groups of images ``(G, C)``."""
-
-    batch: Tensor  # E[x^2] of the batch
-    used: Tensor  # v, which stands for it
-    renorm: Tensor  # r
-    t: Tensor  # the iteration, (1,)
 
 
 class _Normalize(torch.autograd.Function):
@@ -194,35 +186,31 @@ class MABN(WantsCenConv, AveragesOnRequest):
     @disable_dynamo  # the compiler cannot tell a forward from its repetition by a checkpoint
     def _forward_train(self, x: Tensor) -> Tensor:
         self._check_conv(x)
-        call = self._statistics(x.detach())
+        with torch.no_grad():
+            moment = self._second_moment(x)
+            used = self._calls.once(moment, lambda: self._iterate(moment))
         average = partial(self._windowed, getattr(self, self.WINDOWS[1]))
-        return _Normalize.apply(x, self.weight, self.bias, call.used, call.renorm, call.t, average, self.eps)
-
-    @torch.no_grad()
-    def _statistics(self, x: Tensor) -> Call:
-        """What to normalize with: of a new iteration, or of the one that is being repeated."""
-        batch = self._second_moment(x)
-        if self.averages:
-            self._average([(self.running_var, batch.view(-1, self.num_features).mean(0).view_as(self.running_var))])
-            return Call(batch, batch, torch.ones_like(batch), self.iters.clone())
-        if in_backward() and (call := self._calls.recall(batch)):
-            return Call(*call)
-        call = self._advance(batch)
-        self._calls.add(call)
-        return call
+        return _Normalize.apply(x, self.weight, self.bias, *used, average, self.eps)
 
     def _second_moment(self, x: Tensor) -> Tensor:
         return map_ops.second_moment(x)
 
-    def _advance(self, batch: Tensor) -> Call:
-        """The next iteration."""
+    def _iterate(self, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A new iteration, with this moment of the batch: v, r, and which it is. Vectors (C,), of groups (G, C)."""
+        if self.averages:
+            of_batch = moment.view(-1, self.num_features).mean(0)
+            self._average([(self.running_var, of_batch.view_as(self.running_var))])
+            return moment, torch.ones_like(moment), self.iters.clone()
+        return self._advance(moment)
+
+    def _advance(self, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.iters += 1
         t = self.iters.clone()
-        used, old = self._windowed(self.buffer_x2, batch, t), self.running_var.flatten().to(batch.dtype)
+        used, old = self._windowed(self.buffer_x2, moment, t), self.running_var.flatten().to(moment.dtype)
         renorm = self._renorm(used, old, t > max(self.RENORM_DELAY, self.warmup_iters))
         new = self.momentum * old + (1 - self.momentum) * used
         self.running_var.copy_(torch.where(new.isfinite(), new, old).view_as(self.running_var))
-        return Call(batch, used, renorm, t)
+        return used, renorm, t
 
     def _windowed(self, window: Tensor, row: Tensor, t: Tensor) -> Tensor:
         """Write ``row`` (C,) of iteration t over the oldest of ``window`` (m, C). Returns its mean; at first the row.

@@ -1,4 +1,7 @@
-"""MABN with a simulated normalization batch: its window runs over groups of images inside a larger batch."""
+"""MABN with a simulated normalization batch: its window runs over groups of images inside a larger batch.
+
+The method in 60 lines: ``reference/mabn_groups.py``; here exact, fast and resumable.
+"""
 
 import torch
 from torch import Tensor
@@ -6,7 +9,7 @@ from torch import Tensor
 from ..kernels import map_ops
 from ._args import ConfigError
 from ._groups import check_groups, check_norm_batch
-from .mabn import MABN, Call
+from .mabn import MABN
 
 
 class GroupedMABN(MABN):
@@ -71,16 +74,16 @@ class GroupedMABN(MABN):
         mean, var = map_ops.moments(x, per_instance=True)
         return (mean.square() + var).unflatten(0, (-1, self.norm_batch)).mean(1)
 
-    def _advance(self, batch: Tensor) -> Call:
-        t, old = self.iters + 1, self.running_var.to(batch.dtype)
-        used = self._windowed(self.pre_x2, batch, t)
+    def _advance(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        t, old = self.iters + 1, self.running_var.to(moments.dtype)
+        used = self._windowed(self.pre_x2, moments, t)
         renorm = self._renorm(used, old, t >= self.warmup_iters)
         now = used.mean(0)
         new = torch.where(t == 1, now, self.momentum * old + (1 - self.momentum) * now).to(self.running_var.dtype)
-        good = batch.isfinite().all() & new.isfinite().all()
+        good = moments.isfinite().all() & new.isfinite().all()
         self.running_var.copy_(torch.where(good, new, self.running_var))
         self.iters += good
-        return Call(batch, used, renorm, t)
+        return used, renorm, t
 
     def _windowed(self, window: Tensor, rows: Tensor, t: Tensor) -> Tensor:
         """Let ``rows`` (G, C) follow in ``window`` (m, C). Returns for each the mean of the last m, or at first itself.
