@@ -10,9 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # lets the script run from a checkout in which the package is not installed
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / 'tests' / 'matrix'))
+sys.path.insert(0, str(ROOT / 'tests'))
 
-import cells  # noqa: E402
+from matrix.norms import NORMS  # noqa: E402
+from matrix.rendering import render  # noqa: E402
+from matrix.situation import SITUATIONS, run_cell  # noqa: E402
+from matrix.test_graphs import ONNX_NEEDS, test_onnx_runtime  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,20 +24,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--check', action='store_true', help='compare with the file instead of writing it')
     args = parser.parse_args(argv)
 
-    absent = [name for name in cells.ONNX_NEEDS if importlib.util.find_spec(name) is None]
-    if absent and cells.onnx_runtime in cells.SITUATIONS.values():
+    absent = [name for name in ONNX_NEEDS if importlib.util.find_spec(name) is None]
+    if absent and test_onnx_runtime.check in SITUATIONS.values():
         parser.error(f'the ONNX row needs packages that are not installed: pip install {" ".join(absent)}')
     warnings.simplefilter('ignore')
     failed = set()
-    for situation in cells.SITUATIONS:
-        for norm in cells.NORMS:
+    for situation in SITUATIONS:
+        for norm in NORMS:
             try:
-                cells.run_cell(norm, situation)
+                run_cell(norm, situation)
             except Exception as error:
                 failed.add((norm, situation))
                 print(f'{norm}, {situation}: {type(error).__name__}: {error}', file=sys.stderr)
-    text = cells.render(frozenset(failed))
-    total = len(cells.SITUATIONS) * len(cells.NORMS)
+    text = render(frozenset(failed))
+    total = len(SITUATIONS) * len(NORMS)
     print(f'{total} cells, {len(failed)} failed')
     if not args.check:
         args.out.write_text(text, encoding='utf-8')

@@ -3,9 +3,7 @@
 import copy
 import pickle
 import re
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'matrix'))
-import cells
-
+from matrix.harness import batch, ready
+from matrix.norms import BNETS, NORMS
 from mmdet_norms import fuse
 from mmdet_norms.layers import BNET, CBN, CenConv2d, FrozenBN, link_convs
 from mmdet_norms.layers._fold import Folded
@@ -28,7 +25,7 @@ from mmdet_norms.registry import MODELS
 
 VANISHES = ('BN', 'SyncBN', 'FrozenBN', 'BRN', 'CBN', 'MABN')
 VANISHES += ('BN norm_batch', 'BRN norm_batch', 'MABN norm_batch')
-REMAINS = {**dict.fromkeys(cells.BNETS, FoldedBNET), 'AN-BN': FoldedAN, 'AN-GN': FoldedAN}
+REMAINS = {**dict.fromkeys(BNETS, FoldedBNET), 'AN-BN': FoldedAN, 'AN-GN': FoldedAN}
 STAYS = ('GN', 'IN', 'LN2d', 'SN')
 
 
@@ -81,11 +78,11 @@ class Chain(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- norms
 
 
-@pytest.mark.parametrize('norm', cells.NORMS)
+@pytest.mark.parametrize('norm', NORMS)
 def test_a_conv_module_computes_the_same_with_any_norm(norm):
-    module = cells.ready(norm).eval()
-    fused = unchanged(copy.deepcopy(module).double(), cells.batch(9, (3, 4, 7, 5), dtype=torch.float64))
-    unchanged(module, cells.batch(9, (3, 4, 7, 5)), tolerance=1e-5)
+    module = ready(norm).eval()
+    fused = unchanged(copy.deepcopy(module).double(), batch(9, (3, 4, 7, 5), dtype=torch.float64))
+    unchanged(module, batch(9, (3, 4, 7, 5)), tolerance=1e-5)
     kind = Folded if norm in VANISHES else REMAINS.get(norm, type(module.norm))
     assert type(fused.norm) is kind
     assert type(fused.conv) is nn.Conv2d
@@ -288,8 +285,8 @@ def test_memory_format_dtype_and_device_stay():
 
 @pytest.mark.parametrize('norm', ['BN', 'BNET-5', 'CBN', 'MABN', 'AN-BN'])
 def test_bf16_rounds_no_worse_than_unfused(norm):
-    module = cells.ready(norm).eval()
-    x = cells.batch(9, (3, 4, 7, 5))
+    module = ready(norm).eval()
+    x = batch(9, (3, 4, 7, 5))
     expected = module(x)
     plain = (copy.deepcopy(module).bfloat16()(x.bfloat16()).float() - expected).norm()
     fused = (fuse(module).bfloat16()(x.bfloat16()).float() - expected).norm()
