@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compat.torch_versions import is_compiling
 from ._numerics import all_finite
-from ._replay import in_backward, recall, remember
+from ._replay import in_backward, once
 
 
 @contextmanager
@@ -100,12 +100,7 @@ def running_statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """
     if is_compiling():
         return norm.running_mean, norm.running_var
-    known = recall(norm) if in_backward() else None
-    if known is None:
-        known = norm.running_mean.clone(), norm.running_var.clone()
-        if not in_backward():
-            remember(norm, known)
-    return known
+    return once(norm, lambda: (norm.running_mean.clone(), norm.running_var.clone()))
 
 
 def _is_synchronized(norm: nn.Module) -> bool:

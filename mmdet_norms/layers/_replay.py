@@ -73,6 +73,18 @@ def recall(layer: object) -> tuple[Tensor, ...] | None:
     return None
 
 
+def once(layer: object, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """``compute()``; in a forward that a checkpoint repeats, what it returned the first time.
+
+    Where other code repeats, it is computed again. :class:`Calls` knows such repetitions, too.
+    """
+    if in_backward():
+        return recall(layer) or compute()
+    used = compute()
+    remember(layer, used)
+    return used
+
+
 # Compiled code calls a layer that remembers through an operator, which takes tensors only.
 _HANDLES = itertools.count()
 _LAYERS: 'weakref.WeakValueDictionary[int, nn.Module]' = weakref.WeakValueDictionary()
@@ -112,12 +124,11 @@ class Calls:
         Args:
             key: a vector, or rows of them, that depend on the input.
         """
-        repeated = in_backward()
-        if repeated and (call := self.recall(key)):
-            return call[1:]
+        if in_backward():
+            call = self.recall(key)
+            return call[1:] if call else compute()
         used = compute()
-        if not repeated:
-            self.add((key, *used))
+        self.add((key, *used))
         return used
 
     def add(self, call: tuple[Tensor, ...]) -> None:
