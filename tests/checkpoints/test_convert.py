@@ -21,6 +21,7 @@ from helpers import published_networks as published
 from helpers.published_networks import BENCHMARK, CLASSES, MMDET_1, MMDET_2, NECK, Detector
 from mmdet_norms import apply_norm
 from mmdet_norms.checkpoints import LAYOUTS, ConversionError, UntrustedCheckpointError, convert
+from mmdet_norms.reference import ReferenceAN, ReferenceBNET, ReferenceCBN, ReferenceCenConv2d, ReferenceMABN
 
 ROOT = Path(__file__).resolve().parents[2]
 GN = partial(nn.GroupNorm, 4)
@@ -30,7 +31,7 @@ GN = partial(nn.GroupNorm, 4)
 
 
 def bnet(**size):
-    norm = {3: published.BNET}
+    norm = {3: partial(ReferenceBNET, kernel_size=5)}
     return Detector(MMDET_2, lambda at, stage: norm.get(at, nn.BatchNorm2d), box_norms=None, norm3='bnet3', **size)
 
 
@@ -39,8 +40,8 @@ def cbn(head_norm, abbr='bn', **size):
 
 
 def mabn(**size):
-    norm = published.MABN
-    return Detector(BENCHMARK, lambda at, stage: norm, norm, (norm,) * 4, caffe=True, conv=published.CenConv, **size)
+    norm = ReferenceMABN
+    return Detector(BENCHMARK, lambda at, stage: norm, norm, (norm,) * 4, caffe=True, conv=ReferenceCenConv2d, **size)
 
 
 def benchmark_bn():
@@ -49,11 +50,11 @@ def benchmark_bn():
 
 def an(with_head, **size):
     def backbone_norm(at, stage):
-        return partial(published.AN, k=(10, 10, 20, 20)[stage]) if at == 2 else nn.BatchNorm2d
+        return partial(ReferenceAN, k=(10, 10, 20, 20)[stage]) if at == 2 else nn.BatchNorm2d
 
     if not with_head:
         return Detector(MMDET_1, backbone_norm, **size)
-    box_norms = [partial(published.AttnGN, k=k) for k in (10, 10, 20, 20)]
+    box_norms = [partial(ReferenceAN, norm='GN', k=k, num_groups=4) for k in (10, 10, 20, 20)]
     return Detector(MMDET_1, backbone_norm, GN, box_norms, abbr=lambda norm: 'gn' if norm is GN else 'agn', **size)
 
 
@@ -87,7 +88,7 @@ def target(norm, box_head=None, detector='mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py
 FOUR_CONVS = 'Shared4Conv1FCBBoxHead'
 CASES = {
     'bnet': (bnet, lambda: target('bnet5')),
-    'cbn': (lambda: cbn(published.CBN), lambda: target('cbn')),
+    'cbn': (lambda: cbn(ReferenceCBN), lambda: target('cbn')),
     'cbn-gn': (lambda: cbn(GN, 'gn'), lambda: target('gn')),
     'cbn-syncbn': (lambda: cbn(nn.BatchNorm2d), lambda: target('syncbn')),
     'cbn-none': (lambda: cbn(None), lambda: target('bn', FOUR_CONVS)),
@@ -178,7 +179,7 @@ def built_on_meta(config):
 
 ROUND_TRIPS = {
     'bnet': (bnet, 'bnet/mask-rcnn_r50_fpn_bnet5_1x_coco.py'),
-    'cbn': (partial(cbn, published.CBN), 'cbn/published-checkpoints/mask-rcnn_r50_fpn_cbn_1x_coco.py'),
+    'cbn': (partial(cbn, ReferenceCBN), 'cbn/published-checkpoints/mask-rcnn_r50_fpn_cbn_1x_coco.py'),
     'mabn': (mabn, 'mabn/published-checkpoints/mask-rcnn_r50_fpn_mabn_180k_coco.py'),
     'an': (partial(an, True), 'an/published-checkpoints/mask-rcnn_r50_fpn_an-gn-head_2x_coco.py'),
     'aognet': (None, 'an/published-checkpoints/mask-rcnn_aognet-12m_fpn_an-gn-head_2x_coco.py'),
@@ -569,7 +570,7 @@ def test_values_that_are_not_finite_are_named():
 
 @pytest.fixture(scope='module')
 def cbn_state():
-    return cbn(published.CBN).state_dict()
+    return cbn(ReferenceCBN).state_dict()
 
 
 def test_a_missing_key_is_named(cbn_state):
@@ -617,7 +618,7 @@ def test_a_config_with_another_norm_is_refused(cbn_state, norm):
 
 @pytest.mark.parametrize(
     'make, wrong, right',
-    [(bnet, 'cbn', 'bnet'), (mabn, 'an', 'mabn'), (lambda: cbn(published.CBN), 'bnet', 'cbn'), (mabn, 'bnet', 'mabn')],
+    [(bnet, 'cbn', 'bnet'), (mabn, 'an', 'mabn'), (lambda: cbn(ReferenceCBN), 'bnet', 'cbn'), (mabn, 'bnet', 'mabn')],
 )
 def test_a_wrong_layout_is_refused_and_the_right_one_named(make, wrong, right):
     with pytest.raises(ConversionError, match=f'--from {right}'):

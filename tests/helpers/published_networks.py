@@ -1,7 +1,6 @@
 """The published detectors, small and in eval mode, written by hand: layers by role, and the layouts' names for them.
 
-Formulas are those of the papers' code, independent of ``mmdet_norms.layers``; a model that loaded the converted
-checkpoint must compute the same.
+Their norms are those of :mod:`mmdet_norms.reference`. A model that loaded the converted checkpoint computes the same.
 """
 
 import torch
@@ -38,93 +37,6 @@ BENCHMARK = dict(
     mask='roi_heads.mask.feature_extractor.mask_fcn{n}.0', mask_norm='roi_heads.mask.feature_extractor.mask_fcn{n}.1',
     upsample='roi_heads.mask.predictor.conv5_mask', masks='roi_heads.mask.predictor.mask_fcn_logits',
 )  # fmt: skip
-
-
-class CBN(nn.Module):
-    """eps outside the root; no counter in the state."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.register_buffer('running_mean', torch.zeros(channels))
-        self.register_buffer('running_var', torch.ones(channels))
-
-    def forward(self, x):
-        w, b, m, v = (t.view(1, -1, 1, 1) for t in (self.weight, self.bias, self.running_mean, self.running_var))
-        return w * (x - m) / (v.sqrt() + 1e-5) + b
-
-
-class MABN(nn.Module):
-    def __init__(self, channels, window=16):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.register_buffer('running_var', torch.ones(1, channels, 1, 1))
-        self.register_buffer('iters', torch.zeros(1, dtype=torch.int64))
-        self.register_buffer('buffer_x2', torch.zeros(window, channels))
-        self.register_buffer('buffer_gz', torch.zeros(window, channels))
-
-    def forward(self, x):
-        return self.weight.view(1, -1, 1, 1) * x / (self.running_var + 1e-5).sqrt() + self.bias.view(1, -1, 1, 1)
-
-
-class CenConv(nn.Conv2d):
-    def forward(self, x):
-        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
-
-
-class BNET(nn.Module):
-    def __init__(self, channels, k=5):
-        super().__init__()
-        self.register_buffer('running_mean', torch.zeros(channels))
-        self.register_buffer('running_var', torch.ones(channels))
-        self.register_buffer('num_batches_tracked', torch.tensor(0))
-        self.bnconv = nn.Conv2d(channels, channels, k, padding=k // 2, groups=channels)
-
-    def forward(self, x):
-        mean, var = (t.view(1, -1, 1, 1) for t in (self.running_mean, self.running_var))
-        return self.bnconv((x - mean) / (var + 1e-5).sqrt())
-
-
-class _Attention(nn.Module):
-    def __init__(self, *layers):
-        super().__init__()
-        self.attention = nn.Sequential(*layers)
-
-    def forward(self, x):
-        mean, var = x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True)
-        logits = self.attention(mean / (var + 1e-3).sqrt())
-        return ((logits + 3).clamp(0, 6) / 6).flatten(1)
-
-
-class _Mixture(nn.Module):
-    def __init__(self, channels, k, attention):
-        super().__init__()
-        self.weight_, self.bias_ = nn.Parameter(torch.ones(k, channels)), nn.Parameter(torch.zeros(k, channels))
-        self.attention_weights = attention
-
-    def mix(self, x, x_hat):
-        gates = self.attention_weights(x)
-        return (gates @ self.weight_)[..., None, None] * x_hat + (gates @ self.bias_)[..., None, None]
-
-
-class AN(_Mixture):
-    def __init__(self, channels, k):
-        super().__init__(channels, k, _Attention(nn.Conv2d(channels, k, 1, bias=False), nn.BatchNorm2d(k)))
-        self.register_buffer('running_mean', torch.zeros(channels))
-        self.register_buffer('running_var', torch.ones(channels))
-        self.register_buffer('num_batches_tracked', torch.tensor(0))
-
-    def forward(self, x):
-        return self.mix(x, F.batch_norm(x, self.running_mean, self.running_var, eps=1e-5))
-
-
-class AttnGN(_Mixture):
-    def __init__(self, channels, k, groups=4):
-        super().__init__(channels, k, _Attention(nn.Conv2d(channels, k, 1)))
-        self.groups = groups
-
-    def forward(self, x):
-        return self.mix(x, F.group_norm(x, self.groups, eps=1e-5))
 
 
 class Detector:
