@@ -669,6 +669,17 @@ class TestSituations:
             assert all(relative(a, b) < 1e-11 for a, b in zip(ours, theirs)) and relative(*grads) < 1e-10
         assert layer.iter_count == 8
 
+    def test_an_iteration_with_one_bad_channel_is_remembered_for_none(self):
+        bad, short = (conv_cbn(4, 4, conv=dict(groups=4), burnin=0, rho=0.0, buffer_num=rows) for rows in (3, 2))
+        for step, x in enumerate(batches(3)):
+            if step == 1:
+                x[0, 0, 0, 0] = float('nan')
+            else:
+                short(x)
+            bad(x)
+        x = batches(1, seed=9)[0]
+        torch.testing.assert_close(bad(x), short(x))
+
     def test_gradient_accumulation_counts_micro_batches_and_compensates_nothing(self):
         model, uncorrected = conv_cbn(burnin=0), conv_cbn(burnin=0, rho=0.0)
         for x in batches(4):
