@@ -1,17 +1,17 @@
 """Batch renormalization: training normalizes, up to a bounded correction, as inference will."""
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor, nn
 
 from ..compat.torch_versions import is_compiling
-from ._args import ConfigError, check_map, check_number, reject_unknown
+from ._args import check_at_least, check_batch_norm, check_count, check_map, reject_unknown
+from ._batch_renorm_compiled import brn_call
 from ._contract import Contract
 from ._fold import fold_batch_norm
 from ._groups import check_groups, check_norm_batch, normalize_groups
+from ._numerics import per_channel, statistics_dtype
 from ._recompute import in_backward
-from ._replay import Calls, handle_of, layer_of
+from ._replay import Calls, handle_of
 from ._with_batch_norm import WithBatchNorm
 
 
@@ -25,42 +25,22 @@ class BRN(WithBatchNorm):
 
     per channel over ``(N, H, W)``, with :math:`\sigma^2` the (biased) variance plus :math:`\epsilon`; :math:`\mu`,
     :math:`\sigma` are the running ones *before* this batch. r and d count as constants in the backward pass. Where
-    neither clips, :math:`\hat x = (x - \mu) / \sigma`: what eval computes.
+    neither clips, :math:`\hat x = (x - \mu) / \sigma`: what eval computes, which is batch norm.
+    Of the training batches, the first ``warmup_iters`` are batch norm (r = 1, d = 0). Then the limits grow linearly.
 
-    Schedule, in training batches counted by ``num_batches_tracked``: the first ``warmup_iters`` are batch norm (r = 1,
-    d = 0); then the limits grow linearly from 1 and 0, that of r up to ``r_max`` at ``r_iters``, that of d up to
-    ``d_max`` at ``d_iters``. The defaults are the paper's; a schedule shorter than 40k iterations needs shorter ones.
-
-    Eval is plain batch norm. The running variance is batch norm's (an average of unbiased variances; the paper averages
-    standard deviations), so that a batch norm checkpoint loads as the identical eval function. It also brings its
-    count: a layer that loads one with ``num_batches_tracked`` past the warm-up starts with the full limits, as its
-    statistics are good.
-
-    Shapes: x and y ``(N, C, H, W)``; ``weight``, ``bias``, ``running_*`` ``(C,)``. N = 0 passes through and changes no
-    state. A single value per channel gives :math:`\gamma d + \beta` and leaves the running variance, of which it says
-    nothing. Statistics in fp32 for fp16/bf16 inputs; y has the dtype and layout of x. No host sync.
-
-    Under activation checkpointing the recomputed forward finds r and d of the original one and does not update the
-    statistics a second time.
-
-    With ``norm_batch=B`` the batch is normalized in consecutive groups of B images, as B images alone would be: each
-    group has its own statistics, r and d, the latter against the running statistics before this batch. These then take
-    one step, towards the average over groups of mean and unbiased variance, and count one batch.
-
-    ``norm_eval`` makes it plain batch norm with running statistics, which defeats the method.
+    Shapes: x and y ``(N, C, H, W)``, N = 0 included; ``weight``, ``bias``, ``running_mean``, ``running_var`` ``(C,)``.
+    Statistics in fp32 or better; y has the dtype and layout of x. State dict: batch norm's.
 
     Args:
         num_features: C.
         r_max: limit of r, at least 1. Default 3.
         d_max: limit of d, at least 0. Default 5. With ``r_max=1, d_max=0`` the layer is batch norm.
-        warmup_iters: training batches that are plain batch norm. Default 5000.
-        r_iters: when ``r_max`` is reached. Default 40000.
-        d_iters: when ``d_max`` is reached. Default 25000.
+        warmup_iters, r_iters, d_iters: batches before the limits grow, until ``r_max`` and until ``d_max`` is reached.
+            Defaults 5000, 40000, 25000, the paper's; a shorter training needs less.
         eps: added to the variance inside the root. Default 1e-5.
         momentum: weight of the newest batch in the running statistics (torch's convention); ``None`` averages over
-            all batches. Default 0.01, as published: the running statistics take part in training, so they must be
-            steady.
-        norm_batch: B. Default ``None``: the whole batch.
+            all batches. Default 0.01, as published: they take part in training, so they must be steady.
+        norm_batch: images that are normalized together. Default ``None``: the whole batch.
 
     Raises:
         ValueError: a number out of range, or ``r_iters`` or ``d_iters`` below ``warmup_iters``; an input that is not
@@ -94,19 +74,16 @@ class BRN(WithBatchNorm):
         **unknown,
     ):
         reject_unknown(type(self), unknown)
-        check_number(type(self), 'eps', eps, 0)
-        if momentum is not None:
-            check_number(type(self), 'momentum', momentum, 0, 1)
-        _check_at_least('r_max', r_max, 1, (int, float))
-        _check_at_least('d_max', d_max, 0, (int, float))
-        _check_at_least('warmup_iters', warmup_iters, 0, int)
-        _check_at_least('r_iters', r_iters, warmup_iters, int, ' (warmup_iters)')
-        _check_at_least('d_iters', d_iters, warmup_iters, int, ' (warmup_iters)')
+        check_batch_norm(type(self), eps, momentum)
+        check_at_least(type(self), 'r_max', r_max, 1)
+        check_at_least(type(self), 'd_max', d_max, 0)
+        check_count(type(self), 'warmup_iters', warmup_iters, 0)
+        check_count(type(self), 'r_iters', r_iters, warmup_iters, ' (warmup_iters)')
+        check_count(type(self), 'd_iters', d_iters, warmup_iters, ' (warmup_iters)')
         if norm_batch is not None:
             check_norm_batch('BRN', norm_batch)
         super().__init__(num_features, nn.BatchNorm2d(num_features, eps=eps, momentum=momentum))
-        self.norm_batch = norm_batch
-        self.momentum = momentum
+        self.momentum, self.norm_batch = momentum, norm_batch
         self.r_max, self.d_max = r_max, d_max
         self.warmup_iters, self.r_iters, self.d_iters = warmup_iters, r_iters, d_iters
         self._calls = Calls()
@@ -117,10 +94,10 @@ class BRN(WithBatchNorm):
         bn = self.bn
         if not bn.training:
             return bn(x)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = statistics_dtype(x)
         weight, bias = bn.weight.to(dtype), bn.bias.to(dtype)
         if not x.numel():
-            return (x * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)).to(x.dtype)
+            return (x * per_channel(weight) + per_channel(bias)).to(x.dtype)
         if self.norm_batch is not None:
             return self._by_groups(x, weight, bias)
         with torch.no_grad():
@@ -146,8 +123,7 @@ class BRN(WithBatchNorm):
         """From moments over ``count`` values each, ``(C,)`` or of the groups ``(G, C)``."""
         bn = self.bn
         if is_compiling():
-            state = bn.running_mean, bn.running_var, bn.num_batches_tracked
-            return _compiled_call(mean, var, *state, self._handle, count)
+            return brn_call(mean, var, bn.running_mean, bn.running_var, bn.num_batches_tracked, self._handle, count)
         return self._call(mean, var, count, bn)
 
     def _call(self, mean: Tensor, var: Tensor, count: int, bn) -> tuple[Tensor, Tensor]:
@@ -188,38 +164,6 @@ class BRN(WithBatchNorm):
         self._handle = handle_of(self)
 
     def extra_repr(self) -> str:
-        return (
-            f'r_max={self.r_max}, d_max={self.d_max}, warmup_iters={self.warmup_iters}, '
-            f'r_iters={self.r_iters}, d_iters={self.d_iters}'
-            + (f', norm_batch={self.norm_batch}' if self.norm_batch else '')
-        )
-
-
-def _compiled_call(
-    mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, tracked: Tensor, handle: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """:meth:`BRN._call` for compiled code, on copies, because the compiler reuses the memory of its tensors."""
-    layer = layer_of(handle)
-    fixed = dict(eps=layer.bn.eps, momentum=layer.bn.momentum)
-    state = SimpleNamespace(running_mean=running_mean, running_var=running_var, num_batches_tracked=tracked, **fixed)
-    r, d = layer._call(mean.clone(), var.clone(), count, state)
-    return r.clone(), d.clone()
-
-
-if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
-    # Opaque to the compiler, which could not tell a forward from its repetition by a checkpoint around it.
-    _compiled_call = torch.library.custom_op(
-        'mmdet_norms::brn_call', _compiled_call, mutates_args=('running_mean', 'running_var', 'tracked')
-    )
-
-    @_compiled_call.register_fake
-    def _(mean, var, running_mean, running_var, tracked, handle, count):
-        return torch.empty_like(mean), torch.empty_like(mean)
-else:
-    _compiled_call = torch.compiler.disable(_compiled_call)
-
-
-def _check_at_least(key: str, value, low: float, types, name: str = '') -> None:
-    if isinstance(value, bool) or not isinstance(value, types) or not low <= value < float('inf'):
-        kind = 'an integer' if types is int else 'a number'
-        raise ConfigError(f"norm_cfg of type 'BRN': {key}={value!r} must be {kind} of at least {low:g}{name}")
+        schedule = ('r_max', 'd_max', 'warmup_iters', 'r_iters', 'd_iters')
+        shown = schedule if self.norm_batch is None else (*schedule, 'norm_batch')
+        return ', '.join(f'{key}={getattr(self, key)}' for key in shown)

@@ -1,0 +1,41 @@
+"""The part of batch renormalization that compiled code calls as an operator.
+
+The compiler does not look into it: it could not tell a forward from its repetition by a checkpoint around it.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from ._replay import layer_of
+
+
+def brn_call(
+    mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, tracked: Tensor, handle: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """r and d of a training batch, which then counts, or of the call that is being repeated.
+
+    Args:
+        mean, var: of the batch ``(C,)``, or of its groups ``(G, C)``, over ``count`` values each.
+        running_mean, running_var, tracked: the layer's state ``(C,)``, ``(C,)``, ``()``, which is updated.
+        handle: the layer's, by :func:`._replay.handle_of`.
+    """
+    layer = layer_of(handle)
+    fixed = dict(eps=layer.bn.eps, momentum=layer.bn.momentum)
+    state = SimpleNamespace(running_mean=running_mean, running_var=running_var, num_batches_tracked=tracked, **fixed)
+    # copies, because the compiler reuses the memory of its tensors, and these are remembered
+    r, d = layer._call(mean.clone(), var.clone(), count, state)
+    return r.clone(), d.clone()
+
+
+if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
+    brn_call = torch.library.custom_op(
+        'mmdet_norms::brn_call', brn_call, mutates_args=('running_mean', 'running_var', 'tracked')
+    )
+
+    @brn_call.register_fake
+    def _(mean, var, running_mean, running_var, tracked, handle, count):
+        return torch.empty_like(mean), torch.empty_like(mean)
+else:
+    brn_call = torch.compiler.disable(brn_call)
