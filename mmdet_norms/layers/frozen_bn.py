@@ -7,6 +7,7 @@ from ._args import check_map, check_number, reject_unknown
 from ._contract import Contract
 from ._fold import fold_batch_norm
 from ._loading import check_kind
+from ._numerics import per_channel, statistics_dtype
 
 
 class FrozenBN(nn.Module):
@@ -17,18 +18,14 @@ class FrozenBN(nn.Module):
         t_c = \beta_c - s_c\,\mathrm{running\_mean}_c
 
     Shapes: x and y ``(N, C, H, W)``, N = 0 included; ``weight``, ``bias``, ``running_mean``, ``running_var`` ``(C,)``.
-    The same in ``train()`` and ``eval()``. Computed in fp32 for fp16/bf16 inputs; y has the dtype and layout of x.
+    The same in ``train()`` and ``eval()``. Computed in fp32 or better; y has the dtype and layout of x.
 
-    All values are buffers, not frozen parameters: ``norm_cfg``'s ``requires_grad=True`` (mmcv's default, set on every
-    parameter) cannot thaw them, optimizers, ``paramwise_cfg`` and DDP's check for unused parameters never see them.
-    And it is no subclass of ``BatchNorm2d``, which SyncBN conversion would replace by a norm that trains.
+    All values are buffers, not frozen parameters: mmcv sets ``requires_grad=True`` on every parameter of a norm, and
+    optimizers and DDP's check for unused parameters would see them. It is no subclass of ``BatchNorm2d``, which SyncBN
+    conversion would replace by a norm that trains.
 
-    State dict: the keys of a plain batch norm, so checkpoints go both ways under the same name (``bn1``).
-    Where a checkpoint holds only ``weight`` and ``bias`` (statistics already folded in), the layer becomes exactly that
-    affine map. ``num_batches_tracked`` is carried along; a checkpoint may lack it.
-
-    It is meant for pretrained weights. In a ResNet from scratch, ``zero_init_residual`` zeroes the last norm of
-    every block, which here would stay zero: turn it off.
+    State dict: batch norm's. Where a checkpoint holds only ``weight`` and ``bias`` (statistics already folded in), the
+    layer becomes exactly that affine map. ``num_batches_tracked`` is carried along; a checkpoint may lack it.
 
     Args:
         num_features: C.
@@ -86,8 +83,8 @@ class FrozenBN(nn.Module):
 
 @torch.fx.wrap  # symbolic tracing, as conv-BN fusion does it, cannot look into dtypes
 def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(x)
     scale = weight.to(dtype) * torch.rsqrt(var.to(dtype) + eps)
     shift = bias.to(dtype) - mean.to(dtype) * scale
     # Not F.batch_norm: it would keep x for the backward pass, and that needs only the scale.
-    return (x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)
+    return (x * per_channel(scale) + per_channel(shift)).to(x.dtype)

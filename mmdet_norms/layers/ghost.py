@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._args import check_map, check_number, reject_unknown
+from ._args import check_batch_norm, check_map, reject_unknown
 from ._contract import Contract
 from ._fold import fold_batch_norm
 from ._groups import check_groups, check_norm_batch, normalize_groups
@@ -24,11 +24,9 @@ class GhostBN(WithBatchNorm):
     normalized, forward and backward, as 16 batch norms of pairs would. One batch is one step of the running statistics:
     towards the average over groups of mean and unbiased variance, counted once. Eval is plain batch norm, of any batch.
 
-    Shapes: x and y ``(N, C, H, W)``, N a multiple of B in training; N = 0 passes through and changes no state. State
-    dict as ``nn.BatchNorm2d``'s, so checkpoints go both ways. Statistics in fp32 for fp16/bf16 inputs; y has the dtype
-    and layout of x. A single value per channel and group has no variance: such a batch is normalized with the running
-    statistics and leaves them. Activation checkpointing counts nothing twice; inf and nan leave no trace. SyncBN
-    conversion keeps the groups, whose statistics stay those of this process.
+    Shapes: x and y ``(N, C, H, W)``, N a multiple of B in training, 0 included. Statistics in fp32 or better; y has the
+    dtype and layout of x. A single value per channel and group has no variance: such a batch is normalized with the
+    running statistics and leaves them. State dict as ``nn.BatchNorm2d``'s.
 
     Args:
         num_features: C.
@@ -66,9 +64,7 @@ class GhostBN(WithBatchNorm):
     ):
         reject_unknown(type(self), unknown)
         check_norm_batch('BN', norm_batch)
-        check_number(type(self), 'eps', eps, 0)
-        if momentum is not None:
-            check_number(type(self), 'momentum', momentum, 0, 1)
+        check_batch_norm(type(self), eps, momentum)
         super().__init__(num_features, nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=affine))
         self.norm_batch = norm_batch
 

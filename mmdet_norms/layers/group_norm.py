@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from ._args import ConfigError, check_map, check_number, reject_unknown
+from ._args import ConfigError, check_map, check_number, is_count, reject_unknown
 from ._contract import Contract
 from ._loading import check_kind
+from ._numerics import is_channels_last, statistics_dtype
 
 
 class GN(nn.GroupNorm):
@@ -19,9 +20,9 @@ class GN(nn.GroupNorm):
 
     Shapes: x and y ``(N, C, H, W)``, N = 0 included; ``weight``, ``bias`` ``(C,)``. State dict as ``nn.GroupNorm``'s.
 
-    Beyond ``nn.GroupNorm``: fp16/bf16 inputs get fp32 statistics and y keeps their dtype (under autocast, torch
-    returns fp32); y keeps a channels_last layout, whose kernel on CPUs loses all digits when a mean is large
-    compared with the deviation, and is therefore not used; a group of one value gives ``bias`` instead of an error.
+    Beyond ``nn.GroupNorm``: statistics in fp32 or better, and y in the dtype of x (under autocast, torch returns fp32);
+    y keeps a channels_last layout, whose kernel on CPUs is not used, as it loses all digits when a mean is large
+    compared with the deviation; a group of one value gives ``bias`` instead of an error.
 
     Args:
         num_features: C.
@@ -63,8 +64,7 @@ class GN(nn.GroupNorm):
             )
         num_features = num_channels if num_features is None else num_features
         check_number(type(self), 'eps', eps, 0)
-        is_count = isinstance(num_groups, int) and not isinstance(num_groups, bool) and num_groups > 0
-        if not is_count or num_features % num_groups:
+        if not is_count(num_groups) or num_features % num_groups:
             divisors = ', '.join(str(d) for d in range(1, num_features + 1) if num_features % d == 0)
             raise ConfigError(
                 f"norm_cfg of type 'GN': num_groups={num_groups!r} must divide the {num_features} channels of the "
@@ -84,9 +84,7 @@ class GN(nn.GroupNorm):
 @torch.fx.wrap  # symbolic tracing, as conv-BN fusion does it, cannot look into dtypes and layouts
 def group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """``F.group_norm`` with fp32 statistics, the dtype and layout of x, and no error for single values."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(x)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     y = torch.group_norm(x.to(dtype).contiguous(), num_groups, weight, bias, eps).to(x.dtype)
-    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return y.contiguous(memory_format=torch.channels_last)
-    return y
+    return y.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else y

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from ._args import ConfigError, check_map, check_number, reject_unknown
 from ._contract import Contract
 from ._loading import check_kind
+from ._numerics import statistics_dtype
 from .group_norm import group_norm
 
 
@@ -24,7 +25,7 @@ class LN2d(nn.LayerNorm):
     mmcv's name for ``nn.LayerNorm`` over the *last* axis, which mmdet's transformers ask for.
 
     Shapes: x and y ``(N, C, H, W)``, N = 0 included; ``weight``, ``bias`` ``(C,)``. State dict as ``nn.LayerNorm``'s.
-    Statistics in fp32 for fp16/bf16 inputs; y has the dtype and layout of x.
+    Statistics in fp32 or better; y has the dtype and layout of x.
 
     Args:
         num_features: C.
@@ -72,7 +73,7 @@ class LN2d(nn.LayerNorm):
 def _layer_norm(x: Tensor, over: str, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if over == 'CHW':
         return group_norm(x, 1, weight, bias, eps)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(x)
     last = x.to(dtype).permute(0, 2, 3, 1)
     y = F.layer_norm(last, weight.shape, weight.to(dtype), bias.to(dtype), eps).permute(0, 3, 1, 2).to(x.dtype)
     return y.contiguous() if x.is_contiguous() else y

@@ -5,9 +5,10 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ._args import check_map, check_number, reject_unknown
+from ._args import check_batch_norm, check_map, reject_unknown
 from ._contract import Contract
 from ._loading import check_kind, kind_of
+from ._numerics import per_channel, pooled, statistics_dtype
 from ._recompute import in_backward
 from ._with_batch_norm import WithBatchNorm
 
@@ -26,17 +27,13 @@ class SN(WithBatchNorm):
     IN's and LN's are always the sample's, so eval cannot be folded into a convolution.
 
     Shapes: x and y ``(N, C, H, W)``; ``weight``, ``bias``, ``running_mean``, ``running_var`` ``(C,)``; ``mean_weight``,
-    ``var_weight`` ``(3,)`` in the order IN, LN, BN, both starting as an even mix. N = 0 passes through and changes no
-    state. N = 1 and 1x1 maps are finite: the published code takes IN's variance as unbiased, which is NaN for 1x1.
-    Statistics in fp32 for fp16/bf16 inputs; y has the dtype and layout of x.
+    ``var_weight`` ``(3,)`` in the order IN, LN, BN, both starting as an even mix. N = 0 included. 1x1 maps are finite:
+    the published code takes IN's variance as unbiased, which is NaN there. Statistics in fp32 or better; y has the
+    dtype and layout of x.
 
     State dict: the published keys ``weight, bias, mean_weight, var_weight, running_mean, running_var``, in the shapes
-    above or in the published ``(1, C, 1, 1)``, plus ``num_batches_tracked``. A batch norm checkpoint loads as the
-    identical function: with all weight on BN, where the softmax has next to no gradient to learn from, which a warning
-    says. :meth:`mix_evenly` after loading is another function, but learns.
-
-    The BN statistics live in a child module ``bn`` (without affine): ``norm_eval`` and precise-BN tools find it there.
-    With ``norm_eval``, the running statistics are the BN part also in training.
+    above or in the published ``(1, C, 1, 1)``, plus ``num_batches_tracked``. A batch norm loads as the identical
+    function, with all weight on BN, from where the mix hardly learns: see :meth:`mix_evenly`.
 
     Args:
         num_features: C.
@@ -64,9 +61,7 @@ class SN(WithBatchNorm):
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, **unknown):
         reject_unknown(type(self), unknown)
-        check_number(type(self), 'eps', eps, 0)
-        if momentum is not None:
-            check_number(type(self), 'momentum', momentum, 0, 1)
+        check_batch_norm(type(self), eps, momentum)
         super().__init__(num_features, nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False))
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_features))
@@ -124,29 +119,23 @@ def _switch_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the mean and variance that were used as BN's."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(x)
     wide = x.to(dtype)
-    # LN's and BN's statistics follow from IN's; as deviations of means, not as E[x^2] - E[x]^2, which cancels.
+    # LN's and BN's statistics follow from IN's.
     if x.numel():
         var_in, mean_in = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
     else:
         var_in = mean_in = wide.sum((2, 3), keepdim=True)  # empty too; var_mean would warn
-    mean_ln, var_ln = _pool(mean_in, var_in, 1)
+    mean_ln, var_ln = pooled(mean_in, var_in, 1)
     if use_batch:
-        mean_bn, var_bn = _pool(mean_in, var_in, 0)
+        mean_bn, var_bn = pooled(mean_in, var_in, 0)
     else:
-        mean_bn, var_bn = (statistic.to(dtype).view(1, -1, 1, 1) for statistic in (running_mean, running_var))
+        mean_bn, var_bn = (per_channel(statistic.to(dtype)) for statistic in (running_mean, running_var))
     mean = _mix(mean_weight.to(dtype), mean_in, mean_ln, mean_bn)
     var = _mix(var_weight.to(dtype), var_in, var_ln, var_bn)
-    scale = weight.to(dtype).view(1, -1, 1, 1) * torch.rsqrt(var + eps)
-    y = (wide - mean) * scale + bias.to(dtype).view(1, -1, 1, 1)
+    scale = per_channel(weight.to(dtype)) * torch.rsqrt(var + eps)
+    y = (wide - mean) * scale + per_channel(bias.to(dtype))
     return y.to(x.dtype), mean_bn, var_bn
-
-
-def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the union of equally large sets along ``dim``."""
-    pooled = mean.mean(dim, keepdim=True)
-    return pooled, var.mean(dim, keepdim=True) + (mean - pooled).square().mean(dim, keepdim=True)
 
 
 def _mix(logits: Tensor, *statistics: Tensor) -> Tensor:
