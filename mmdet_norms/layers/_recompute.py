@@ -41,6 +41,16 @@ def take_if_finite(norm: _BatchNorm, **new: Tensor) -> None:
         buffer.copy_(torch.where(good, value, buffer))
 
 
+@torch.no_grad()
+def go_back_if_not_finite(norm: _BatchNorm, before: dict[str, Tensor]) -> None:
+    """The same where the norm has taken them already: ``before`` are its :func:`copied_statistics` of before that."""
+    if before:
+        good = all_finite(norm.running_mean, norm.running_var)
+        for name, old in before.items():
+            buffer = getattr(norm, name)
+            buffer.copy_(torch.where(good, buffer, old))
+
+
 def copied_statistics(norm: _BatchNorm) -> dict[str, Tensor]:
     """Copies of the running statistics and the batch counter."""
     return {name: buffer.clone() for name, buffer in norm._buffers.items() if buffer is not None}

@@ -43,8 +43,7 @@ class BRN(WithBatchNorm):
         norm_batch: images that are normalized together. Default ``None``: the whole batch.
 
     Raises:
-        ValueError: a number out of range, or ``r_iters`` or ``d_iters`` below ``warmup_iters``; an input that is not
-            ``(N, C, H, W)``, or in training no multiple of ``norm_batch``.
+        ValueError: a number out of range; not ``(N, C, H, W)``; in training, no multiple of ``norm_batch`` images.
         TypeError: an unknown key.
 
     Source: Ioffe, "Batch Renormalization", arXiv:1702.03275, sections 3 and 4.1.
@@ -52,12 +51,7 @@ class BRN(WithBatchNorm):
 
     _abbr_ = 'bn'  # the attribute name in host models: batch norm's, so that its checkpoints load by key
     contract = Contract(
-        'BRN',
-        loads=('BN',),
-        as_in_bn=('eps',),
-        batch_norm='bn',
-        grouped_as='BRN',
-        counters=('num_batches_tracked',),
+        'BRN', loads=('BN',), as_in_bn=('eps',), batch_norm='bn', grouped_as='BRN', counters=('num_batches_tracked',)
     )
 
     def __init__(
@@ -86,8 +80,7 @@ class BRN(WithBatchNorm):
         self.momentum, self.norm_batch = momentum, norm_batch
         self.r_max, self.d_max = r_max, d_max
         self.warmup_iters, self.r_iters, self.d_iters = warmup_iters, r_iters, d_iters
-        self._calls = Calls()
-        self._handle = handle_of(self)
+        self._calls, self._handle = Calls(), handle_of(self)
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(self, self.num_features, x)
@@ -103,8 +96,7 @@ class BRN(WithBatchNorm):
         with torch.no_grad():
             var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
             r, d = self._r_and_d(mean, var, x.numel() // x.shape[1])
-        # Renormalization is affine, so it can share the step of weight and bias.
-        # torch.batch_norm, since F.batch_norm refuses a single value per channel.
+        # r and d are affine, as weight and bias are. (F.batch_norm would refuse a single value per channel.)
         weight, bias = weight * r, weight * d + bias
         return torch.batch_norm(x, weight, bias, None, None, True, 0.0, bn.eps, torch.backends.cudnn.enabled)
 
@@ -152,8 +144,7 @@ class BRN(WithBatchNorm):
             return torch.ones_like(mean), torch.zeros_like(mean)
         r_max, d_max = self.limits(mean.dtype, bn)
         sigma = torch.sqrt(bn.running_var.to(mean.dtype) + bn.eps)
-        r = torch.sqrt(var + bn.eps) / sigma
-        d = (mean - bn.running_mean) / sigma
+        r, d = torch.sqrt(var + bn.eps) / sigma, (mean - bn.running_mean) / sigma
         return torch.clamp(r, 1 / r_max, r_max), torch.clamp(d, -d_max, d_max)
 
     def __getstate__(self) -> dict:

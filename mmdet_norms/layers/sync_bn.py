@@ -15,7 +15,7 @@ from ._contract import Contract
 from ._fold import fold_batch_norm
 from ._loading import check_kind
 from ._numerics import statistics_dtype
-from ._recompute import all_finite, copied_statistics, in_backward, statistics_kept, take_if_finite
+from ._recompute import copied_statistics, go_back_if_not_finite, in_backward, statistics_kept, take_if_finite
 from ._sync import batch_norm_of_all
 
 _LOG = logging.getLogger(__name__)
@@ -121,15 +121,8 @@ class SyncBN(_BatchNorm):
                 return nn.SyncBatchNorm.forward(self, wide).to(x.dtype)
         before = copied_statistics(self)
         y = nn.SyncBatchNorm.forward(self, wide).to(x.dtype)
-        if before:
-            self._go_back_if_not_finite(before)
+        go_back_if_not_finite(self, before)
         return y
-
-    @torch.no_grad()
-    def _go_back_if_not_finite(self, before: dict[str, Tensor]) -> None:
-        good = all_finite(self.running_mean, self.running_var)
-        for name, old in before.items():
-            getattr(self, name).copy_(torch.where(good, getattr(self, name), old))
 
     def _synced(self, x: Tensor) -> Tensor:
         y, *moments = batch_norm_of_all(x, self.weight, self.bias, self.eps, self.process_group)
