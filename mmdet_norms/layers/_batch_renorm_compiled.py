@@ -3,12 +3,24 @@
 The compiler does not look into it: it could not tell a forward from its repetition by a checkpoint around it.
 """
 
+import itertools
+import weakref
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ._replay import layer_of
+# An operator takes tensors only, so it gets a number of the layer.
+_HANDLES = itertools.count()
+_LAYERS: 'weakref.WeakValueDictionary[int, nn.Module]' = weakref.WeakValueDictionary()
+
+
+def handle_of(layer: nn.Module) -> Tensor:
+    """A new number by which :func:`brn_call` finds the layer. Copies of the layer need one of their own."""
+    # A tensor, because the compiler would make one graph per number; on the CPU, so reading it waits for nothing.
+    handle = torch.tensor(next(_HANDLES), device='cpu')
+    _LAYERS[int(handle)] = layer
+    return handle
 
 
 def brn_call(
@@ -19,9 +31,9 @@ def brn_call(
     Args:
         mean, var: of the batch ``(C,)``, or of its groups ``(G, C)``, over ``count`` values each.
         running_mean, running_var, tracked: the layer's state ``(C,)``, ``(C,)``, ``()``, which is updated.
-        handle: the layer's, by :func:`._replay.handle_of`.
+        handle: the layer's, by :func:`handle_of`.
     """
-    layer = layer_of(handle)
+    layer = _LAYERS[int(handle)]
     fixed = dict(eps=layer.bn.eps, momentum=layer.bn.momentum)
     state = SimpleNamespace(running_mean=running_mean, running_var=running_var, num_batches_tracked=tracked, **fixed)
     # copies, because the compiler reuses the memory of its tensors, and these are remembered

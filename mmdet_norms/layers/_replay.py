@@ -1,13 +1,11 @@
 """What a forward used, for activation checkpointing to use again when it repeats the forward."""
 
-import itertools
-import weakref
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..compat.torch_internals import backward_pass, checkpointed_regions, is_looked_at
 from ..compat.torch_versions import is_compiling
@@ -83,23 +81,6 @@ def once(layer: object, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tens
     used = compute()
     remember(layer, used)
     return used
-
-
-# Compiled code calls a layer that remembers through an operator, which takes tensors only.
-_HANDLES = itertools.count()
-_LAYERS: 'weakref.WeakValueDictionary[int, nn.Module]' = weakref.WeakValueDictionary()
-
-
-def handle_of(layer: nn.Module) -> Tensor:
-    """A new number by which :func:`layer_of` finds the layer. Copies of the layer need one of their own."""
-    # A tensor, because the compiler would make one graph per number; on the CPU, so reading it waits for nothing.
-    handle = torch.tensor(next(_HANDLES), device='cpu')
-    _LAYERS[int(handle)] = layer
-    return handle
-
-
-def layer_of(handle: Tensor) -> nn.Module:
-    return _LAYERS[int(handle)]
 
 
 class Calls:

@@ -5,13 +5,12 @@ from torch import Tensor, nn
 
 from ..compat.torch_versions import is_compiling
 from ._args import check_at_least, check_batch_norm, check_count, check_map, reject_unknown
-from ._batch_renorm_compiled import brn_call
+from ._batch_renorm_compiled import brn_call, handle_of
 from ._contract import Contract
 from ._fold import fold_batch_norm
 from ._groups import check_groups, check_norm_batch, normalize_groups
 from ._numerics import per_channel, statistics_dtype
-from ._recompute import in_backward
-from ._replay import Calls, handle_of
+from ._replay import Calls, in_backward
 from ._with_batch_norm import WithBatchNorm
 
 
@@ -120,10 +119,8 @@ class BRN(WithBatchNorm):
 
     def _call(self, mean: Tensor, var: Tensor, count: int, bn) -> tuple[Tensor, Tensor]:
         """r and d of this batch, which then counts; or of the call that is being repeated. ``bn`` has the state."""
-        known = self._calls.recall(mean) if in_backward() else None
-        r, d = known[1:] if known else self._correction(mean, var, bn)
+        r, d = self._calls.once(mean, lambda: self._correction(mean, var, bn))
         if not in_backward():
-            self._calls.add((mean, r, d))
             mean, var = (t.mean(0) if t.dim() > 1 else t for t in (mean, var))
             self._update(mean, var * (count / (count - 1)) if count > 1 else None, bn)
         return r, d
