@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_norms.layers import link_convs
-from mmdet_norms.layers._replay import Calls, remember
+from mmdet_norms.layers._replay import Calls
 
 # Settings under which a forward depends on the ones before: past burn-in and warm-up, short windows.
 NORMS = dict(
@@ -319,21 +319,6 @@ def test_compiled_code_inside_a_checkpoint(norm, reentrant):
 
     torch._dynamo.reset()
     assert_same(train(norm, compiled, by(reentrant)), train(norm, compiled, plain))
-
-
-@pytest.mark.parametrize('reentrant', [True, False])
-def test_torch_says_where_its_regions_are(reentrant):
-    """The names of torch's own variables: where they change, calls would be told apart by their values only."""
-    first, again = [], []
-
-    def function(z):
-        (again if torch._C._current_graph_task_id() != -1 else first).append(remember(layer, (z,)))
-        return z.sin()
-
-    layer = nn.Identity()
-    assert not remember(layer, ())
-    checkpoint(function, torch.randn(3, requires_grad=True), use_reentrant=reentrant).sum().backward()
-    assert first == [True] and again == [False]
 
 
 def test_calls_of_a_region_go_with_its_graph_and_none_are_copied():
