@@ -3,7 +3,8 @@
 import copy
 
 import torch
-from torch.nn import functional as F
+
+from mmdet_norms.reference import ReferenceAN, ReferenceBNET, ReferenceCBN, ReferenceGroupedMABN, ReferenceMABN
 
 from .harness import batch, build, counts, finite, gradients, loss_of, ready, same, state
 from .norms import BNETS, NORMS
@@ -36,26 +37,15 @@ def _sn(z, n):
     return (z - mean) / (var + n.eps).sqrt() * per_channel(n.weight) + per_channel(n.bias)
 
 
-def _bnet_eval(z, n):
-    x_hat = (z - per_channel(n.bn.running_mean)) / per_channel(n.bn.running_var + n.bn.eps).sqrt()
-    return F.conv2d(x_hat, n.bnconv.weight, n.bnconv.bias, padding=n.kernel_size // 2, groups=n.num_features)
+def by(reference_class, *arguments):
+    """The reference of a layer, with its arguments of these names and its state."""
 
+    def formula(z, norm):
+        reference = reference_class(norm.num_features, **{name: getattr(norm, name) for name in arguments})
+        reference.to(z.dtype).load_state_dict(norm.state_dict(), strict=False)  # ours may have a counter and a history
+        return reference.eval()(z)
 
-def _mabn(z, n):
-    return z / (per_channel(n.running_var) + n.eps).sqrt() * per_channel(n.weight) + per_channel(n.bias)
-
-
-def _an(z, n):
-    var, mean = torch.var_mean(z, (2, 3), keepdim=True)
-    net = n.attention_weights.attention
-    logits = F.conv2d(mean / (var + 1e-3).sqrt(), net[0].weight, net[0].bias)
-    if n.norm == 'BN':
-        logits = plain(logits, net[1])
-        x_hat = (z - per_channel(n.bn.running_mean)) / per_channel(n.bn.running_var + n.bn.eps).sqrt()
-    else:
-        x_hat = F.group_norm(z, n.num_groups, eps=n.eps)
-    lam = F.hardsigmoid(logits).flatten(1)
-    return (lam @ n.weight_)[..., None, None] * x_hat + (lam @ n.bias_)[..., None, None]
+    return formula
 
 
 EVAL_FORMULA = {
@@ -67,14 +57,11 @@ EVAL_FORMULA = {
     'LN2d': lambda z, n: over(z, 1, n),
     **dict.fromkeys(('BN norm_batch', 'BRN', 'BRN norm_batch'), lambda z, n: plain(z, n.bn)),
     'SN': _sn,
-    **dict.fromkeys(BNETS, _bnet_eval),
-    'CBN': lambda z, n: (
-        (z - per_channel(n.running_mean)) / (per_channel(n.running_var).sqrt() + n.eps) * per_channel(n.weight)
-        + per_channel(n.bias)
-    ),
-    **dict.fromkeys(('MABN', 'MABN norm_batch'), _mabn),
-    'AN-BN': _an,
-    'AN-GN': _an,
+    **dict.fromkeys(BNETS, by(ReferenceBNET, 'kernel_size')),
+    'CBN': by(ReferenceCBN),
+    'MABN': by(ReferenceMABN, 'buffer_size'),
+    'MABN norm_batch': by(ReferenceGroupedMABN, 'norm_batch', 'buffer_size'),
+    **dict.fromkeys(('AN-BN', 'AN-GN'), by(ReferenceAN, 'norm', 'k', 'num_groups')),
 }
 
 

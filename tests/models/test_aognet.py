@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdet_norms.layers import AN, BNET, FrozenBN, SyncBN
 from mmdet_norms.models.aog_grammar import build_grammar
 from mmdet_norms.models.aognet import ARCHS, Arch, NodeOp
+from mmdet_norms.reference import ReferenceAN
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / 'shared' / 'golden' / 'an'
@@ -224,19 +225,11 @@ class Oracle:
         return self.norm(F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2), f'{name}.1')
 
     def norm(self, x, name):
-        get = self.state.get
-        if self.training:
-            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-        else:
-            mean, var = get(f'{name}.running_mean'), get(f'{name}.running_var')
-        hat = (x - mean[:, None, None]) / (var + 1e-5).sqrt()[:, None, None]
-        if f'{name}.weight_' not in self.state:
-            return hat * get(f'{name}.weight')[:, None, None] + get(f'{name}.bias')[:, None, None]
-        d = x.mean((2, 3)) / (x.var((2, 3)) + 1e-3).sqrt()
-        logits = F.conv2d(d[:, :, None, None], get(f'{name}.attention_weights.attention.0.weight'))
-        lam = ((self.norm(logits, f'{name}.attention_weights.attention.1') + 3).clamp(0, 6) / 6)[:, :, 0, 0]
-        gamma, beta = lam @ get(f'{name}.weight_'), lam @ get(f'{name}.bias_')
-        return gamma[:, :, None, None] * hat + beta[:, :, None, None]
+        mixture = self.state.get(f'{name}.weight_')
+        layer = nn.BatchNorm2d(x.shape[1]) if mixture is None else ReferenceAN(x.shape[1], k=len(mixture))
+        state = {key: self.state[f'{name}.{key}'] for key in layer.state_dict()}
+        state |= {key: state[key].detach().clone() for key, _ in layer.named_buffers()}  # which training changes
+        return torch.func.functional_call(layer.train(self.training), state, (x,))
 
 
 class TestGraph:
