@@ -22,7 +22,7 @@ from ..errors import did_you_mean
 from ..layers._args import ConfigError
 from ..registry import MODELS
 from .activations import act_cfg_of
-from .resnet import NormAt
+from .norm_at import NormAt
 
 _BN = dict(type='BN', requires_grad=True)
 

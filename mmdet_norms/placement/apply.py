@@ -20,7 +20,7 @@ def apply_norm(model_cfg: Mapping, name: str) -> Mapping:
 
     * *Last* (``bnet*``) or *second* (``an*``) *norm of every block of the backbone*: the block is the unit that a
       shortcut may bridge: of a ResNet, HRNet, Darknet, CSPDarknet, CSPNeXt, MobileNetV2 or EfficientNet (see
-      ``NormAt`` and ``NormAtBlocks``). AN has 10 components up to stride 8, 20 beyond. ``eps`` and ``momentum`` of the
+      ``models/norm_at.py``). AN has 10 components up to stride 8, 20 beyond. ``eps`` and ``momentum`` of the
       backbone's batch norm are kept, so that its pretrained weights remain the identical function. AOGNet has places
       of its own for AN, and none for BNET.
     * *Backbone* (``mabn``, ``brn``, ``sn``, ``frozen``): all norms of any backbone that takes a ``norm_cfg``. The

@@ -198,6 +198,8 @@ def test_builds_without_a_default_scope_and_with_one():
         (dict(last=[BNET5, None]), 'lists 2 norm_cfgs for a backbone of 4 stages'),
         (dict(last=[BNET5, 'BNET', None, None]), r"norm_at.last='BNET' must be a norm_cfg such as dict\(type="),
         (dict(last=dict(kernel_size=5)), 'must be a norm_cfg'),
+        (dict(last='BNET'), r"norm_at.last='BNET' must be a norm_cfg such as dict\(type="),
+        (dict(stem=[BNET5] * 4), r'norm_at.stem=\[.*\] must be a norm_cfg'),
         (dict(last=BNET5, norm3=BNET5), 'last is norm3; keep one'),
         (dict(last=dict(type='BNET', kernel_size=4)), 'kernel_size=4 must be an odd'),
         (dict(last=dict(type='BNETT')), "did you mean 'BNET'"),
