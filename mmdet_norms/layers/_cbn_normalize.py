@@ -21,6 +21,17 @@ class Used(NamedTuple):
     mean_share: Tensor
     var_share: Tensor
 
+    @classmethod
+    def of(cls, mean: Tensor, var: Tensor, mean_share: Tensor, var_share: Tensor, eps: float, in_sqrt: bool) -> 'Used':
+        """From the variance and how much a value of x moves that."""
+        if in_sqrt:
+            denominator, slope = (var + eps).sqrt(), 1
+        else:
+            std = var.sqrt()
+            denominator, slope = std + eps, (std + eps) / std
+        # The slope of the root is infinite at zero variance; there x is constant and the variance has no gradient.
+        return cls(mean, denominator, mean_share, torch.where(var > 0, var_share * slope, 0))
+
 
 class Normalize(torch.autograd.Function):
     """``y = weight * (x - mean) / denominator + bias``; the gradient by x, with g that by y,

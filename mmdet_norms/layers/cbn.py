@@ -149,14 +149,7 @@ class CBN(BehindConv, AveragesOnRequest):
             mean_share = torch.full_like(mean, 1 / positions)
             var_share = torch.full_like(mean, 1 / max(positions - 1, 1))
         self._update_running(mean, unbiased, positions)
-        if self.eps_in_sqrt:
-            denominator, slope = (used_var + self.eps).sqrt(), 1
-        else:
-            std = used_var.sqrt()
-            denominator, slope = std + self.eps, (std + self.eps) / std
-        # The slope of the root is infinite at zero variance; there x is constant and the variance has no gradient.
-        var_share = torch.where(used_var > 0, var_share * slope, 0)
-        return Used(used_mean, denominator, mean_share, var_share)
+        return Used.of(used_mean, used_var, mean_share, var_share, self.eps, self.eps_in_sqrt)
 
     def _look_back(
         self, x: Tensor, mean: Tensor, var: Tensor, conv: Convolution, window: int
