@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import mmdet_norms_start
 
-from .requirements import SEE_DOCTOR
+from .requirements import SEE_DOCTOR, why_no_import
 
 SCRIPT = 'mmdet-norms'
 MODULE = 'python -m mmdet_norms'
@@ -125,9 +125,10 @@ def run(name: str, argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except ImportError as error:
-        if SEE_DOCTOR not in str(error):  # a bug of ours
+        said = str(error) if SEE_DOCTOR in str(error) else why_no_import(error)
+        if said is None:  # a bug of ours
             raise
-        sys.exit(f'error: {error}')
+        sys.exit(f'error: {said}')
     with reader_may_leave():
         sys.exit(main_of_command(argv))
 

@@ -1,7 +1,10 @@
 """What has to be installed beside this package, in one table: for setup.py, failing imports and the doctor.
 
-Nothing is imported here, so that it can be asked whatever is broken.
+Only the standard library is imported here, so that it can be asked whatever is broken.
 """
+
+import importlib.util
+import sys
 
 PYTHON = '>=3.10'
 
@@ -77,6 +80,14 @@ def choices() -> str:
     """The three sets to choose from, one a line."""
     width = max(len(name) for name in STACKS)
     return '\n'.join(f'  pip install {f"mmdet_norms[{name}]"!r:{width + 15}}  {STACK_IS[name]}' for name in STACKS)
+
+
+def has_mmdet() -> bool:
+    """Whether mmdet is installed; without it there is nothing to register, and the layers are plain torch modules."""
+    if 'mmdet' in sys.modules:
+        return sys.modules['mmdet'] is not None
+    spec = importlib.util.find_spec('mmdet')
+    return spec is not None and spec.origin is not None  # a folder of that name is no package
 
 
 def no_stack(missing: str) -> str:
