@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from . import pointers
+from .layouts import is_channels_last
 
 _WORTH_A_THREAD = 1 << 16  # values; starting one costs as much as some ten thousand of them
 _TORCH = Path(torch.__file__).resolve().parent
 _OPENMP = re.compile(r'lib(gomp|iomp5|omp)\b.*\.so')
 _INTERFACE = 3  # what csrc/cpu.c says, too: a library built from older sources would be called with the wrong arguments
 _SUFFIX = {torch.float32: 'f32', torch.float64: 'f64'}
-_LARGEST_KERNEL = 4095  # what csrc/bnet.h says, too: places of taps are 32 bit numbers there
+_LARGEST_KERNEL = 4095  # what csrc/bnet.h says, too: places in a kernel are 32 bit numbers there
 _NAMES = ('x', 'grad', 'weight', 'bias', 'residual', 'y', 'grad_x', 'grad_weight', 'grad_bias', 'mean', 'var')
 _NEEDED = {
     'bnet_forward': ('x', 'weight', 'bias', 'y', 'mean', 'var'),
@@ -81,7 +82,7 @@ def is_plain(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
         tensor.device.type == 'cpu'
         and tensor.dtype in _SUFFIX
         and tensor.dtype == x.dtype
-        and (tensor.is_contiguous() or (tensor.dim() == 4 and pointers.is_channels_last(tensor)))
+        and (tensor.is_contiguous() or (tensor.dim() == 4 and is_channels_last(tensor)))
         and not tensor.is_neg()
         and type(tensor) in (Tensor, torch.nn.Parameter)
         for tensor in given
@@ -130,7 +131,8 @@ def call(
     pointers.check(owner, x, tensors, (x.dtype,))
     size = tensors['weight'].shape[-1]
     if size > _LARGEST_KERNEL:
-        raise ValueError(f'{owner} got {size} x {size} taps; it takes {_LARGEST_KERNEL} x {_LARGEST_KERNEL} at most')
+        limit = f'{_LARGEST_KERNEL} x {_LARGEST_KERNEL}'
+        raise ValueError(f'{owner} got a kernel of {size} x {size}; it takes {limit} at most')
     if of_batch and x.numel() <= x.shape[1]:
         raise ValueError(f'{owner} got a map of shape {tuple(x.shape)}; a variance takes two values per channel')
     given = [tensors.get(name) for name in _NAMES]
@@ -140,7 +142,7 @@ def call(
         eps,
         *x.shape,
         size,
-        pointers.is_channels_last(x),
+        is_channels_last(x),
         of_batch,
         needs_x,
         needs_weight,
@@ -151,7 +153,7 @@ def call(
     if failed == 1:
         raise MemoryError(f'{owner}: no memory for its working planes, with a map of shape {tuple(x.shape)}')
     if failed:
-        raise ValueError(f'{owner} refused a map of shape {tuple(x.shape)} with {size} x {size} taps')
+        raise ValueError(f'{owner} refused a map of shape {tuple(x.shape)} with a kernel of {size} x {size}')
 
 
 @cache

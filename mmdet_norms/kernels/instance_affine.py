@@ -1,35 +1,38 @@
-"""An affine step whose parameters depend on the statistics of each instance: AN, in few passes over the map."""
+"""An affine step whose parameters depend on the statistics of each image or group of images, in few passes.
+
+That of AN, and of norms with a simulated normalization batch.
+"""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..compat.torch_internals import is_functorch_active
-from ..compat.torch_versions import is_compiling
-from . import map_ops
+from . import choose, map_formula
 from .second import is_wanted
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def instance_affine(x: Tensor, rule: Rule) -> Tensor:
-    """``y = scale * (x - origin) + shift`` with parameters that ``rule`` computes from the moments of every instance.
+def instance_affine(x: Tensor, rule: Rule, groups: int | None = None) -> Tensor:
+    """``y = scale * (x - origin) + shift`` with parameters that ``rule`` computes from the moments of every group.
 
     One pass for the moments, one for y; backward one for the sums over the gradient, one or two for that of x. Saves
     x and vectors. Gradients flow through everything, the moments included.
 
     Args:
         x: ``(N, C, H, W)``, not empty, any floating dtype.
-        rule: ``(mean, var) -> (scale, origin, shift)``; mean and biased variance of the instances over ``(H, W)``, all
-            ``(N, C)`` and in fp32, or fp64 for fp64 maps. Batch and group norm are such rules, since
-            ``E[x] = E[mean]`` and ``E[(x - E[x])^2] = E[var + (mean - E[x])^2]`` over instances or channels.
+        rule: ``(mean, var) -> (scale, origin, shift)``; mean and biased variance of the groups, all ``(G, C)`` and in
+            fp32, or fp64 for fp64 maps. Batch and group norm are such rules, since ``E[x] = E[mean]`` and
+            ``E[(x - E[x])^2] = E[var + (mean - E[x])^2]`` over images or channels.
+        groups: G, of ``N / G`` consecutive images each; None: every image by itself.
     """
-    stand_in, gain, mean, var = _Moments.apply(x)
+    computed_by = choose.map_operations(x)
+    stand_in, gain, mean, var = _Moments.apply(x, len(x) if groups is None else groups, computed_by)
     scale, origin, shift = rule(mean, var)
     # The constant centre keeps the digits of the sums in backward where the mean is large.
     centre = mean.detach()
-    return _Affine.apply(x, stand_in, gain, centre, scale, shift + scale * (centre - origin))
+    return _Affine.apply(x, stand_in, gain, centre, scale, shift + scale * (centre - origin), computed_by)
 
 
 def is_supported(x: Tensor) -> bool:
@@ -42,9 +45,7 @@ def is_supported(x: Tensor) -> bool:
         and x.device.type in ('cpu', 'cuda')
         and x.dim() == 4
         and x.numel() > 0
-        and not is_compiling()
-        and not torch.jit.is_tracing()
-        and not is_functorch_active()
+        and choose.is_eager()
     )
 
 
@@ -56,34 +57,30 @@ def is_supported(x: Tensor) -> bool:
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        mean, var = map_ops.moments(x, per_instance=True)
+    def forward(ctx, x, groups, computed_by):
+        mean, var = computed_by.moments(x, groups)
         ctx.save_for_backward(x, mean)
+        ctx.computed_by = computed_by
         return x.new_zeros(()).expand(x.shape), torch.empty_like(mean), mean, var
 
     @staticmethod
     def backward(ctx, grad, gain, grad_mean, grad_var):
         x, mean = ctx.saved_tensors
-        size = x.shape[2] * x.shape[3]
-        slope, shift = grad_var * (2 / size), grad_mean / size
-        if is_wanted(grad):
-            gain, mean, slope, shift = (v[..., None, None] for v in (gain, mean, slope, shift))
-            return (gain * grad + slope * (x - mean) + shift).to(x.dtype)
-        return map_ops.gradient(grad, x, gain, mean, slope, shift)
+        count = x.numel() // mean.numel()
+        computed_by = map_formula if is_wanted(grad) else ctx.computed_by
+        return computed_by.gradient(grad, x, gain, mean, grad_var * (2 / count), grad_mean / count), None, None
 
 
 class _Affine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, stand_in, gain, centre, scale, shift):
+    def forward(ctx, x, stand_in, gain, centre, scale, shift, computed_by):
         ctx.save_for_backward(x, centre, scale)
-        return map_ops.affine(x, centre, scale, shift)
+        ctx.computed_by = computed_by
+        return computed_by.affine(x, centre, scale, shift)
 
     @staticmethod
     def backward(ctx, grad):
         x, centre, scale = ctx.saved_tensors
-        if is_wanted(grad):
-            wide = grad.to(scale.dtype)
-            total, centred = wide.sum((2, 3)), (wide * (x - centre[..., None, None])).sum((2, 3))
-        else:
-            total, centred = map_ops.gradient_sums(grad, x, centre)
-        return None, grad, scale, None, centred, total
+        computed_by = map_formula if is_wanted(grad) else ctx.computed_by
+        total, centred = computed_by.gradient_sums(grad, x, centre)
+        return None, grad, scale, None, centred, total, None

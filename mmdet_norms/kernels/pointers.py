@@ -7,8 +7,10 @@ layers and autograd functions in front have asked already.
 import torch
 from torch import Tensor
 
+from .layouts import is_channels_last
+
 _MAPS = ('x', 'grad', 'residual', 'other', 'y', 'grad_x', 'out')
-_TAPS = ('weight', 'grad_weight')
+_KERNELS = ('weight', 'grad_weight')
 _PARTS = ('parts', 'origins', 'sums', 'squares', 'centred_sums')  # (any, C, ...); everything else has a value a channel
 
 
@@ -24,8 +26,8 @@ def check(
     Args:
         owner: for messages.
         x: a map ``(N, C, H, W)``.
-        tensors: by name: maps are shaped and laid out as x, taps ``(C, 1, k, k)`` of one odd k, vectors ``(C,)``; None
-            passes.
+        tensors: by name: maps are shaped and laid out as x, kernels are ``(C, 1, k, k)`` of one odd k, vectors
+            ``(C,)``; None passes.
         dtypes: that the tensors may have.
         per_instance: vectors are ``(N, C)``.
 
@@ -34,9 +36,9 @@ def check(
     """
     if x.dim() != 4 or x.layout != torch.strided:
         raise ValueError(f'{owner} got a map of shape {tuple(x.shape)}, {x.layout}; it must be (N, C, H, W), dense')
-    size = next((t.shape[-1] for name in _TAPS if (t := tensors.get(name)) is not None and t.dim()), 1)
+    size = next((t.shape[-1] for name in _KERNELS if (t := tensors.get(name)) is not None and t.dim()), 1)
     if not size % 2:
-        raise ValueError(f'{owner} got weight of {size} columns of taps; it must be an odd number of them')
+        raise ValueError(f'{owner} got weight of {size} columns; it must be an odd number of them')
     channels, names = x.shape[1], ' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)
     for name, tensor in tensors.items():
         if tensor is None:
@@ -48,7 +50,7 @@ def check(
             )
         if name in _MAPS:
             shape = x.shape
-        elif name in _TAPS:
+        elif name in _KERNELS:
             shape = (channels, 1, size, size)
         elif name in _PARTS:
             shape = (tensor.shape[0] if tensor.dim() else 0, channels, *tensor.shape[2:])
@@ -65,11 +67,6 @@ def check(
                 f'{owner} got {name} of shape {tuple(tensor.shape)}, which must lie in memory as {layout} says: dense, '
                 'all of it, with its own signs'
             )
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """In that layout, and not in the contiguous one, which single pixels, channels and empty maps have as well."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _lies_as_it_looks(tensor: Tensor, layout: torch.memory_format) -> bool:

@@ -28,24 +28,31 @@ def bnet_gradients(
     """Gradients by x, weight and bias of a depthwise convolution of the normalized map; differentiable to any order.
 
     Args:
-        grad: gradient of the result, ``(N, C, H, W)``.
+        grad: gradient of the result ``(N, C, H, W)``.
         x, weight, eps: as in :func:`mmdet_norms.kernels.depthwise.normalize_and_convolve`.
         mean, rstd: constants ``(C,)`` that x was normalized with; None for those of x, through which x has a gradient,
             too.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     size, of_batch = weight.shape[-1], mean is None
-    grad, values, taps = grad.to(wide), x.to(wide), weight.to(wide)
+    grad, values, kernels = grad.to(wide), x.to(wide), weight.to(wide)
     if of_batch:
         var, mean = torch.var_mean(values, _OVER, correction=0)
         rstd = (var + eps).rsqrt()
     normalized = (values - spread(mean)) * spread(rstd)
     grad_weight = torch.nn.grad.conv2d_weight(normalized, weight.shape, grad, 1, size // 2, 1, len(weight))
-    grad_x = F.conv2d(grad, taps.flip(2, 3), None, 1, size // 2, 1, len(weight))  # of the normalized map so far
+    grad_x = F.conv2d(grad, kernels.flip(2, 3), None, 1, size // 2, 1, len(weight))  # of the normalized map so far
     if of_batch:
         average, projection = grad_x.mean(_OVER), (grad_x * normalized).mean(_OVER)
         grad_x = grad_x - spread(average) - normalized * spread(projection)
     return (grad_x * spread(rstd)).to(x.dtype), grad_weight.to(weight.dtype), grad.sum(_OVER).to(weight.dtype)
+
+
+def bnet_gradients_of(ctx, grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple:
+    """The same as a function of ``(x, weight, bias, eps, mean, var)`` returns it that noted ``of_batch``, ``eps``."""
+    statistics = () if ctx.of_batch else (mean, rstd)
+    gradients = bnet_gradients(grad, x, weight, ctx.eps, *statistics)
+    return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)), None, None, None)
 
 
 def spread(vector: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class GroupedMABN(MABN):
 
     def _second_moment(self, x: Tensor) -> Tensor:
         check_groups('MABN', self.norm_batch, x)
-        mean, var = map_ops.moments(x, per_instance=True)
+        mean, var = map_ops.moments(x, len(x))
         return (mean.square() + var).unflatten(0, (-1, self.norm_batch)).mean(1)
 
     def _advance(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:

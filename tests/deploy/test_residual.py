@@ -11,7 +11,7 @@ from torch import nn
 
 from mmdet_norms import fuse
 from mmdet_norms.deploy import residual
-from mmdet_norms.kernels import depthwise as kernels
+from mmdet_norms.kernels import compiled, depthwise_compiled
 from mmdet_norms.registry import MODELS
 
 BNET5 = dict(type='BNET', kernel_size=5)
@@ -85,11 +85,11 @@ def test_the_input_of_a_block_stays_as_it_is(kind):
     assert torch.equal(x, before)
 
 
-@pytest.mark.skipif(kernels.compiled.library() is None, reason='installed without a C compiler')
+@pytest.mark.skipif(compiled.library() is None, reason='installed without a C compiler')
 def test_the_map_of_the_last_convolution_becomes_the_output(monkeypatch):
     calls = []
-    run = kernels._compiled_inference
-    monkeypatch.setattr(kernels, '_compiled_inference', lambda *args: calls.append(args) or run(*args))
+    run = depthwise_compiled.inference
+    monkeypatch.setattr(depthwise_compiled, 'inference', lambda *args: calls.append(args) or run(*args))
     y = fuse(block())(torch.randn(2, 16, 9, 7))
     ((x, _, _, shortcut, relu, inplace),) = calls
     assert relu and inplace and shortcut is not None

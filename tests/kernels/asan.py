@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / 'mmdet_norms' / 'kernels' / 'csrc' / 'cpu.c'
-TESTS = ('test_bnet_on_cpu.py', 'test_pointers.py', 'test_fuzz_bnet.py')
+TESTS = ('test_depthwise_on_cpu.py', 'test_pointers.py', 'test_fuzz_depthwise.py')
 FLAGS = '-O1 -g -shared -fPIC -ffp-contract=fast -fno-omit-frame-pointer'
 SANITIZERS = '-fsanitize=address,undefined -fno-sanitize-recover=all'
 # In a process of its own, as it ends there: a call in which the memory of one tensor is a value shorter than is said.

@@ -20,11 +20,11 @@ def job(name, layout=torch.contiguous_format, dtype=torch.float32):
     def a_map():
         return torch.randn(N, C, H, W, dtype=dtype).contiguous(memory_format=layout)
 
-    taps, vector = torch.randn(C, 1, K, K, dtype=dtype), torch.rand(C, dtype=dtype) + 0.5
-    tensors = dict(x=a_map(), weight=taps, mean=vector, var=vector.clone())
+    weight, vector = torch.randn(C, 1, K, K, dtype=dtype), torch.rand(C, dtype=dtype) + 0.5
+    tensors = dict(x=a_map(), weight=weight, mean=vector, var=vector.clone())
     if name == 'bnet_forward':
         return tensors | dict(bias=vector.clone(), residual=a_map(), y=a_map())
-    return tensors | dict(grad=a_map(), grad_x=a_map(), grad_weight=taps.clone(), grad_bias=vector.clone())
+    return tensors | dict(grad=a_map(), grad_x=a_map(), grad_weight=weight.clone(), grad_bias=vector.clone())
 
 
 def call(name, tensors, of_batch=True):
@@ -114,7 +114,7 @@ def test_a_missing_tensor_is_named(name):
 
 @needs_library
 @pytest.mark.parametrize('shape', [(C, 1, 2, 2), (C, 1, 3, 5), (C, 1, 5, 3), (C, 2, 3, 3), (C, 1, 0, 0), (C, 9)])
-def test_taps_are_square_and_odd(shape):
+def test_kernels_are_square_and_odd(shape):
     tensors = job('bnet_forward') | dict(weight=torch.zeros(shape))
     with pytest.raises(ValueError, match='got weight of'):
         call('bnet_forward', tensors)
@@ -124,7 +124,7 @@ def test_taps_are_square_and_odd(shape):
 
 
 @needs_library
-def test_statistics_of_a_batch_need_two_values_and_places_of_taps_32_bits():
+def test_statistics_of_a_batch_need_two_values_and_places_in_a_kernel_32_bits():
     for shape in [(1, C, 1, 1), (0, C, 4, 4), (2, C, 0, 4)]:
         tensors = job('bnet_forward') | dict(x=torch.zeros(shape), y=torch.zeros(shape), residual=None)
         with pytest.raises(ValueError, match='two values per channel'):
@@ -132,7 +132,7 @@ def test_statistics_of_a_batch_need_two_values_and_places_of_taps_32_bits():
         call('bnet_forward', tensors, of_batch=False)
     one = torch.zeros(1)
     x, weight = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1).expand(1, 4097, 4097)[None].contiguous()
-    with pytest.raises(ValueError, match='4097 x 4097 taps'):
+    with pytest.raises(ValueError, match='a kernel of 4097 x 4097'):
         call('bnet_forward', dict(x=x, y=x.clone(), weight=weight, bias=one, mean=one.clone(), var=one.clone()))
     assert not compiled.is_plain(x, weight)  # so that torch computes it
 
@@ -259,13 +259,13 @@ def unlaunched(monkeypatch):
 
 
 def triton_calls(kernels, passes):
-    x, taps, vector, rows = torch.zeros(N, C, H, W), torch.zeros(C, 1, K, K), torch.zeros(C), torch.zeros(N, C)
+    x, weight, vector, rows = torch.zeros(N, C, H, W), torch.zeros(C, 1, K, K), torch.zeros(C), torch.zeros(N, C)
     return {
-        'bnet': (kernels.bnet, [x, taps, vector, 1e-5]),
-        'bnet_given': (kernels.bnet_given, [x, taps, vector, vector, vector, 1e-5]),
-        'bnet_backward': (kernels.bnet_backward, [x, x, taps, vector, vector, 1e-5, True, True, True]),
-        'bnet_backward of x': (kernels.bnet_backward, [x, x, taps, vector, vector, 1e-5, False, True, False]),
-        'bnet_inference': (kernels.bnet_inference, [x, taps, vector, x, True]),
+        'bnet': (kernels.bnet, [x, weight, vector, 1e-5]),
+        'bnet_given': (kernels.bnet_given, [x, weight, vector, vector, vector, 1e-5]),
+        'bnet_backward': (kernels.bnet_backward, [x, x, weight, vector, vector, 1e-5, True, True, True]),
+        'bnet_backward of x': (kernels.bnet_backward, [x, x, weight, vector, vector, 1e-5, False, True, False]),
+        'bnet_inference': (kernels.bnet_inference, [x, weight, vector, x, True]),
         'affine': (passes.affine, [x, vector, vector, vector]),
         'affine of instances': (passes.affine, [x, rows, rows, rows]),
         'gradient_sums': (passes.gradient_sums, [x, x, vector]),

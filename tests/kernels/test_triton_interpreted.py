@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(find_spec('triton') is None, reason='no Triton here; it is for Linux only')
-@pytest.mark.parametrize('cases', ['bnet', 'passes'])
+@pytest.mark.parametrize('cases', ['depthwise', 'map_ops'])
 def test_the_kernels_compute_what_their_formulas_say(cases):
     command = [sys.executable, '-m', 'pytest', '-q', '--noconftest', '-p', 'no:cacheprovider']
     command += [str(HERE / f'interpreted_{cases}.py')]

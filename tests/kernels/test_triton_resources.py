@@ -57,7 +57,7 @@ def compiled(monkeypatch, tmp_path):
 
 
 def tensors(shape, dtype, layout, size=3):
-    """A map, taps, and a vector of channels, without memory."""
+    """A map, kernels, and a vector of channels, without memory."""
     x = torch.empty(shape, dtype=dtype, device='meta').contiguous(memory_format=LAYOUTS[layout])
     return x, torch.empty(shape[1], 1, size, size, device='meta'), torch.empty(shape[1], device='meta')
 

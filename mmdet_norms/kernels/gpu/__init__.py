@@ -1,9 +1,8 @@
-"""Triton kernels of BNET, and of the passes that MABN, AN and CBN are made of, for training and inference on a GPU.
+"""Triton kernels of BNET, and of the map operations that MABN, AN and CBN are made of, for GPUs.
 
 Triton comes with torch's GPU builds and is imported when it is first needed. Where it is missing or does not work, on
 other devices, and without ``MMDET_NORMS_TRITON=1`` in the environment, :func:`is_supported` says so, and everything is
 computed as on any machine. (On request only as yet: the kernels were tested by Triton's interpreter, but on no GPU.)
-They are operators of torch (``torch.ops.mmdet_norms``), known to autograd and the compiler.
 """
 
 import os
@@ -16,13 +15,12 @@ import torch
 from torch import Tensor
 
 from ...compat.torch_internals import constant_in_compiled_code, is_functorch_active
-from ...compat.torch_versions import is_compiling
 
 _DEVICES = ('cuda',)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _OLDEST_GPU = (8, 0)  # compute capability that Triton supports
 _OLDEST_TRITON = (3, 3)  # that of torch 2.7; older ones know no tuples in kernels
-_LARGEST_KERNEL = 7  # taps of more than 7 x 7 do not fit the registers of a thread
+_LARGEST_KERNEL = 7  # columns; more than 7 x 7 values do not fit the registers of a thread
 _LARGEST_INSTANCE = 2**31 - 2**20  # places within one are 32 bit numbers, also those that a tile has beyond its end
 _answers: dict[torch.device, bool] = {}
 _switched_on: bool | None = None  # by the context below; None: what the environment says
@@ -33,7 +31,7 @@ def is_supported(x: Tensor, *others: Tensor) -> bool:
 
     Args:
         x: the map ``(N, C, H, W)``.
-        others: what it is computed with. Four-dimensional ones are taps.
+        others: what it is computed with: vectors, and kernels ``(C, 1, k, k)``.
     """
     return (
         isinstance(x, Tensor)
@@ -47,68 +45,6 @@ def is_supported(x: Tensor, *others: Tensor) -> bool:
         and all(t.shape[-1] <= _LARGEST_KERNEL for t in others if t.dim() == 4)
         and is_available(x.device)
     )
-
-
-def normalize_and_convolve(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor | None = None, var: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`mmdet_norms.kernels.depthwise.normalize_and_convolve` on a GPU, if :func:`is_supported` says so.
-
-    Statistics, sums and gradients of parameters are accumulated in fp32 for halves; y has the dtype and layout of x.
-    Gradients are differentiable themselves, then by torch's operators; in compiled code they are not.
-    """
-    from . import common, depthwise_triton
-
-    x, compiling = common.dense(x), is_compiling()
-    if mean is not None:
-        run = torch.ops.mmdet_norms.bnet_given if compiling else depthwise_triton.EagerBNETGiven.apply
-        return run(x, weight, bias, mean, var, eps), mean, var
-    run = torch.ops.mmdet_norms.bnet if compiling else depthwise_triton.EagerBNET.apply
-    y, mean, var = run(x, weight, bias, eps)
-    return y, mean.detach(), var.detach()
-
-
-def bnet_inference(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """:func:`mmdet_norms.kernels.depthwise.inference` on a GPU, if :func:`is_supported`; ``residual`` shaped as x."""
-    from . import depthwise_triton
-
-    run = torch.ops.mmdet_norms.bnet_inference if is_compiling() else depthwise_triton.bnet_inference
-    return run(x, weight, bias, residual, relu)
-
-
-def second_moment(x: Tensor) -> Tensor:
-    """:func:`mmdet_norms.kernels.map_ops.second_moment`; this and the next four if :func:`is_supported` says so."""
-    from . import map_triton
-
-    return map_triton.second_moment(x)
-
-
-def moments(x: Tensor, per_instance: bool = False) -> tuple[Tensor, Tensor]:
-    """:func:`mmdet_norms.kernels.map_ops.moments`."""
-    from . import map_triton
-
-    return map_triton.moments(x, per_instance)
-
-
-def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """:func:`mmdet_norms.kernels.map_ops.affine`."""
-    from . import map_triton
-
-    return map_triton.affine(x, centre, scale, shift)
-
-
-def gradient_sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`mmdet_norms.kernels.map_ops.gradient_sums`."""
-    from . import map_triton
-
-    return map_triton.gradient_sums(grad, x, centre)
-
-
-def gradient(grad: Tensor, x: Tensor, gain: Tensor, centre: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
-    """:func:`mmdet_norms.kernels.map_ops.gradient`."""
-    from . import map_triton
-
-    return map_triton.gradient(grad, x, gain, centre, slope, shift)
 
 
 @contextmanager
@@ -158,13 +94,13 @@ def _try(device: torch.device) -> bool:
 
 
 def _trains(device: torch.device) -> bool:
-    """A step of every kind of kernel, BNET's with one tap."""
+    """A step of every kind, BNET's with a kernel of one value."""
     from . import depthwise_triton, map_triton
 
     x, one = torch.arange(4.0, device=device).view(1, 1, 2, 2), torch.ones(1, 1, 1, 1, device=device)
     y, mean, var = depthwise_triton.bnet(x, 2 * one, one.view(1), 0.0)
-    of_x, of_tap, of_bias = depthwise_triton.bnet_backward(y, x, 2 * one, mean, var, 0.0, True, True, True)
-    results = [mean, var, map_triton.gradient(x, y, *one.new_ones(4, 1)).mean(), of_tap, of_bias, of_x.mean() + 1]
+    of_x, of_weight, of_bias = depthwise_triton.bnet_backward(y, x, 2 * one, mean, var, 0.0, True, True, True)
+    results = [mean, var, map_triton.gradient(x, y, *one.new_ones(4, 1)).mean(), of_weight, of_bias, of_x.mean() + 1]
     return all(abs(value.item() - exact) < 1e-4 for value, exact in zip(results, (1.5, 1.25, 2.5, 8, 4, 1)))
 
 

@@ -1,8 +1,8 @@
-"""What the kernels share: layouts, sizes of the work of one program, and how they are launched.
+"""What the kernels share: sizes of the work of one program, and how they are launched.
 
-A map ``(N, C, H, W)`` is contiguous or channels_last, the two layouts in which every value of an instance has a simple
-address; others are copied. Sums are accumulated in fp32 (fp64 for fp64 maps). A sum over a map is made of partial sums
-that a second kernel adds in a fixed order, instead of atomics: results are the same in every run.
+Maps ``(N, C, H, W)`` are contiguous or channels_last (:mod:`..layouts`), vectors ``(C,)`` or ``(N, C)``. Sums are
+accumulated in fp32 (fp64 for fp64 maps). A sum over a map is made of partial sums that a second kernel adds in a fixed
+order, instead of atomics: results are the same in every run.
 
 Sizes are functions of the shape alone, not of timings of candidates (``triton.autotune``): detectors meet a new image
 size in almost every batch, each of which would be timed again, and other sizes of the partial sums are other results.
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pointers import check, is_channels_last
+from ..layouts import is_channels_last
+from ..pointers import check
 from . import _DTYPES, _LARGEST_INSTANCE
 
 _TAIL = 1024  # warps that a large GPU could run in place of those it waits for in the end, 8 a multiprocessor
@@ -32,15 +33,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def accumulator(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def dense(x: Tensor) -> Tensor:
-    return x if is_channels_last(x) else x.contiguous()
-
-
-def like(grad: Tensor, x: Tensor) -> Tensor:
-    """``grad`` in the layout of the dense ``x``."""
-    return grad.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
 
 
 def launch(kernel: Callable, programs: int, x: Tensor, *args, per_instance: bool = False, **sizes) -> None:

@@ -1,13 +1,23 @@
-"""Triton kernels of BNET: batch norm applied while the depthwise convolution loads its tile.
+"""Triton kernels of BNET (:mod:`mmdet_norms.kernels.depthwise`): batch norm applied while a tile is loaded.
 
-The maths is that of :mod:`mmdet_norms.kernels.depthwise`. Training makes the eight passes over the map that batch norm
-makes, too: statistics read x; the convolution reads x and writes y; one kernel reads x and the gradient for the taps',
-the bias's and both sums of batch norm's backward; one reads both and writes the gradient of x. x is all they save.
+Of the eight times that batch norm's training reads or writes a map, each is here once: statistics read x; the
+convolution reads x and writes y; one kernel reads x and the gradient for those of weight and bias and for both sums of
+batch norm's backward; one reads both and writes the gradient of x. x is all they save.
 
 A program owns some columns of some channels and walks down the rows: each row of x adds to the k rows of results that
-it is part of. A thread has STEP neighbouring columns of one channel or two, whose taps, or sums of products, it keeps
-in registers. So a value of the map is loaded about 1 + k / STEP times in place of k^2, mostly from the cache. The lanes
-of a warp have neighbouring channels in channels_last, else neighbouring columns.
+it is part of. A thread has STEP neighbouring columns of one channel or two, and keeps their kernels, or sums of
+products, in registers. So a value of the map is loaded about 1 + k / STEP times in place of k^2, mostly from the cache.
+The lanes of a warp have neighbouring channels in channels_last, else neighbouring columns.
+
+Arguments of the kernels:
+
+* ``x``, ``grad``, ``other``, ``y``: maps ``(N, C, H, W)``, in channels_last if LAST. UNIT: the width is UNIT W, or,
+  LAST, there are UNIT C channels, which tells the compiler what is aligned.
+* ``weight``, ``grad_weight``: ``(C, 1, K, K)``. ``bias``, ``mean``, ``var``, ``slope``, ``shift``, ``grad_bias``:
+  ``(C,)``.
+* ``parts``: ``(count, C, K^2 + 2)``, partial sums: see :func:`_sums_kernel`. ``eps``: in units of x squared.
+* ``rows``: of y, for a program; ``strips`` of so many make a map; ``instances``: images of a program.
+* LANES times STEP columns of BLOCK_C channels are a tile, UNROLL rows are loaded at a time, ACC is the dtype of sums.
 """
 
 import math
@@ -18,8 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...compat.torch_versions import is_compiling
+from ..layouts import dense, is_channels_last, like
 from ..second import bnet_gradients, is_wanted
-from .common import dense, is_channels_last, launch, least_padding, like, pieces, power_of_two, wide
+from .common import launch, least_padding, pieces, power_of_two, wide
 from .map_triton import moments
 
 
@@ -86,7 +97,6 @@ def _depthwise_kernel(
     """Convolution of ``rows`` rows. NORMALIZE: of the normalized map. ADD: plus ``other``.
 
     BACKWARD: x is the gradient, the convolution transposed; minus ``slope * (other - mean) + shift`` if ADD.
-    UNIT: the width is UNIT W, or, LAST, there are UNIT C channels, which tells the compiler what is aligned.
     """
     HALF: tl.constexpr = K // 2
     VECTOR: tl.constexpr = 1 if LAST else UNIT
@@ -118,10 +128,10 @@ def _depthwise_kernel(
         first = tl.load(bias + c, c < C, other=0).to(ACC)
     elif ADD:
         first, tilt = -tl.load(shift + c, c < C, other=0), tl.load(slope + c, c < C, other=0)
-    taps = ()
+    kernel = ()
     for i in tl.static_range(K * K):
-        tap = tl.load(weight + c * (K * K) + (K * K - 1 - i if BACKWARD else i), c < C, other=0).to(ACC)
-        taps += (tap * scale,)
+        value = tl.load(weight + c * (K * K) + (K * K - 1 - i if BACKWARD else i), c < C, other=0).to(ACC)
+        kernel += (value * scale,)
 
     empty = tl.zeros((LANES, BLOCK_C), ACC) + first
     pending = ()  # sums of the rows row + HALF, ..., row - HALF of y, to which rows above x's row were added
@@ -151,7 +161,7 @@ def _depthwise_kernel(
                 for j in tl.static_range(STEP):
                     total = pending[dy * STEP + j]
                     for dx in tl.static_range(K):
-                        total = tl.fma(taps[dy * K + dx], values[u * WIDE + BEFORE - HALF + j + dx], total)
+                        total = tl.fma(kernel[dy * K + dx], values[u * WIDE + BEFORE - HALF + j + dx], total)
                     sums += (total,)
             row_of_y = y + row * by_row
             right = tl.where((row >= begin) & (row < end), limit, 0)
@@ -186,8 +196,9 @@ def _sums_kernel(
     K: tl.constexpr, LAST: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums ``(part, C, K^2 + 2)``: the taps' gradient times the deviation, ``sum grad``, and the sum of the
-    gradient of the normalized map, in which ``grad`` counts with the taps that do not reach over the border."""
+    """Partial sums ``(part, C, K^2 + 2)``: the gradient of weight times the deviation, ``sum grad``, and the sum of the
+    gradient of the normalized map, in which ``grad`` counts with the values of a kernel that do not reach over the
+    border."""
     HALF: tl.constexpr = K // 2
     VECTOR: tl.constexpr = 1 if LAST else UNIT
     BEFORE: tl.constexpr = (HALF + VECTOR - 1) // VECTOR * VECTOR
@@ -207,7 +218,7 @@ def _sums_kernel(
     end = tl.minimum(begin + rows, H)
     stop = tl.minimum(group * instances + instances, N)
 
-    # Not all taps reach x from the first and last rows. What those that do not would add below is taken off before.
+    # Not all of a kernel reaches x from the first and last rows. What the rest would add below is taken off before.
     within = zero
     if (begin < HALF) | (end > H - HALF):
         for n in range(group * instances, stop):
@@ -219,8 +230,8 @@ def _sums_kernel(
                     for dx in range(K):
                         off = tl.zeros((1, BLOCK_C), ACC)
                         for dy in range(K):
-                            tap = tl.load(weight + c * (K * K) + dy * K + dx, c < C, other=0).to(ACC)
-                            off += tl.where((row + dy < HALF) | (row + dy >= H + HALF), tap, 0)
+                            value = tl.load(weight + c * (K * K) + dy * K + dx, c < C, other=0).to(ACC)
+                            off += tl.where((row + dy < HALF) | (row + dy >= H + HALF), value, 0)
                         for j in tl.static_range(STEP):
                             within -= tl.where((w + j + dx >= HALF) & (w + j + dx < W + HALF), off, 0) * some[j]
 
@@ -286,23 +297,23 @@ def _sums_kernel(
 @triton.jit(do_not_specialize=('C', 'count', 'total'))
 def _join_kernel(
     parts, weight, var, grad_weight, grad_bias, slope, shift, C, count, eps, total,
-    TAPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of one channel: the gradients of taps and bias, and what batch norm's backward subtracts."""
+    """Of one channel: the gradients of weight and bias, and what batch norm's backward subtracts. SIZE: K^2."""
     c, j = tl.program_id(0), tl.arange(0, BLOCK)
     joined = tl.zeros((BLOCK_P, BLOCK), ACC)
     for start in range(0, count, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        place = (p.to(tl.int64) * C + c)[:, None] * (TAPS + 2) + j[None, :]
-        joined += tl.load(parts + place, (p < count)[:, None] & (j < TAPS + 2)[None, :], other=0)
+        place = (p.to(tl.int64) * C + c)[:, None] * (SIZE + 2) + j[None, :]
+        joined += tl.load(parts + place, (p < count)[:, None] & (j < SIZE + 2)[None, :], other=0)
     sums = tl.sum(joined, 0)
     scale = 1 / tl.sqrt(tl.load(var + c).to(ACC) + eps)
-    taps = tl.load(weight + c * TAPS + j, j < TAPS, other=0).to(ACC)
-    tl.store(grad_weight + c * TAPS + j, sums * scale, j < TAPS)
-    tl.store(grad_bias + c + j * 0, sums, j == TAPS)
+    kernel = tl.load(weight + c * SIZE + j, j < SIZE, other=0).to(ACC)
+    tl.store(grad_weight + c * SIZE + j, sums * scale, j < SIZE)
+    tl.store(grad_bias + c + j * 0, sums, j == SIZE)
     values = tl.full((), total, ACC)
-    tl.store(slope + c, tl.sum(taps * sums, 0) * scale * scale * scale / values)
-    tl.store(shift + c, tl.sum(tl.where(j == TAPS + 1, sums, 0), 0) * scale / values)
+    tl.store(slope + c, tl.sum(kernel * sums, 0) * scale * scale * scale / values)
+    tl.store(shift + c, tl.sum(tl.where(j == SIZE + 1, sums, 0), 0) * scale / values)
 
 
 def _tile(x: Tensor, size: int) -> dict[str, int]:
@@ -319,7 +330,7 @@ def _tile(x: Tensor, size: int) -> dict[str, int]:
         return dict(LANES=lanes, STEP=step, UNIT=unit, BLOCK_C=32 * unit, UNROLL=1 if double else 2, num_warps=lanes)
     step = 4 if width > 8 else 1
     # One warp, which more columns than the map has would leave idle, and more channels make read from more places.
-    # If it has one channel only, then its taps are in the registers that the lanes share.
+    # If it has one channel only, then its kernel is in the registers that the lanes share.
     lanes = least_padding(triton.cdiv(width, step), [4, 8, 16, 32])
     unroll = 1 if double else 4 if size <= 3 else 2
     return dict(LANES=lanes, STEP=step, UNIT=math.gcd(width, step), BLOCK_C=32 // lanes, UNROLL=unroll, num_warps=1)
@@ -380,16 +391,42 @@ def _sums(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
 
 
 def _join(parts: Tensor, x: Tensor, weight: Tensor, var: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """Gradients of taps and bias, slope and shift of the gradient of x."""
-    channels, taps = x.shape[1], weight.shape[-1] ** 2
+    """Gradients of weight and bias, slope and shift of the gradient of x."""
+    channels, values = x.shape[1], weight.shape[-1] ** 2
     grad_weight, grad_bias = parts.new_empty(weight.shape), parts.new_empty(channels)
     slope, shift = parts.new_empty(2, channels)
     launch(
         _join_kernel, channels, x, parts, weight, var, grad_weight, grad_bias, slope, shift, channels, len(parts), eps,
-        x.numel() // channels, TAPS=taps, BLOCK=triton.next_power_of_2(taps + 2),
-        BLOCK_P=power_of_two(len(parts), 1, 4096 // triton.next_power_of_2(taps + 2)),
+        x.numel() // channels, SIZE=values, BLOCK=triton.next_power_of_2(values + 2),
+        BLOCK_P=power_of_two(len(parts), 1, 4096 // triton.next_power_of_2(values + 2)),
     )  # fmt: skip
     return grad_weight, grad_bias, slope, shift
+
+
+def normalize_and_convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor | None = None, var: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics, sums and gradients of parameters are accumulated in fp32 for halves.
+
+    In compiled code, gradients are not differentiable themselves.
+    """
+    x, compiling = dense(x), is_compiling()
+    if mean is not None:
+        run = torch.ops.mmdet_norms.bnet_given if compiling else EagerBNETGiven.apply
+        return run(x, weight, bias, mean, var, eps), mean, var
+    run = torch.ops.mmdet_norms.bnet if compiling else EagerBNET.apply
+    y, mean, var = run(x, weight, bias, eps)
+    return y, mean.detach(), var.detach()
+
+
+def inference(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, inplace: bool
+) -> Tensor:  # fmt: skip
+    run = torch.ops.mmdet_norms.bnet_inference if is_compiling() else bnet_inference
+    return run(x, weight, bias, residual, relu)
+
+
+# What follows are the operators of torch (torch.ops.mmdet_norms), known to the compiler and to autograd.
 
 
 def bnet(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,11 +1,19 @@
-"""Triton kernels of :mod:`mmdet_norms.kernels.map_ops`: what the training of MABN and AN reads and writes.
+"""Triton kernels of the map operations (:mod:`mmdet_norms.kernels.map_ops`), which has their formulas and shapes.
 
-Of the eight passes over the map that batch norm makes, too: the statistics read x; :func:`affine` reads x and writes y;
-:func:`gradient_sums` reads x and its gradient; :func:`gradient` reads both and writes one. Statistics of each instance
-are as cheap as those of each channel, which follow from them.
+Of the eight times that batch norm's training reads or writes a map, each is here once: the statistics read x;
+:func:`affine` reads x and writes y; :func:`gradient_sums` reads x and its gradient; :func:`gradient` reads both and
+writes one. Statistics of each image are as cheap as those of each channel, which follow from them.
 
-Each is an operator of torch, too: ``torch.ops.mmdet_norms.affine`` and so on, known to the compiler and, but for the
-two of the backward pass, to autograd. The functions themselves are not, which saves the time to look that up.
+Arguments of the kernels:
+
+* ``x``, ``grad``, ``y``, ``out``: maps of N images of C channels and ``UNIT * S`` positions (H W), in channels_last if
+  LAST.
+* ``centre``, ``scale``, ``shift``, ``gain``, ``slope``: ``(C,)``, or ``(N, C)`` if PER_INSTANCE; ``mean``, ``var``,
+  ``total``, ``centred_total``, too.
+* ``origins``, ``sums``, ``squares``, ``centred_sums``: ``(N * parts, C)``, of each piece of an image.
+* ``parts``: pieces of an image. ``turns``: tiles of a piece. ``length``: positions of a piece. ``rows``: pieces that
+  are joined.
+* BLOCK_S positions of BLOCK_C channels are a tile, BLOCK_P pieces are joined at a time, ACC is the dtype of sums.
 """
 
 import math
@@ -15,7 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dense, is_channels_last, launch, like, pieces, pointwise_tile, power_of_two, wide
+from ..groups import groups_of, moments_of_groups, of_images, sums_of_groups
+from ..layouts import dense, is_channels_last, like
+from .common import launch, pieces, pointwise_tile, power_of_two, wide
 
 
 @triton.jit
@@ -122,6 +132,7 @@ def _affine_kernel(
     PER_INSTANCE: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
+    """``y = scale * (x - centre) + shift``, a tile of it."""
     S *= UNIT
     n, first, piece = _place(C, S, parts, LAST, BLOCK_C)
     c, s = first + tl.arange(0, BLOCK_C), piece * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -141,6 +152,7 @@ def _gradient_sums_kernel(
     PER_INSTANCE: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
+    """Sums of ``grad`` and of ``grad * (x - centre)`` over a piece."""
     S *= UNIT
     n, first, piece = _place(C, S, parts, LAST, BLOCK_C)
     c, lane = first + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S)
@@ -188,6 +200,7 @@ def _gradient_kernel(
     PER_INSTANCE: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
+    """``out = gain * grad + slope * (x - centre) + shift``, a tile of it."""
     S *= UNIT
     n, first, piece = _place(C, S, parts, LAST, BLOCK_C)
     c, s = first + tl.arange(0, BLOCK_C), piece * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -229,6 +242,7 @@ def _join_tile(x: Tensor, rows: int) -> dict[str, int]:
 
 
 def _joined_moments(x: Tensor, per_instance: bool, centred: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, ``(C,)`` or ``(N, C)``; not centred: no mean, and ``E[x^2]`` for the variance."""
     x = dense(x)
     cut, tile = _reduction(x)
     options = dict(dtype=wide(x.dtype), device=x.device)
@@ -257,28 +271,29 @@ def _pointwise(kernel, x: Tensor, *args: Tensor, vector: Tensor) -> None:
     )  # fmt: skip
 
 
-def second_moment(x: Tensor) -> Tensor:
-    """``E[x^2]`` per channel ``(C,)``, in fp32 (fp64 for fp64), of a map that is not empty."""
-    return _joined_moments(x, False, False)[1]
+def second_moment(x: Tensor, groups: int | None = None) -> Tensor:
+    if groups is None:
+        return _joined_moments(x, False, False)[1]
+    return sums_of_groups(_joined_moments(x, True, False)[1], groups) / (len(x) // groups)
 
 
-def moments(x: Tensor, per_instance: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, ``(C,)`` or ``(N, C)``, from deviations: a mean that is large against them is fine."""
-    return _joined_moments(x, per_instance, True)
+def moments(x: Tensor, groups: int | None = None) -> tuple[Tensor, Tensor]:
+    if groups is None:
+        return _joined_moments(x, False, True)
+    return moments_of_groups(*_joined_moments(x, True, True), groups)
 
 
 def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``scale * (x - centre) + shift``; all vectors alike, ``(C,)`` or ``(N, C)``; dtype and layout of x."""
     x = dense(x)
     y = torch.empty_like(x)
-    _pointwise(_affine_kernel, x, x, *_contiguous(centre, scale, shift), y, vector=centre)
+    vectors = _vectors(x, centre, scale, shift)
+    _pointwise(_affine_kernel, x, x, *vectors, y, vector=vectors[0])
     return y
 
 
 def gradient_sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum grad`` and ``sum grad * (x - centre)``, shaped as ``centre``: ``(C,)`` or ``(N, C)``."""
-    x = dense(x)
-    grad, (centre,) = like(grad, x), _contiguous(centre)
+    x, groups = dense(x), groups_of(centre)
+    grad, (centre,) = like(grad, x), _vectors(x, centre)
     cut, tile = _reduction(x)
     per_instance = centre.dim() == 2
     sums = torch.empty(2, x.shape[0] * cut['parts'], x.shape[1], dtype=wide(x.dtype), device=x.device)
@@ -293,89 +308,19 @@ def gradient_sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tens
         _join_sums_kernel, total.numel() // x.shape[1] * triton.cdiv(x.shape[1], join['BLOCK_C']), x, *sums, total,
         centred, x.shape[1], rows, **join, per_instance=per_instance,
     )  # fmt: skip
-    return total, centred
+    if groups is None:
+        return total, centred
+    return sums_of_groups(total, groups), sums_of_groups(centred, groups)
 
 
 def gradient(grad: Tensor, x: Tensor, gain: Tensor, centre: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
-    """``gain * grad + slope * (x - centre) + shift``; all vectors alike, ``(C,)`` or ``(N, C)``."""
     x = dense(x)
     out = torch.empty_like(x)
-    vectors = _contiguous(gain, centre, slope, shift)
-    _pointwise(_gradient_kernel, x, like(grad, x), x, *vectors, out, vector=centre)
+    vectors = _vectors(x, gain, centre, slope, shift)
+    _pointwise(_gradient_kernel, x, like(grad, x), x, *vectors, out, vector=vectors[0])
     return out
 
 
-def _contiguous(*vectors: Tensor) -> list[Tensor]:
-    return [vector.contiguous() for vector in vectors]
-
-
-second_moment_op, moments_op, affine_op, gradient_sums_op, gradient_op = (
-    torch.library.custom_op(f'mmdet_norms::{function.__name__}', function, mutates_args=())
-    for function in (second_moment, moments, affine, gradient_sums, gradient)
-)
-
-
-@second_moment_op.register_fake
-def _(x):
-    return x.new_empty(x.shape[1], dtype=wide(x.dtype))
-
-
-@moments_op.register_fake
-def _(x, per_instance=False):
-    shape = x.shape[:2] if per_instance else x.shape[1:2]
-    return x.new_empty(shape, dtype=wide(x.dtype)), x.new_empty(shape, dtype=wide(x.dtype))
-
-
-@affine_op.register_fake
-def _(x, centre, scale, shift):
-    return torch.empty_like(dense(x))
-
-
-@gradient_sums_op.register_fake
-def _(grad, x, centre):
-    return tuple(x.new_empty(centre.shape, dtype=wide(x.dtype)) for _ in range(2))
-
-
-@gradient_op.register_fake
-def _(grad, x, gain, centre, slope, shift):
-    return torch.empty_like(dense(x))
-
-
-def _second_moment_backward(ctx, grad):
-    (x,) = ctx.saved_tensors
-    scale = grad * (2 * x.shape[1] / x.numel())
-    zero = torch.zeros_like(scale)
-    return affine_op(x, zero, scale, zero)
-
-
-def _moments_backward(ctx, of_mean, of_var):
-    x, mean = ctx.saved_tensors
-    count = x.numel() // mean.numel()
-    return affine_op(x, mean, of_var * (2 / count), of_mean / count), None
-
-
-def _affine_backward(ctx, grad):
-    x, centre, scale, _ = ctx.saved_tensors
-    of_x = of_centre = of_scale = of_shift = None
-    if ctx.needs_input_grad[0]:
-        zero = torch.zeros_like(scale)
-        of_x = affine_op(grad, zero, scale, zero)
-    if any(ctx.needs_input_grad[1:]):
-        of_shift, of_scale = gradient_sums_op(grad, x, centre)
-        of_centre = -scale * of_shift
-    return of_x, of_centre, of_scale, of_shift
-
-
-def _save(*of_output: int):
-    """A context with all tensors of the input, and these of the output."""
-
-    def setup_context(ctx, inputs, output):
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
-        ctx.save_for_backward(*tensors, *(output[i] for i in of_output))
-
-    return setup_context
-
-
-second_moment_op.register_autograd(_second_moment_backward, setup_context=_save())
-moments_op.register_autograd(_moments_backward, setup_context=_save(0))
-affine_op.register_autograd(_affine_backward, setup_context=_save())
+def _vectors(x: Tensor, *vectors: Tensor) -> list[Tensor]:
+    """As kernels read them: ``(C,)``, or ``(N, C)`` from those of groups ``(G, C)``."""
+    return [(of_images(v, x.shape[0]) if v.dim() == 2 else v).contiguous() for v in vectors]

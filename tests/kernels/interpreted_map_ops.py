@@ -1,4 +1,4 @@
-"""The Triton kernels of the passes, and the layers on all of them, run by Triton's interpreter on a CPU.
+"""The Triton kernels of the map operations, and the layers on all of them, run by Triton's interpreter on a CPU.
 
 Collected by test_triton_interpreted.py, which sets it.
 """
@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_norms.kernels import gpu
-from mmdet_norms.kernels import map_ops as everywhere
+from mmdet_norms.kernels import choose, gpu, map_formula
 from mmdet_norms.kernels.gpu import depthwise_triton, map_triton
 from mmdet_norms.layers import AN, BNET, CBN, MABN
 
@@ -39,7 +38,7 @@ def on_cpu(monkeypatch):
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('dtype, tolerance', DTYPES)
 @pytest.mark.parametrize('per_instance', [False, True])
-def test_every_pass_equals_its_formula(per_instance, dtype, tolerance, layout):
+def test_every_operation_equals_its_formula(per_instance, dtype, tolerance, layout):
     over, wide = (2, 3) if per_instance else (0, 2, 3), torch.promote_types(dtype, torch.float32)
     exactly = 1e-12 if dtype == torch.float64 else 1e-5
     for seed, shape in enumerate(SHAPES if layout != 'transposed' else SHAPES[:1]):
@@ -48,7 +47,7 @@ def test_every_pass_equals_its_formula(per_instance, dtype, tolerance, layout):
         x = LAYOUTS[layout](x)
         exact, exact_grad = x.double(), grad.double()
         gain, centre, scale, shift = torch.randn(4, *(x.shape[:2] if per_instance else x.shape[1:2]), dtype=wide)
-        mean, var = map_triton.moments(x, per_instance)
+        mean, var = map_triton.moments(x, len(x) if per_instance else None)
         assert mean.dtype == var.dtype == wide
         close(mean, exact.mean(over), exactly)
         close(var, exact.var(over, correction=0), exactly)
@@ -73,7 +72,7 @@ def test_an_instance_may_be_read_in_pieces_of_several_tiles(layout, monkeypatch)
     x[:, :, 0] += 5  # the first tile is far from the mean
     x = LAYOUTS[layout](x)
     for per_instance, over in ((False, (0, 2, 3)), (True, (2, 3))):
-        mean, var = map_triton.moments(x, per_instance)
+        mean, var = map_triton.moments(x, len(x) if per_instance else None)
         torch.testing.assert_close(mean, x.mean(over))
         torch.testing.assert_close(var, x.var(over, correction=0))
         total, centred = map_triton.gradient_sums(grad, x, mean)
@@ -87,7 +86,7 @@ def test_an_instance_may_be_read_in_pieces_of_several_tiles(layout, monkeypatch)
 def test_moments_survive_a_huge_mean(offset, layout):
     x = LAYOUTS[layout]((torch.randn(2, 3, 40, 50, dtype=torch.float64) + offset).float())
     for per_instance, over in ((False, (0, 2, 3)), (True, (2, 3))):
-        mean, var = map_triton.moments(x, per_instance)
+        mean, var = map_triton.moments(x, len(x) if per_instance else None)
         torch.testing.assert_close(mean.double(), x.double().mean(over), rtol=2e-7, atol=1e-6)
         torch.testing.assert_close(var.double(), x.double().var(over, correction=0), rtol=2e-5, atol=0)
 
@@ -99,41 +98,17 @@ def test_a_constant_map_has_no_variance_and_nan_stays_nan():
     assert [v.isnan().tolist() for v in map_triton.moments(x)] == [[True, False]] * 2
 
 
-@pytest.mark.parametrize('per_instance', [False, True])
-def test_the_operators_have_the_gradients_of_their_formulas(per_instance):
-    ops, over = torch.ops.mmdet_norms, (2, 3) if per_instance else (0, 2, 3)
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    vectors = torch.randn(3, *(x.shape[:2] if per_instance else x.shape[1:2]), dtype=torch.float64)
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+def test_groups_of_images_are_what_they_are_on_a_cpu(layout):
+    torch.manual_seed(0)
+    x, grad = (LAYOUTS[layout](t) for t in torch.randn(2, 4, 3, 5, 6, dtype=torch.float64))
+    vectors = torch.randn(4, 2, 3, dtype=torch.float64)
 
-    def by_ops(x, *vectors):
-        mean, var = ops.moments(x, per_instance)
-        moment = 0 if per_instance else ops.second_moment(x).cos().sum()
-        return ops.affine(x, *vectors).sin().sum() + (mean.sin() * var.exp()).sum() + moment
+    def every(ops):
+        results = [ops.second_moment(x, 2), *ops.moments(x, 2), *ops.gradient_sums(grad, x, vectors[1])]
+        return [*results, ops.affine(x, *vectors[1:]), ops.gradient(grad, x, *vectors)]
 
-    def literal(x, centre, scale, shift):
-        var, mean = torch.var_mean(x, over, correction=0)
-        moment = 0 if per_instance else x.square().mean(over).cos().sum()
-        y = spread(scale) * (x - spread(centre)) + spread(shift)
-        return y.sin().sum() + (mean.sin() * var.exp()).sum() + moment
-
-    both = []
-    for function in (by_ops, literal):
-        leaves = [t.clone().requires_grad_() for t in (x, *vectors)]
-        both.append(torch.autograd.grad(function(*leaves), leaves))
-    torch.testing.assert_close(*both)
-
-
-def test_the_operators_keep_what_torch_requires_of_them():
-    x, vectors = torch.randn(1, 2, 2, 2, requires_grad=True), torch.randn(4, 2)
-    leaves, ops = [v.clone().requires_grad_() for v in vectors[:3]], torch.ops.mmdet_norms
-    for op, args in [
-        (ops.second_moment, (x,)),
-        (ops.moments, (x, True)),
-        (ops.affine, (x, *leaves)),
-        (ops.gradient_sums, (x.detach(), x.detach(), vectors[0])),
-        (ops.gradient, (x.detach(), x.detach(), *vectors)),
-    ]:
-        torch.library.opcheck(op.default, args)
+    torch.testing.assert_close(every(map_triton), every(map_formula))
 
 
 LAYERS = {
@@ -217,11 +192,11 @@ def test_compiled_bnet_is_one_operator_in_each_direction(on_cpu):
 
 
 @pytest.mark.parametrize('change', ['dtype', 'kernel', 'subclass', 'tracing', 'vmap', 'empty', 'dimensions', 'device'])
-def test_what_the_kernels_do_not_serve(change, on_cpu, monkeypatch):
-    x, taps = torch.randn(1, 2, 3, 3), torch.randn(2, 1, 3, 3)
-    assert gpu.is_supported(x, taps) and everywhere._has_triton(x)
+def test_what_the_kernels_do_not_support(change, on_cpu, monkeypatch):
+    x, weight = torch.randn(1, 2, 3, 3), torch.randn(2, 1, 3, 3)
+    assert gpu.is_supported(x, weight) and choose.map_operations(x) is map_triton
     if change == 'dtype':
-        assert not gpu.is_supported(x.int()) and not gpu.is_supported(x, taps.int())
+        assert not gpu.is_supported(x.int()) and not gpu.is_supported(x, weight.int())
     elif change == 'kernel':
         assert not gpu.is_supported(x, torch.randn(2, 1, 9, 9))
     elif change == 'subclass':

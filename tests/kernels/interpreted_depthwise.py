@@ -24,7 +24,7 @@ CASES = [  # kernel size, dtype, layout, shape
     (3, torch.float16, LAST, (1, 3, 3, 18)),  # two blocks of columns
     (5, torch.float64, CONTIGUOUS, (1, 1, 3, 12)),
     (5, torch.float32, LAST, (1, 2, 3, 9)),
-    (7, torch.float64, CONTIGUOUS, (1, 2, 3, 4)),  # the map is smaller than the taps
+    (7, torch.float64, CONTIGUOUS, (1, 2, 3, 4)),  # the map is smaller than the kernel
     (7, torch.float16, CONTIGUOUS, (1, 1, 2, 12)),
     (5, torch.float64, CONTIGUOUS, (1, 2, 5, 10)),  # two columns at once
     (3, torch.float32, LAST, (1, 64, 3, 9)),  # two channels a thread
@@ -40,7 +40,7 @@ def literal(x, weight, bias, mean=None, var=None):
 
 
 def by_triton(x, weight, bias, *statistics):
-    return gpu.normalize_and_convolve(x, weight, bias, 1e-5, *statistics)[0]
+    return depthwise_triton.normalize_and_convolve(x, weight, bias, 1e-5, *statistics)[0]
 
 
 def tensors(size, dtype, layout, shape, seed=0):
@@ -90,8 +90,8 @@ def test_programs_may_share_out_instances_and_rows_as_they_like(layout, monkeypa
 
 def test_statistics_are_returned_and_survive_a_huge_mean():
     x = (torch.randn(2, 3, 7, 9, dtype=torch.float64) + 1e4).float()
-    taps = torch.ones(3, 1, 1, 1, requires_grad=True)
-    _, mean, var = gpu.normalize_and_convolve(x, taps, torch.zeros(3), 1e-5)
+    weight = torch.ones(3, 1, 1, 1, requires_grad=True)
+    _, mean, var = depthwise_triton.normalize_and_convolve(x, weight, torch.zeros(3), 1e-5)
     torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=2e-7, atol=0)
     torch.testing.assert_close(var.double(), x.double().var((0, 2, 3), correction=0), rtol=1e-4, atol=0)
     assert not mean.requires_grad and not var.requires_grad

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmdet_norms.kernels import compiled, depthwise
+from mmdet_norms.kernels import compiled, depthwise, depthwise_compiled, depthwise_torch
 from mmdet_norms.layers import BNET
 
 WAYS = [
-    pytest.param(depthwise._InTorch, id='in torch'),
+    pytest.param(depthwise_torch._InTorch, id='in torch'),
     pytest.param(
-        depthwise._Compiled,
+        depthwise_compiled._Compiled,
         id='compiled',
         marks=pytest.mark.skipif(compiled.library() is None, reason='installed without a C compiler'),
     ),
@@ -64,12 +64,12 @@ def test_a_few_channels_at_a_time_are_what_all_at_once_are(monkeypatch, size, la
     stats = (torch.randn(75).double(), torch.rand(75).double() + 0.5) if given else (None, None)
     results, parts = [], []
     for values in (1, 1 << 30):
-        monkeypatch.setattr(depthwise, '_IN_CACHE', values)
+        monkeypatch.setattr(depthwise_torch, '_IN_CACHE', values)
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-        outputs = depthwise._InTorch.apply(*leaves, 1e-5, *stats)
+        outputs = depthwise_torch._InTorch.apply(*leaves, 1e-5, *stats)
         outputs[0].square().sum().backward()
         results.append([*outputs, *(leaf.grad for leaf in leaves)])
-        parts.append(len(depthwise._parts(x)))
+        parts.append(len(depthwise_torch.channels_at_a_time(x)))
     assert parts == [3 if layout == torch.channels_last else 5, 1]
     assert outputs[0].is_contiguous(memory_format=layout)
     for few, all_at_once in zip(*results):
@@ -221,7 +221,7 @@ def test_the_librarys_relu_keeps_what_is_not_a_number(residual, layout):
     other = torch.zeros_like(x)
     x[0, 0, 2, 2] = other[1, 18, 0, 0] = torch.nan
     weight, bias = torch.randn(19, 1, 3, 3), torch.randn(19)
-    y = depthwise._compiled_inference(x, weight, bias, other if residual else None, True, False)
+    y = depthwise_compiled.inference(x, weight, bias, other if residual else None, True, False)
     expected = F.conv2d(x, weight, bias, padding=1, groups=19)
     torch.testing.assert_close(y, (expected + other if residual else expected).relu(), equal_nan=True)
     assert y.isnan().sum() == 9 + residual
