@@ -9,6 +9,16 @@ enum { NAME(LANES) = 64 / sizeof(REAL), NAME(BLOCK) = 4 * 64 / sizeof(REAL) };
 typedef REAL NAME(vec) __attribute__((vector_size(64)));
 typedef REAL NAME(loose) __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
 
+/* What to compute, from and into what:
+ *
+ *   maps x, grad, residual, y, grad_x: (n, c, h, w), all contiguous or, `last`, all channels-last
+ *   kernels weight, grad_weight: (c, k, k), k odd
+ *   values of channels bias, grad_bias, mean, var: (c)
+ *   eps: added to the variance, in units of x squared
+ *   of_batch: mean and var are those of x, to be computed forward; else they are given
+ *   needs_x, needs_weight: which gradients are wanted backward; relu: whether forward ends with it
+ *
+ * NULL: none. What is not const is written to. */
 typedef struct {
     const REAL *x, *grad, *weight, *bias, *residual;
     REAL *y, *grad_x, *grad_weight, *grad_bias, *mean, *var;
@@ -67,9 +77,9 @@ static inline __attribute__((always_inline)) void NAME(end_row)(
     else memcpy(out, row, w * sizeof(REAL));
 }
 
-/* out = bias + taps * plane. Runs over the plane as one long row; what it computes between the rows is not copied. */
+/* out = bias + kernel * plane. Runs over the plane as one long row; what it computes between the rows is not copied. */
 static inline __attribute__((always_inline)) void NAME(convolve_k)(
-    REAL *out, REAL *row_by_row, const REAL *plane, const REAL *taps, REAL bias, const REAL *residual, int64_t h,
+    REAL *out, REAL *row_by_row, const REAL *plane, const REAL *kernel, REAL bias, const REAL *residual, int64_t h,
     int64_t w, const int k, int relu) {
     const int64_t stride = w + k - 1;
     for (int64_t at = 0; at < h * stride; at += NAME(BLOCK)) {
@@ -78,7 +88,7 @@ static inline __attribute__((always_inline)) void NAME(convolve_k)(
         for (int i = 0; i < k; i++)
             for (int j = 0; j < k; j++) {
                 const REAL *p = plane + at + i * stride + j;
-                for (int b = 0; b < 4; b++) acc[b] += taps[i * k + j] * LOAD(p + b * NAME(LANES));
+                for (int b = 0; b < 4; b++) acc[b] += kernel[i * k + j] * LOAD(p + b * NAME(LANES));
             }
         for (int b = 0; b < 4; b++) *(NAME(loose) *)(row_by_row + at + b * NAME(LANES)) = acc[b];
     }
@@ -87,12 +97,12 @@ static inline __attribute__((always_inline)) void NAME(convolve_k)(
 }
 
 CLONES static void NAME(convolve)(
-    REAL *out, REAL *row_by_row, const REAL *plane, const REAL *taps, REAL bias, const REAL *residual, int64_t h,
+    REAL *out, REAL *row_by_row, const REAL *plane, const REAL *kernel, REAL bias, const REAL *residual, int64_t h,
     int64_t w, int k, int relu) {
-    if (k == 3) NAME(convolve_k)(out, row_by_row, plane, taps, bias, residual, h, w, 3, relu);
-    else if (k == 5) NAME(convolve_k)(out, row_by_row, plane, taps, bias, residual, h, w, 5, relu);
-    else if (k == 7) NAME(convolve_k)(out, row_by_row, plane, taps, bias, residual, h, w, 7, relu);
-    else NAME(convolve_k)(out, row_by_row, plane, taps, bias, residual, h, w, k, relu);
+    if (k == 3) NAME(convolve_k)(out, row_by_row, plane, kernel, bias, residual, h, w, 3, relu);
+    else if (k == 5) NAME(convolve_k)(out, row_by_row, plane, kernel, bias, residual, h, w, 5, relu);
+    else if (k == 7) NAME(convolve_k)(out, row_by_row, plane, kernel, bias, residual, h, w, 7, relu);
+    else NAME(convolve_k)(out, row_by_row, plane, kernel, bias, residual, h, w, k, relu);
 }
 
 /* sums[i * k + j] += sum of grad[row, col] * plane[row + i, col + j]; both planes are bordered. */
@@ -127,17 +137,17 @@ CLONES static void NAME(finish)(
 
 static int NAME(channels)(void *argument, int64_t begin, int64_t end, int backward) {
     const NAME(job) *job = argument;
-    const int k = job->k, taps = k * k;
+    const int k = job->k, area = k * k;
     const int64_t n = job->n, h = job->h, w = job->w, size = h * w;
     const double count = (double)n * size;
     /* The last block of columns reaches beyond the last row. */
     const size_t plane_size = (size_t)(h + k - 1) * (w + k - 1) + NAME(BLOCK) + k;
     REAL *plane = calloc(plane_size, sizeof(REAL)), *other = backward ? calloc(plane_size, sizeof(REAL)) : plane;
-    REAL *row_by_row = malloc(plane_size * sizeof(REAL)), *flipped = malloc(taps * sizeof(REAL));
-    double *sums = malloc(taps * sizeof(double));
+    REAL *row_by_row = malloc(plane_size * sizeof(REAL)), *flipped = malloc(area * sizeof(REAL));
+    double *sums = malloc(area * sizeof(double));
     int failed = !plane || !other || !row_by_row || !flipped || !sums;
     for (int64_t c = begin; c < end && !failed; c++) {
-        const REAL *weight = job->weight + c * taps;
+        const REAL *weight = job->weight + c * area;
         if (!backward && job->of_batch) {
             double sum = 0, squares = 0;
             for (int64_t i = 0; i < n; i++) sum += NAME(moment)(job->x + (i * job->c + c) * size, size, 0, 1);
@@ -156,7 +166,7 @@ static int NAME(channels)(void *argument, int64_t begin, int64_t end, int backwa
             }
             continue;
         }
-        for (int t = 0; t < taps; t++) sums[t] = 0, flipped[t] = weight[taps - 1 - t];
+        for (int t = 0; t < area; t++) sums[t] = 0, flipped[t] = weight[area - 1 - t];
         double bias = 0, average = 0, slope = 0;
         for (int64_t i = 0; i < n; i++) {
             const int64_t at = (i * job->c + c) * size;
@@ -172,8 +182,8 @@ static int NAME(channels)(void *argument, int64_t begin, int64_t end, int backwa
             }
         }
         job->grad_bias[c] = bias;
-        for (int t = 0; t < taps; t++) {
-            job->grad_weight[c * taps + t] = sums[t];
+        for (int t = 0; t < area; t++) {
+            job->grad_weight[c * area + t] = sums[t];
             slope += sums[t] * weight[t];
         }
         if (job->needs_x) {
@@ -231,7 +241,7 @@ CLONES static void NAME(fill_last)(
 }
 
 static inline __attribute__((always_inline)) void NAME(convolve_last_k)(
-    REAL *out, const REAL *plane, const REAL *taps, const REAL *bias, const REAL *residual, int64_t channels, int64_t h,
+    REAL *out, const REAL *plane, const REAL *kernel, const REAL *bias, const REAL *residual, int64_t channels, int64_t h,
     int64_t w, const int k, int lanes, int relu, REAL *sums) {
     const int64_t stride = w + k - 1;
     NAME(vec) sum = {0};
@@ -242,9 +252,9 @@ static inline __attribute__((always_inline)) void NAME(convolve_last_k)(
             NAME(vec) acc[4] = {start, start, start, start};
             for (int i = 0; i < k; i++)
                 for (int j = 0; j < k; j++) {
-                    const NAME(vec) tap = LOAD(taps + (i * k + j) * NAME(LANES));
+                    const NAME(vec) value = LOAD(kernel + (i * k + j) * NAME(LANES));
                     const REAL *p = plane + ((row + i) * stride + col + j) * NAME(LANES);
-                    for (int b = 0; b < 4; b++) acc[b] += tap * LOAD(p + b * NAME(LANES));
+                    for (int b = 0; b < 4; b++) acc[b] += value * LOAD(p + b * NAME(LANES));
                 }
             for (int b = 0; b < columns; b++) {
                 const int64_t pixel = (row * w + col + b) * channels;
@@ -268,12 +278,12 @@ static inline __attribute__((always_inline)) void NAME(convolve_last_k)(
 }
 
 CLONES static void NAME(convolve_last)(
-    REAL *out, const REAL *plane, const REAL *taps, const REAL *bias, const REAL *residual, int64_t channels, int64_t h,
+    REAL *out, const REAL *plane, const REAL *kernel, const REAL *bias, const REAL *residual, int64_t channels, int64_t h,
     int64_t w, int k, int lanes, int relu, REAL *sums) {
-    if (k == 3) NAME(convolve_last_k)(out, plane, taps, bias, residual, channels, h, w, 3, lanes, relu, sums);
-    else if (k == 5) NAME(convolve_last_k)(out, plane, taps, bias, residual, channels, h, w, 5, lanes, relu, sums);
-    else if (k == 7) NAME(convolve_last_k)(out, plane, taps, bias, residual, channels, h, w, 7, lanes, relu, sums);
-    else NAME(convolve_last_k)(out, plane, taps, bias, residual, channels, h, w, k, lanes, relu, sums);
+    if (k == 3) NAME(convolve_last_k)(out, plane, kernel, bias, residual, channels, h, w, 3, lanes, relu, sums);
+    else if (k == 5) NAME(convolve_last_k)(out, plane, kernel, bias, residual, channels, h, w, 5, lanes, relu, sums);
+    else if (k == 7) NAME(convolve_last_k)(out, plane, kernel, bias, residual, channels, h, w, 7, lanes, relu, sums);
+    else NAME(convolve_last_k)(out, plane, kernel, bias, residual, channels, h, w, k, lanes, relu, sums);
 }
 
 static inline __attribute__((always_inline)) void NAME(correlate_last_k)(
@@ -313,21 +323,21 @@ CLONES static void NAME(finish_last)(
 static int NAME(channels_last)(void *argument, int64_t begin, int64_t end, int backward) {
     const NAME(job) *job = argument;
     enum { L = NAME(LANES) };
-    const int k = job->k, taps = k * k;
+    const int k = job->k, area = k * k;
     const int64_t n = job->n, h = job->h, w = job->w, image = h * w * job->c;
     const double count = (double)n * h * w;
     /* The last columns are read four at a time, beyond the last row. */
     const size_t plane_size = ((size_t)(h + k - 1) * (w + k - 1) + 4) * L;
     REAL *plane = calloc(plane_size, sizeof(REAL)), *other = backward ? calloc(plane_size, sizeof(REAL)) : plane;
-    REAL *packed = malloc(taps * L * sizeof(REAL)), *sums = malloc(taps * L * sizeof(REAL));
+    REAL *packed = malloc(area * L * sizeof(REAL)), *sums = malloc(area * L * sizeof(REAL));
     int failed = !plane || !other || !packed || !sums;
     for (int64_t block = begin; block < end && !failed; block++) {
         const int64_t c = block * L;
         const int lanes = job->c - c < L ? job->c - c : L;
         REAL mean[L] = {0}, rstd[L] = {0}, bias[L] = {0}, average[L] = {0}, slope[L] = {0}, zero[L] = {0}, one[L];
         for (int l = 0; l < L; l++) one[l] = 1;
-        memset(sums, 0, taps * L * sizeof(REAL));
-        memset(packed, 0, taps * L * sizeof(REAL));
+        memset(sums, 0, area * L * sizeof(REAL));
+        memset(packed, 0, area * L * sizeof(REAL));
         if (!backward && job->of_batch) {
             double first[L], second[L];
             for (int l = 0; l < lanes; l++) mean[l] = job->x[c + l]; /* near enough for a mean without cancellation */
@@ -340,7 +350,7 @@ static int NAME(channels_last)(void *argument, int64_t begin, int64_t end, int b
             mean[l] = job->mean[c + l];
             rstd[l] = 1 / sqrt((double)job->var[c + l] + job->eps);
             if (!backward) bias[l] = job->bias[c + l];
-            for (int t = 0; t < taps; t++) packed[t * L + l] = job->weight[(c + l) * taps + (backward ? taps - 1 - t : t)];
+            for (int t = 0; t < area; t++) packed[t * L + l] = job->weight[(c + l) * area + (backward ? area - 1 - t : t)];
         }
         if (!backward) {
             for (int64_t i = 0; i < n; i++) {
@@ -364,9 +374,9 @@ static int NAME(channels_last)(void *argument, int64_t begin, int64_t end, int b
         }
         for (int l = 0; l < lanes; l++) {
             job->grad_bias[c + l] = bias[l];
-            for (int t = 0; t < taps; t++) {
-                job->grad_weight[(c + l) * taps + t] = sums[t * L + l];
-                slope[l] += sums[t * L + l] * job->weight[(c + l) * taps + t];
+            for (int t = 0; t < area; t++) {
+                job->grad_weight[(c + l) * area + t] = sums[t * L + l];
+                slope[l] += sums[t * L + l] * job->weight[(c + l) * area + t];
             }
             average[l] = job->of_batch ? average[l] / count : 0;
             slope[l] = job->of_batch ? slope[l] / count * rstd[l] : 0;
@@ -396,16 +406,16 @@ static int NAME(is_sound)(const NAME(job) *job, int backward) {
     const int64_t k = job->k, largest = (int64_t)1 << 48;
     if (k < 1 || k % 2 == 0 || k > LARGEST_KERNEL || job->h < 0 || job->h > largest || job->w < 0 || job->w > largest)
         return 0;
-    int64_t map = sizeof(REAL), taps = k * k, plane = NAME(LANES) * sizeof(REAL);
+    int64_t map = sizeof(REAL), kernels = k * k, plane = NAME(LANES) * sizeof(REAL);
     if (!multiply(&map, job->n) || !multiply(&map, job->c) || !multiply(&map, job->h) || !multiply(&map, job->w)) return 0;
-    if (!multiply(&taps, job->c)) return 0;
+    if (!multiply(&kernels, job->c)) return 0;
     map /= sizeof(REAL);
     /* The border is there where the map is empty, too; somewhat more is read beyond the end. */
     if (map && (!multiply(&plane, job->h + k) || !multiply(&plane, job->w + k) || plane > INT64_MAX / 2)) return 0;
     if (!backward && job->of_batch && map <= job->c) return 0;
     const void *const at[11] = {job->x,      job->grad,        job->weight,    job->bias, job->residual, job->y,
                                 job->grad_x, job->grad_weight, job->grad_bias, job->mean, job->var};
-    const int64_t size[11] = {map, map, taps, job->c, map, map, map, taps, job->c, job->c, job->c};
+    const int64_t size[11] = {map, map, kernels, job->c, map, map, map, kernels, job->c, job->c, job->c};
     const int in_forward[11] = {1, 0, 1, 1, job->residual != NULL, 1, 0, 0, 0, 1, 1};
     const int in_backward[11] = {1, 1, 1, 0, 0, 0, job->needs_x, 1, 1, 1, 1};
     for (int i = 0; i < 11; i++) {

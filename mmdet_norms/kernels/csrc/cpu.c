@@ -66,7 +66,7 @@ static int in_threads(work function, void *job, int64_t pieces, int threads, tea
 }
 
 enum { DONE = 0, NO_MEMORY = 1, REFUSED = 2 }; /* what a function returns */
-enum { LARGEST_KERNEL = 4095 }; /* in compiled.py, too: LARGEST_KERNEL^2 taps of 16 channels have 32 bit numbers */
+enum { LARGEST_KERNEL = 4095 }; /* in compiled.py, too: LARGEST_KERNEL^2 values of 16 channels have 32 bit numbers */
 
 /* product *= factor, unless that is no number; whether it is one. */
 static int multiply(int64_t *product, int64_t factor) {
