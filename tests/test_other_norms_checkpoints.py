@@ -283,7 +283,7 @@ def test_a_batch_norm_in_attention_is_not_taken_for_the_norm():
         layer.load_state_dict(layer.state_dict())
 
 
-def test_taps_that_folding_left_are_no_other_norms_weights():
+def test_kernels_that_folding_left_are_no_other_norms_weights():
     """Hooks that average a model load the checkpoint of a fused one into it before it is fused itself."""
 
     def net():

@@ -19,13 +19,13 @@ def join_ends(model: nn.Module) -> list[str]:
     joined = []
     for name, block in model.named_modules():
         plain = type(block)
-        if plain.forward in _ENDS and not is_observed(block) and _ends_in_taps(block):
+        if plain.forward in _ENDS and not is_observed(block) and _ends_in_bnet(block):
             block.__class__ = _class(plain)
             joined.append(name)
     return joined
 
 
-def _ends_in_taps(block: nn.Module) -> bool:
+def _ends_in_bnet(block: nn.Module) -> bool:
     conv, norm = _end(block)
     after = getattr(block, 'after_conv3_plugin_names', ()) if getattr(block, 'with_plugins', False) else ()
     return isinstance(norm, FoldedBNET) and isinstance(conv, _ConvNd) and type(block.relu) is nn.ReLU and not after

@@ -128,7 +128,7 @@ def AdaHessian(
 
     ``w -= lr m / (1 - b1^t) / ((v / (1 - b2^t))^(hessian_power / 2) + eps)``, with the averages m of the gradient and v
     of D^2. :class:`SecondOrderOptimWrapper`, which is chosen by itself, estimates D. Unlike the paper's own code,
-    pytorch-optimizer does not average D over the taps of a convolution. A step costs about three of SGD's.
+    pytorch-optimizer does not average D over the elements of a kernel. A step costs about three of SGD's.
 
     Args:
         params, lr, betas, eps: as above. With the 1e-16 of pytorch-optimizer, weights whose curvature rounds to 0 (in

@@ -58,7 +58,7 @@ def kind_of(state: dict[str, Tensor], prefix: str = '') -> str | None:
             return contract.kind if has_statistics else contract.kind_without_statistics or contract.kind
     kind = next((kind for kind, marks in _SHARED.items() if names.intersection(marks)), None)
     if kind == 'affine' and getattr(state.get(prefix + 'weight'), 'ndim', 1) > 1:
-        return None  # taps that folding left of a BNET, about which what is loaded as a fused model has its own words
+        return None  # kernels that folding left of a BNET: a fused model has its own words about them
     return kind
 
 

@@ -1,5 +1,8 @@
 """BNET: batch normalization whose affine step looks at the neighbourhood.
 
+The method in 31 lines: ``reference/bnet.py``; here exact, fast and resumable. How it goes with mmdet's switches and
+other tools: docs/norms.md.
+
 Xu et al., "Batch Normalization with Enhanced Linear Transformation", https://arxiv.org/abs/2011.14150.
 """
 

@@ -207,7 +207,7 @@ def test_convolutions_start_as_kaiming_normal_by_fan_out(name):
             assert not module.bnconv.weight.any() and not module.bnconv.bias.any()
 
 
-def test_components_and_taps_sit_where_the_papers_have_them():
+def test_components_and_kernels_sit_where_the_papers_have_them():
     for name in ROWS:
         layers = {path: m for path, m in build(name).backbone.named_modules() if isinstance(m, (AN, BNET))}
         backbone, norm, *_ = parts(name)
@@ -278,7 +278,7 @@ def test_imagenet_rows_have_their_recipe(name):
 
 
 @pytest.mark.parametrize('name', BNET_ROWS)
-def test_taps_stop_training_at_epoch_61_in_resnet_101_only(name):
+def test_kernels_stop_training_at_epoch_61_in_resnet_101_only(name):
     hooks = [plain(hook) for hook in load(name).get('custom_hooks', [])]
     expected = [dict(type='FreezeBNETHook', epoch=61)]
     assert hooks == (expected if name.startswith('resnet101_bnet') else [])

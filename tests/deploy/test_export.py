@@ -234,7 +234,7 @@ def test_a_two_stage_detector_gives_its_features_and_on_request_its_proposal_map
     path = str(folder / 'features.onnx')
     export.main([*arguments[:2], path, *arguments[2:], '--size', '64', '64'])
     assert 'outputs: features_0, features_1, features_2, features_3, features_4' in capsys.readouterr().out
-    # a stem, two convolutions in 8 blocks, a taps convolution in each, 3 shortcuts; laterals and outputs of the FPN
+    # a stem, two convolutions in 8 blocks, a depthwise one in each, 3 shortcuts; laterals and outputs of the FPN
     assert operators(onnx, path).count('Conv') == 1 + 2 * 8 + 8 + 3 + 4 + 4
     properties = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert properties['mean'] == '123.675 116.28 103.53' and properties['pad_size_divisor'] == '32'

@@ -146,9 +146,9 @@ def test_bnet_is_exact_at_the_borders_too(kernel_size):
     # the tempting alternative: mean into the bias of the depthwise convolution
     norm = module.norm
     std = (norm.bn.running_var + norm.bn.eps).sqrt()
-    taps = norm.bnconv.weight / std[:, None, None, None]
-    bias = norm.bnconv.bias - taps.sum((1, 2, 3)) * norm.bn.running_mean
-    wrong = F.conv2d(module.conv(x), taps, bias, padding=kernel_size // 2, groups=4)
+    kernels = norm.bnconv.weight / std[:, None, None, None]
+    bias = norm.bnconv.bias - kernels.sum((1, 2, 3)) * norm.bn.running_mean
+    wrong = F.conv2d(module.conv(x), kernels, bias, padding=kernel_size // 2, groups=4)
     edge = kernel_size // 2
     inner = (..., slice(edge, 9 - edge), slice(edge, 9 - edge))
     torch.testing.assert_close(wrong[inner], fused(x)[inner])
@@ -160,12 +160,12 @@ def test_bnet_is_exact_at_the_borders_too(kernel_size):
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_the_depthwise_convolution_of_a_bnet_is_one_in_every_layout_and_dtype(kernel_size, dtype, layout):
     model = settled(nn.Sequential(conv(), BNET(4, kernel_size=kernel_size)))
-    taps = fuse(model)[1].to(dtype)
+    rest = fuse(model)[1].to(dtype)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.03}[dtype]
     for x in (noise(2, 4, 9, 7), noise(2, 4, 18, 14)[..., ::2, ::2], noise(0, 4, 9, 7)):
         x = x.to(dtype).to(memory_format=layout) if x.is_contiguous() else x.to(dtype)
-        y = taps(x)
-        expected = F.conv2d(x.double(), taps.weight.double(), taps.bias.double(), padding=kernel_size // 2, groups=4)
+        y = rest(x)
+        expected = F.conv2d(x.double(), rest.weight.double(), rest.bias.double(), padding=kernel_size // 2, groups=4)
         torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
         assert y.dtype == dtype and y.stride() == torch.empty_like(x, memory_format=torch.preserve_format).stride()
 
@@ -552,7 +552,7 @@ def test_the_report_counts_norms_and_parameters(small):
     assert report.kept == {'3.gn': 'its statistics come from the input'}
     # convs 3*4*9 and three times 4*4*9; BN 4+4; BNET 4*9+4; AN tables 2*8, attention 2*4, its norm 2+2; GN 4+4
     before = 108 + 3 * 144 + 8 + 40 + (16 + 8 + 4) + 8
-    # two conv biases; taps as before; AN: attention 2*4+2, mixture 2*8; GN 4+4
+    # two conv biases; kernels as before; AN: attention 2*4+2, mixture 2*8; GN 4+4
     assert report.parameters == (before, 108 + 3 * 144 + 2 * 4 + 40 + (10 + 16) + 8)
     # running mean, variance, counter: BN, BNET, AN and AN's logits
     assert report.buffers == (3 * (4 + 4 + 1) + (2 + 2 + 1), 0)

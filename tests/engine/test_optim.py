@@ -47,6 +47,11 @@ def test_custom_keys_come_before_norm_decay_mult():
     assert decay == {'bnconv.weight': pytest.approx(3e-2), 'bnconv.bias': 0.0}
 
 
+def test_the_rule_for_depthwise_convolutions_does_not_mean_a_norm():
+    groups = decays(model_with('BNET'), dwconv_decay_mult=0.0)
+    assert all(group['weight_decay'] == 1e-2 for group in groups.values())
+
+
 def test_the_published_rule_for_mabns_bias_still_holds():
     groups = decays(model_with('MABN'), bias_lr_mult=2, bias_decay_mult=0)
     (bias,) = (g for name, g in groups.items() if name.endswith('.bias'))

@@ -101,7 +101,7 @@ def test_frozen_stages_freeze_the_placed_norms_too(as_built):
     assert all(p.requires_grad for p in backbone.layer2[0].norm3.parameters())
 
 
-def test_norm_eval_freezes_statistics_everywhere_but_trains_the_taps():
+def test_norm_eval_freezes_statistics_everywhere_but_trains_the_kernels():
     backbone = build(norm_eval=True).train()
     assert not any(m.training for m in backbone.modules() if isinstance(m, _BatchNorm))
     before = {k: v.clone() for k, v in backbone.state_dict().items() if 'running' in k}
@@ -126,10 +126,10 @@ def test_init_from_scratch_zeroes_the_last_norm_or_leaves_it_the_identity(depth,
     backbone = build(depth=depth, zero_init_residual=zero_init)
     backbone.init_weights()
     for block in blocks(backbone):
-        taps = getattr(block, kind).bnconv
-        expected = torch.zeros_like(taps.weight)
+        conv = getattr(block, kind).bnconv
+        expected = torch.zeros_like(conv.weight)
         expected[:, :, 2, 2] = 0 if zero_init else 1
-        assert torch.equal(taps.weight, expected) and taps.bias.abs().max() == 0
+        assert torch.equal(conv.weight, expected) and conv.bias.abs().max() == 0
         assert (block.norm1.weight == 1).all()
 
 

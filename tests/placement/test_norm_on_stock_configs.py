@@ -111,7 +111,7 @@ def test_a_stock_config_trains_with_the_norm_of_the_command_line(path, blocks):
     losses = model.train_step(data, optim_wrapper)
 
     assert all(value.isfinite().all() for value in losses.values())
-    # Off-centre taps start at 0 and weight decay leaves them there: a nonzero one got a gradient.
+    # Around its centre a kernel starts at 0 and weight decay leaves it there: a nonzero one got a gradient.
     trainable = [layer for layer in bnets(model) if layer.bnconv.weight.requires_grad]
     assert len(trainable) >= blocks - 4  # frozen stages
     assert all(off_centre(layer).any() for layer in trainable)
