@@ -23,6 +23,8 @@ CFGS = dict(
     FrozenBN=dict(type='FrozenBN'),
     BNET=dict(type='BNET', kernel_size=3),
     SN=dict(type='SN'),
+    RBN=dict(type='RBN'),
+    BIN=dict(type='BIN'),
     AN=dict(type='AN', k=3),
     CBN=dict(type='CBN', burnin=0),
     MABN=dict(type='MABN', buffer_size=2),
@@ -32,7 +34,7 @@ CFGS = dict(
     LN2d=dict(type='LN2d'),
 )
 LIKE_BN = ('BN', 'GhostBN', 'SyncBN', 'BRN', 'FrozenBN')
-CAN_BE_BN = (*LIKE_BN, 'BNET', 'SN', 'AN', 'CBN')
+CAN_BE_BN = (*LIKE_BN, 'BNET', 'SN', 'RBN', 'BIN', 'AN', 'CBN')
 LOADERS = {
     'strict': lambda module, state: module.load_state_dict(state),
     'not strict': lambda module, state: module.load_state_dict(state, strict=False),
@@ -147,7 +149,7 @@ def test_statistics_folded_into_weight_and_bias_are_batch_norm_only():
     ours.load_state_dict(state)
     affine = nn.functional.conv2d(x, state['conv.weight']) * state['bn.weight'].view(8, 1, 1)
     torch.testing.assert_close(ours(x), affine + state['bn.bias'].view(8, 1, 1))
-    for target in ('BNET', 'SN', 'AN', 'CBN', 'BRN', 'SyncBN', 'GN'):
+    for target in ('BNET', 'SN', 'RBN', 'BIN', 'AN', 'CBN', 'BRN', 'SyncBN', 'GN'):
         with pytest.raises(AnotherFunctionError):
             block(target).load_state_dict(state, strict=False)
 
@@ -223,7 +225,8 @@ def outputs(part: nn.Module, x) -> torch.Tensor:
 
 @pytest.mark.parametrize('place', PLACES)
 @pytest.mark.parametrize(
-    'norm', ['GhostBN', 'SyncBN', 'BRN', 'FrozenBN', 'BNET', 'SN', 'AN', 'CBN', 'MABN', 'GN', 'AN_GN', 'LN2d']
+    'norm',
+    ['GhostBN', 'SyncBN', 'BRN', 'FrozenBN', 'BNET', 'SN', 'RBN', 'BIN', 'AN', 'CBN', 'MABN', 'GN', 'AN_GN', 'LN2d'],
 )
 def test_every_norm_in_every_part_of_a_detector(place, norm):
     cfg, example = PLACES[place]
@@ -243,7 +246,7 @@ def test_every_norm_in_every_part_of_a_detector(place, norm):
 
 
 @pytest.mark.parametrize('position', ['stem', 'norm1', 'norm2', 'norm3', 'last', 'downsample'])
-@pytest.mark.parametrize('norm', ['BRN', 'FrozenBN', 'BNET', 'SN', 'AN', 'CBN', 'MABN', 'SyncBN', 'GN'])
+@pytest.mark.parametrize('norm', ['BRN', 'FrozenBN', 'BNET', 'SN', 'RBN', 'BIN', 'AN', 'CBN', 'MABN', 'SyncBN', 'GN'])
 def test_every_position_of_norm_at(position, norm):
     theirs, x = randomize(build(RESNET)), torch.randn(2, 3, 32, 32)
     ours = build(dict(RESNET, type='NormResNet', norm_at={position: CFGS[norm]}))

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import AN, BNET, BRN, CBN, GN, MABN, SN, CenConv2d, FrozenBN, LN2d, SyncBN
+from ..layers import AN, BIN, BNET, BRN, CBN, GN, MABN, RBN, SN, CenConv2d, FrozenBN, LN2d, SyncBN
 
 CHANNELS = 8
 NORMS: dict[str, Callable[[], nn.Module]] = {
     'AN': lambda: AN(CHANNELS, k=4),
     'AN (GN)': lambda: AN(CHANNELS, norm='GN', k=4, num_groups=2),
+    'BIN': lambda: BIN(CHANNELS),
     'BNET': lambda: BNET(CHANNELS),
     'BRN': lambda: BRN(CHANNELS, warmup_iters=10, r_iters=100, d_iters=100),
     'CBN': lambda: CBN(CHANNELS, burnin=8),
@@ -25,6 +26,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     'GN': lambda: GN(CHANNELS, num_groups=2),
     'LN2d': lambda: LN2d(CHANNELS),
     'MABN': lambda: MABN(CHANNELS, buffer_size=4, warmup_iters=10),
+    'RBN': lambda: RBN(CHANNELS),
     'SN': lambda: SN(CHANNELS),
     'SyncBN': lambda: SyncBN(CHANNELS),
 }

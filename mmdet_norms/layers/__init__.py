@@ -3,6 +3,7 @@
 from ._contract import NORMS, Contract, contract_of
 from ._loading import AnotherFunctionError, AnotherFunctionWarning, another_function_allowed
 from .an import AN
+from .batch_instance_norm import BIN
 from .batch_renorm import BRN
 from .bnet import BNET
 from .cbn import CBN, link_convs
@@ -12,19 +13,24 @@ from .ghost import GhostBN
 from .group_norm import GN
 from .layer_norm import LN2d
 from .mabn import MABN
+from .representative_bn import RBN
 from .switch_norm import SN
 from .sync_bn import SyncBN
 
-NORMS.update((cls.__name__, cls) for cls in (AN, BNET, BRN, CBN, FrozenBN, GhostBN, GN, LN2d, MABN, SN, SyncBN))
+NORMS.update(
+    (cls.__name__, cls) for cls in (AN, BIN, BNET, BRN, CBN, FrozenBN, GhostBN, GN, LN2d, MABN, RBN, SN, SyncBN)
+)
 
 __all__ = [
     'AN',
+    'BIN',
     'BNET',
     'BRN',
     'CBN',
     'GN',
     'MABN',
     'NORMS',
+    'RBN',
     'SN',
     'AnotherFunctionError',
     'AnotherFunctionWarning',

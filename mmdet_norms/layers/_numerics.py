@@ -41,3 +41,12 @@ def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def all_finite(*statistics: Tensor) -> Tensor:
     """Whether all values are finite, as a tensor ``()`` on their device: nobody waits for it."""
     return sum(values.sum() for values in statistics).isfinite()
+
+
+def instance_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``(N, C)`` over ``(H, W)`` of a map ``(N, C, H, W)``, which may be empty."""
+    if x.numel():
+        var, mean = torch.var_mean(x, (2, 3), correction=0)
+        return mean, var
+    mean = x.sum((2, 3))  # empty, too; var_mean would warn
+    return mean, mean

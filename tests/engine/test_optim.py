@@ -77,7 +77,9 @@ def test_the_init_rule_of_mmdets_heads_leaves_a_new_norm_as_it_starts(norm):
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
-ABBREVIATIONS = {name: 'bn' for name in ('AN', 'BN', 'BRN', 'CBN', 'FrozenBN', 'GhostBN', 'MABN', 'SyncBN')}
+ABBREVIATIONS = dict.fromkeys(('AN', 'BIN', 'BN', 'BRN', 'CBN', 'FrozenBN', 'GhostBN', 'MABN', 'RBN', 'SyncBN'), 'bn')
+    name: 'bn' for name in ('AN', 'BIN', 'BN', 'BRN', 'CBN', 'FrozenBN', 'GhostBN', 'MABN', 'RBN', 'SyncBN')
+}
 ABBREVIATIONS |= dict(BNET='bnet', GN='gn', IN='in', LN2d='ln', SN='sn')
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_norms.layers import AN, BNET, BRN, CBN, MABN, SN, CenConv2d, GhostBN, SyncBN
+from mmdet_norms.layers import AN, BIN, BNET, BRN, CBN, MABN, RBN, SN, CenConv2d, GhostBN, SyncBN
 
 NORMS = {
     'BNET': lambda: BNET(4),
@@ -16,6 +16,8 @@ NORMS = {
     'BRN': lambda: BRN(4, warmup_iters=2, r_iters=4, d_iters=4),
     'BRN norm_batch': lambda: BRN(4, warmup_iters=2, r_iters=4, d_iters=4, norm_batch=1),
     'SN': lambda: SN(4),
+    'RBN': lambda: RBN(4),
+    'BIN': lambda: BIN(4),
     'GhostBN': lambda: GhostBN(4, norm_batch=3),
     'GhostBN, image by image': lambda: GhostBN(4, norm_batch=1),
     'SyncBN': lambda: SyncBN(4),
@@ -133,7 +135,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    'name', ['BNET', 'AN', 'BRN', 'BRN norm_batch', 'SN', 'GhostBN', 'SyncBN', 'MABN', 'MABN norm_batch']
+    'name', ['BNET', 'AN', 'BRN', 'BRN norm_batch', 'SN', 'RBN', 'BIN', 'GhostBN', 'SyncBN', 'MABN', 'MABN norm_batch']
 )
 @pytest.mark.filterwarnings('ignore')
 def test_in_compiled_code_too(name):
@@ -152,7 +154,8 @@ def test_in_compiled_code_too(name):
 
 
 @pytest.mark.parametrize(
-    'name', ['BNET', 'AN', 'BRN', 'BRN norm_batch', 'SN', 'GhostBN', 'SyncBN', 'CBN', 'MABN', 'MABN norm_batch']
+    'name',
+    ['BNET', 'AN', 'BRN', 'BRN norm_batch', 'SN', 'RBN', 'BIN', 'GhostBN', 'SyncBN', 'CBN', 'MABN', 'MABN norm_batch'],
 )
 def test_an_overflow_in_half_precision(name):
     """Under autocast a convolution overflows to inf; in a model of halves so does a variance when it is written."""

@@ -26,12 +26,14 @@ from torch.utils.checkpoint import checkpoint
 from helpers.layouts import LAYOUTS
 from mmdet_norms.layers import (
     AN,
+    BIN,
     BNET,
     BRN,
     CBN,
     GN,
     MABN,
     NORMS,
+    RBN,
     SN,
     CenConv2d,
     FrozenBN,
@@ -53,6 +55,7 @@ def mabn():
 MAKE = {
     'AN': lambda: AN(C, k=3),
     'AN-GN': lambda: AN(C, norm='GN', k=2, num_groups=3),
+    'BIN': lambda: BIN(C),
     'BNET': lambda: BNET(C),
     'BNET-5': lambda: BNET(C, kernel_size=5, momentum=None),
     'BRN': lambda: BRN(C, warmup_iters=1, r_iters=3, d_iters=3, momentum=0.1),
@@ -65,6 +68,7 @@ MAKE = {
     'LN2d-CHW': lambda: LN2d(C, over='CHW'),
     'MABN': mabn,
     'MABN norm_batch': lambda: MABN(C, buffer_size=3, warmup_iters=4, norm_batch=1),
+    'RBN': lambda: RBN(C),
     'SN': lambda: SN(C),
     'SyncBN': lambda: SyncBN(C),
 }

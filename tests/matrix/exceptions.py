@@ -35,10 +35,10 @@ def _result_is_contiguous(norm):
 
 def _the_window_has_moved(norm):
     module = ready(norm)
-    before = counts(norm, module)
+    before = counts(module)
     sum(loss_of(module(batch(seed))) for seed in (8, 9)).backward()
     finite({key: p.grad for key, p in module.named_parameters()}, state(module))
-    assert counts(norm, module) == [count + 2 for count in before]
+    assert counts(module) == [count + 2 for count in before]
 
 
 def _statistics_count_twice(reentrant):
@@ -94,6 +94,17 @@ def _mabn_loads(norm):
         load_batch_norm(norm, centred=True)
     else:
         raise AssertionError('weights that the convolution would centre were loaded')
+
+
+def _rbn_loads(norm):
+    load_batch_norm(norm, weight=lambda weight: weight / torch.ones(()).sigmoid())
+
+
+def _gradient_inside_the_bounds(norm):
+    for training in (True, False):
+        module = ready(norm).train(training)
+        torch.nn.init.uniform_(module.norm.gate, 0.1, 0.9)
+        check_gradient(module)
 
 
 def _sn_loads(norm):
@@ -211,6 +222,14 @@ EXCEPTIONS = {
         )
         for norm in _MABNS
     },
+    ('RBN', _LOADING): Otherwise(
+        'loads strictly as the identical function, which learns as a new layer does: `weight` is divided by sigmoid(1)',
+        check=_rbn_loads,
+    ),
+    ('BIN', 'gradcheck in float64, training and eval'): Otherwise(
+        'the true gradient of gates inside of their interval; beyond, it is that of the bound, so that they come back',
+        check=_gradient_inside_the_bounds,
+    ),
     ('SN', _LOADING): Otherwise(
         'loads strictly as the identical function: `mean_weight` and `var_weight` put all weight on batch norm. A '
         'warning says that they hardly learn from there',

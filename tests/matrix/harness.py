@@ -9,9 +9,9 @@ import torch
 from mmcv.cnn import ConvModule
 
 import mmdet_norms  # noqa: F401  (registers the norms)
-from mmdet_norms.layers import link_convs
+from mmdet_norms.layers import contract_of, link_convs
 
-from .norms import COUNTERS, NORMS
+from .norms import NORMS
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 6
@@ -70,9 +70,9 @@ def state(module) -> dict:
     return copy.deepcopy(module.state_dict())
 
 
-def counts(norm: str, module) -> list[int]:
+def counts(module) -> list[int]:
     values = module.norm.state_dict()
-    return [int(values[name]) for name in COUNTERS.get(norm, ())]
+    return [int(values[name]) for name in contract_of(module.norm).counters]
 
 
 def gradients(module, x, run=None) -> dict:

@@ -24,6 +24,8 @@ NORMS = {
     'BRN': Norm(dict(type='BRN', warmup_iters=2, r_iters=5, d_iters=5, momentum=0.1)),
     'BRN norm_batch': Norm(dict(type='BRN', warmup_iters=2, r_iters=5, d_iters=5, momentum=0.1, norm_batch=1)),
     'SN': Norm(dict(type='SN')),
+    'RBN': Norm(dict(type='RBN')),
+    'BIN': Norm(dict(type='BIN')),
     'BNET-3': _bnet(3),
     'BNET-5': _bnet(5),
     'BNET-7': _bnet(7),
@@ -34,14 +36,6 @@ NORMS = {
     'AN-GN': Norm(dict(type='AN', norm='GN', k=3, num_groups=4)),
 }
 BNETS = ('BNET-3', 'BNET-5', 'BNET-7')
-# The counters that a training forward moves; the other norms have none.
-COUNTERS = {
-    **dict.fromkeys(('BN', 'SyncBN', 'BRN', 'SN', *BNETS), ('num_batches_tracked',)),
-    **dict.fromkeys(('BN norm_batch', 'BRN norm_batch'), ('num_batches_tracked',)),
-    'CBN': ('iter_count',),
-    **dict.fromkeys(('MABN', 'MABN norm_batch'), ('iters',)),
-    'AN-BN': ('num_batches_tracked', 'attention_weights.attention.1.num_batches_tracked'),
-}
 _L = 'tests/layers/'
 ORACLE = {
     'SyncBN': _L + 'test_sync_bn.py::TestAlone::test_forward_equals_the_formula_written_out',
@@ -53,6 +47,8 @@ ORACLE = {
     'BRN norm_batch': _L + 'test_batch_renorm.py::TestNormBatch'
     '::test_each_group_equals_the_formulas_written_out_and_the_batch_counts_once',
     'MABN norm_batch': _L + 'test_mabn_groups.py::TestMaths::test_150_iterations_equal_the_published_variant',
+    'RBN': _L + 'test_representative_bn.py::test_forward_equals_the_formula_written_out',
+    'BIN': _L + 'test_batch_instance_norm.py::test_forward_equals_the_formula_written_out',
     'SN': _L + 'test_switch_norm.py::test_forward_equals_the_formula_written_out',
     **dict.fromkeys(BNETS, _L + 'test_bnet.py::TestMaths::test_forward_equals_the_formula_written_out'),
     'CBN': _L + 'test_cbn.py::TestMaths::test_a_training_run_equals_the_published_algorithm',

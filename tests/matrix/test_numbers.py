@@ -37,6 +37,20 @@ def _sn(z, n):
     return (z - mean) / (var + n.eps).sqrt() * per_channel(n.weight) + per_channel(n.bias)
 
 
+def _rbn(z, n):
+    centred = z + per_channel(n.center_weight) * z.mean((2, 3), keepdim=True)
+    x_hat = (centred - per_channel(n.bn.running_mean)) / per_channel(n.bn.running_var + n.bn.eps).sqrt()
+    gate = per_channel(n.scale_weight) * x_hat.mean((2, 3), keepdim=True) + per_channel(n.scale_bias)
+    return x_hat * gate.sigmoid() * per_channel(n.weight) + per_channel(n.bias)
+
+
+def _bin(z, n):
+    rho, var, mean = per_channel(n.gate.clamp(0, 1)), n.bn.running_var, n.bn.running_mean
+    of_batch = (z - per_channel(mean)) / per_channel(var + n.bn.eps).sqrt()
+    of_instance = torch.nn.functional.instance_norm(z, eps=n.bn.eps)
+    return (rho * of_batch + (1 - rho) * of_instance) * per_channel(n.weight) + per_channel(n.bias)
+
+
 def by(reference_class, *arguments):
     """The reference of a layer, with its arguments of these names and its state."""
 
@@ -57,6 +71,8 @@ EVAL_FORMULA = {
     'LN2d': lambda z, n: over(z, 1, n),
     **dict.fromkeys(('BN norm_batch', 'BRN', 'BRN norm_batch'), lambda z, n: plain(z, n.bn)),
     'SN': _sn,
+    'RBN': _rbn,
+    'BIN': _bin,
     **dict.fromkeys(BNETS, by(ReferenceBNET, 'kernel_size')),
     'CBN': by(ReferenceCBN),
     'MABN': by(ReferenceMABN, 'buffer_size'),
@@ -204,11 +220,11 @@ def test_frozen_parameters(norm):
 @situation('shared module called twice before backward')
 def test_shared(norm):
     module = ready(norm)
-    before, alone = counts(norm, module), copy.deepcopy(module)
+    before, alone = counts(module), copy.deepcopy(module)
     xs = batch(8), batch(9, (2, 4, 3, 5))
     sum(loss_of(module(x)) for x in xs).backward()
     finite({key: p.grad for key, p in module.named_parameters()}, state(module))
-    assert counts(norm, module) == [count + 2 for count in before]
+    assert counts(module) == [count + 2 for count in before]
     single = [gradients(alone, x) for x in xs]
     total = {key: single[0][key] + single[1][key] for key in dict(alone.named_parameters())}
     same({key: p.grad for key, p in module.named_parameters()}, total, rtol=1e-4, atol=1e-6)
