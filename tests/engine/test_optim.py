@@ -78,8 +78,6 @@ def test_the_init_rule_of_mmdets_heads_leaves_a_new_norm_as_it_starts(norm):
 
 
 ABBREVIATIONS = dict.fromkeys(('AN', 'BIN', 'BN', 'BRN', 'CBN', 'FrozenBN', 'GhostBN', 'MABN', 'RBN', 'SyncBN'), 'bn')
-    name: 'bn' for name in ('AN', 'BIN', 'BN', 'BRN', 'CBN', 'FrozenBN', 'GhostBN', 'MABN', 'RBN', 'SyncBN')
-}
 ABBREVIATIONS |= dict(BNET='bnet', GN='gn', IN='in', LN2d='ln', SN='sn')
 
 
