@@ -20,7 +20,8 @@ from .second_order import SecondOrderOptimWrapper
 from .start import StartHook
 from .statistics import recompute_statistics
 from .together import SyncBuffersHook
-from .tune import TuneModeHook, TuneReport, tune_mode, undo_tune_mode
+from .tune import TuneModeHook, TuneReport, tune_mode
+from .tuned_modules import undo_tune_mode
 
 __all__ = [
     'AdaHessian',

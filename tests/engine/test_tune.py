@@ -60,7 +60,7 @@ def randomize(model):
     torch.manual_seed(1)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point() and (tensor.dim() == 1 or tensor.shape[1] == 1):  # taps of a BNET are
+            if tensor.is_floating_point() and (tensor.dim() == 1 or tensor.shape[1] == 1):  # kernels of a BNET are
                 tensor.add_(torch.rand_like(tensor) * 0.4)
     return model
 
@@ -130,7 +130,7 @@ def test_outputs_and_all_gradients_are_those_of_convolution_and_norm(conv, norm)
 def test_a_bnet_keeps_its_borders(kernel, monkeypatch):
     """Zeros around the map are zeros in normalized space: the convolution must not pad what it has shifted."""
     if kernel == 'of torch':
-        monkeypatch.setattr('mmdet_norms.engine.tune.is_supported', lambda *args: False)
+        monkeypatch.setattr('mmdet_norms.engine.tuned_modules.is_supported', lambda *args: False)
     plain, tuned = both(pair('biased', 'BNET').double())
     torch.testing.assert_close(gradients(tuned, X), gradients(plain, X), rtol=1e-9, atol=1e-9)
 
