@@ -45,25 +45,8 @@ def normalize_groups(x: Tensor, norm_batch: int, rule: Rule) -> Tensor:
             fp32, or fp64 for fp64 maps. Gradients flow through them, of any order.
     """
     if is_supported(x):
-
-        def of_images(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
-            return tuple(for_images(rows, norm_batch) for rows in rule(*_pooled(mean, var, norm_batch)))
-
-        return instance_affine(x, of_images)
+        return instance_affine(x, rule, len(x) // norm_batch)
     wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (-1, norm_batch))
     var, mean = torch.var_mean(wide, (1, 3, 4), correction=0)
     scale, origin, shift = (rows[:, None, :, None, None] for rows in rule(mean, var))
     return (scale * (wide - origin) + shift).flatten(0, 1).to(x.dtype)
-
-
-def for_images(rows: Tensor, norm_batch: int) -> Tensor:
-    """``(N, C)``: what each image takes from the rows ``(G, C)`` of the groups."""
-    return rows.unsqueeze(1).expand(-1, norm_batch, -1).flatten(0, 1)
-
-
-def _pooled(mean: Tensor, var: Tensor, norm_batch: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance ``(G, C)`` of the groups from those of their images ``(N, C)``."""
-    mean, var = (rows.unflatten(0, (-1, norm_batch)) for rows in (mean, var))
-    of_group = mean.mean(1)
-    # from deviations, so that a mean that is large against them costs no digits
-    return of_group, (var + (mean - of_group.unsqueeze(1)).square()).mean(1)

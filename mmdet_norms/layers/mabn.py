@@ -19,7 +19,6 @@ from ._args import ConfigError, check_count, check_map, check_number, reject_unk
 from ._averaging import AveragesOnRequest
 from ._contract import Contract
 from ._fold import float64, fold_affine
-from ._groups import for_images
 from ._loading import check_kind
 from ._mabn_states import take_over
 from ._numerics import statistics_dtype
@@ -38,7 +37,8 @@ NO_DERIVATIVE = (
 class _Normalize(torch.autograd.Function):
     """``y = weight * renorm * x / sqrt(used + eps) + bias`` with MABN's backward pass. Saves x and vectors only.
 
-    ``average(psi, t)`` is what the backward pass of iteration t uses in place of its psi.
+    used and renorm are ``(C,)``, or ``(G, C)`` of groups of images. ``average(psi, t)`` is what the backward pass of
+    iteration t uses in place of its psi.
     """
 
     @staticmethod
@@ -46,8 +46,7 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight, used, renorm, t)
         ctx.average, ctx.eps, ctx.bias_dtype = average, eps, bias.dtype
         scale = weight.to(used.dtype) * renorm * (used + eps).rsqrt()
-        scale, shift = _of_images(scale, x), _of_images(bias.to(used.dtype).expand_as(scale), x)
-        return map_ops.affine(x, torch.zeros_like(scale), scale, shift)
+        return map_ops.affine(x, torch.zeros_like(scale), scale, bias.to(used.dtype).expand_as(scale))
 
     @staticmethod
     def backward(ctx, grad):
@@ -55,24 +54,17 @@ class _Normalize(torch.autograd.Function):
             raise RuntimeError(NO_DERIVATIVE)
         x, weight, used, renorm, t = ctx.saved_tensors
         channels, inverse = x.shape[1], (used + ctx.eps).rsqrt()
-        scale, zero = weight.to(used.dtype) * renorm * inverse, _of_images(torch.zeros_like(used), x)
+        scale, zero = weight.to(used.dtype) * renorm * inverse, torch.zeros_like(used)
         total, product = map_ops.gradient_sums(grad, x, zero)
-        product = product.view(*used.shape[:-1], -1, channels).sum(-2)  # of the images of each group
         p = ctx.average(scale * product * (used.numel() / x.numel()), t)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            gain, slope = _of_images(scale, x), _of_images(-inverse.square() * p, x)
-            grad_x = map_ops.gradient(grad, x, gain, zero, slope, zero)
+            grad_x = map_ops.gradient(grad, x, scale, zero, -inverse.square() * p, zero)
         if ctx.needs_input_grad[1]:
             grad_weight = (renorm * inverse * product).view(-1, channels).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = total.view(-1, channels).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
-
-
-def _of_images(rows: Tensor, x: Tensor) -> Tensor:
-    """Of groups of images ``(G, C)``: what each image of x takes ``(N, C)``. ``(C,)`` stays."""
-    return rows if rows.dim() == 1 else for_images(rows, len(x) // len(rows))
 
 
 class MABN(WantsCenConv, AveragesOnRequest):

@@ -71,8 +71,7 @@ class GroupedMABN(MABN):
 
     def _second_moment(self, x: Tensor) -> Tensor:
         check_groups('MABN', self.norm_batch, x)
-        mean, var = map_ops.moments(x, len(x))
-        return (mean.square() + var).unflatten(0, (-1, self.norm_batch)).mean(1)
+        return map_ops.second_moment(x, len(x) // self.norm_batch)
 
     def _advance(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         t, old = self.iters + 1, self.running_var.to(moments.dtype)
