@@ -7,5 +7,6 @@
   ``compiled.py``).
 * ``gpu/``: both by Triton.
 * ``pointers.py``: the check of every tensor whose address compiled code gets.
-* ``second.py``: gradients that are to be differentiated again.
+* ``double_backward.py``: gradients that are to be differentiated again.
+* ``layouts.py``, ``groups.py``: of maps, and of the images in them.
 """

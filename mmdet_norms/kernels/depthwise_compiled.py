@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from . import compiled
+from .double_backward import bnet_gradients_of, is_wanted
 from .layouts import dense, like
-from .second import bnet_gradients_of, is_wanted
 
 
 def normalize_and_convolve(

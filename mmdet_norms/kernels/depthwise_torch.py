@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..compat.torch_internals import Convolution, convolution_weight_gradient
-from .layouts import is_channels_last, layout, like
-from .second import bnet_gradients_of, is_wanted, spread
+from .double_backward import bnet_gradients_of, is_wanted
+from .layouts import is_channels_last, layout, like, per_channel
 
 _IN_CACHE = 1 << 19  # values a thread: what is computed of them, some maps as large, fits into the last cache
 
@@ -45,7 +45,7 @@ class _InTorch(torch.autograd.Function):
             piece = x[:, part]
             if ctx.of_batch:
                 mean[part] = _sum(piece) / (x.numel() // x.shape[1])
-            centred = like(piece - spread(mean[part]), x)
+            centred = like(piece - per_channel(mean[part]), x)
             if ctx.of_batch:
                 var[part] = _mean_square(centred)
             rstd[part] = torch.rsqrt(var[part] + eps)
@@ -78,7 +78,7 @@ class _InTorch(torch.autograd.Function):
                     count = x.numel() // x.shape[1]
                     projection = (kernel * of_kernel).sum((1, 2, 3)) * rstd[part].square() / count
                     average = _sum(of_x) / count
-                    of_x.addcmul_(centred, spread(projection), value=-1).sub_(spread(average))
+                    of_x.addcmul_(centred, per_channel(projection), value=-1).sub_(per_channel(average))
                 grad_x[:, part] = of_x
         return grad_x, grad_weight, grad_bias, None, None, None
 
@@ -126,7 +126,7 @@ def _centred_and_kernel_gradient(grad: Tensor, x: Tensor, mean: Tensor, weight: 
     padded = like(grad.new_empty((n, c, h, w + 2 * half)), grad)
     padded[..., :half] = 0
     padded[..., half + w :] = 0
-    centred = torch.sub(x, spread(mean), out=padded[..., half : half + w])
+    centred = torch.sub(x, per_channel(mean), out=padded[..., half : half + w])
     parts = []
     for first, columns in _column_groups(size):
         moved = like(padded[..., first : first + w + columns - 1], grad)

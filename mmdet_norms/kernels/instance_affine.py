@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import choose, map_formula
-from .second import is_wanted
+from .double_backward import is_wanted
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 

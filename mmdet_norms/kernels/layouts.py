@@ -1,6 +1,6 @@
-"""The two layouts of a map ``(N, C, H, W)`` that kernels know, contiguous and channels_last; others are copied.
+"""The two layouts of a map ``(N, C, H, W)`` that kernels know, and the shape of vectors beside it.
 
-In both, every value of an image has a simple address.
+In contiguous and channels_last maps every value of an image has a simple address. Others are copied.
 """
 
 import torch
@@ -25,3 +25,8 @@ def dense(x: Tensor) -> Tensor:
 def like(other: Tensor, x: Tensor) -> Tensor:
     """``other``, shaped as the dense ``x``, in its layout."""
     return other.contiguous(memory_format=layout(x))
+
+
+def per_channel(vector: Tensor) -> Tensor:
+    """``(C,)``, or ``(N, C)``, as ``(1, C, 1, 1)`` or ``(N, C, 1, 1)``: for broadcasting over a map."""
+    return vector.view(-1, vector.shape[-1], 1, 1)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .groups import by_group, groups_of, of_images
+from .layouts import per_channel
 
 
 def second_moment(x: Tensor, groups: int | None = None) -> Tensor:
@@ -33,8 +34,7 @@ def gradient(grad: Tensor, x: Tensor, gain: Tensor, centre: Tensor, slope: Tenso
 
 def spread(x: Tensor, *vectors: Tensor) -> list[Tensor]:
     """Vectors ``(C,)`` or ``(G, C)`` for broadcasting over the map ``x``."""
-    rows = (vector if vector.dim() == 1 else of_images(vector, len(x)) for vector in vectors)
-    return [row[..., None, None] for row in rows]
+    return [per_channel(vector if vector.dim() == 1 else of_images(vector, len(x))) for vector in vectors]
 
 
 def _grouped(x: Tensor, groups: int | None) -> Tensor:

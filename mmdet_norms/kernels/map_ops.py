@@ -13,7 +13,6 @@ forward and backward of their functions. :mod:`.choose` says who computes them.
 from torch import Tensor
 
 from .choose import map_operations
-from .layouts import is_channels_last as is_channels_last
 
 
 def second_moment(x: Tensor, groups: int | None = None) -> Tensor:

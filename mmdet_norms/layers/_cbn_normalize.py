@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import map_ops
-from ..kernels.second import is_wanted, spread
+from ..kernels.double_backward import is_wanted
+from ._numerics import per_channel
 
 
 class Used(NamedTuple):
@@ -90,14 +91,14 @@ def _differentiable(grad: Tensor, x: Tensor, weight: Tensor, used: Used, outer: 
     root = denominator - outer
     varies = (var_share > 0) & (root > 0)
     share = torch.where(varies, var_share * root / denominator, 0)  # without the slope of the root
-    about, moved = here - spread(mean), (x - here).sum(over) * mean_share
-    squares = ((x - spread(mean)).square() - about.square()).sum(over)
+    about, moved = here - per_channel(mean), (x - here).sum(over) * mean_share
+    squares = ((x - per_channel(mean)).square() - about.square()).sum(over)
     variance = torch.where(varies, root.square(), 1) + share * squares - (share / mean_share) * moved.square()
     root = variance.sqrt()
     denominator = torch.where(varies, root + outer, denominator)
-    centred = x - spread(mean + moved)
+    centred = x - per_channel(mean + moved)
     grad_bias, grad_weight = grad.sum(over), (grad * centred).sum(over) / denominator
     scale = weight.to(mean.dtype) / denominator
     through_var, through_mean = -scale * share * grad_weight / root, -scale * mean_share * grad_bias
-    grad_x = spread(scale) * grad + spread(through_var) * centred + spread(through_mean)
+    grad_x = per_channel(scale) * grad + per_channel(through_var) * centred + per_channel(through_mean)
     return grad_x.to(x_dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ..compat.torch_versions import autocast_is_on
-from ..kernels.pointers import is_channels_last as is_channels_last
+from ..kernels.groups import pooled as pooled
+from ..kernels.layouts import is_channels_last as is_channels_last
+from ..kernels.layouts import per_channel as per_channel
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -22,20 +24,6 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
     if not isinstance(x, Tensor) or not autocast_is_on(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
-
-
-def per_channel(vector: Tensor) -> Tensor:
-    """``(C,)``, or ``(N, C)``, as ``(1, C, 1, 1)`` or ``(N, C, 1, 1)``: for broadcasting over a map."""
-    return vector.view(-1, vector.shape[-1], 1, 1)
-
-
-def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of the union of equally large sets along ``dim``, which is kept.
-
-    From deviations: a mean that is large against them costs no digits.
-    """
-    of_all = mean.mean(dim, keepdim=True)
-    return of_all, (var + (mean - of_all).square()).mean(dim, keepdim=True)
 
 
 def all_finite(*statistics: Tensor) -> Tensor:

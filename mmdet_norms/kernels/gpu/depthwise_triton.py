@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...compat.torch_versions import is_compiling
+from ..double_backward import bnet_gradients, is_wanted
 from ..layouts import dense, is_channels_last, like
-from ..second import bnet_gradients, is_wanted
 from .common import launch, least_padding, pieces, power_of_two, wide
 from .map_triton import moments
 

@@ -1,4 +1,4 @@
-"""Backward passes by torch's own operators, for gradients that are to be differentiated again (``create_graph``).
+"""Double backward: gradients by torch's own operators, which can be differentiated again (``create_graph``).
 
 Slower than the kernels, and autograd keeps what it needs of them. Only those who ask for it pay for that: see
 :func:`is_wanted`.
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..compat.torch_internals import is_legacy_batched
+from .layouts import per_channel
 
 _OVER = (0, 2, 3)
 
@@ -39,13 +40,13 @@ def bnet_gradients(
     if of_batch:
         var, mean = torch.var_mean(values, _OVER, correction=0)
         rstd = (var + eps).rsqrt()
-    normalized = (values - spread(mean)) * spread(rstd)
+    normalized = (values - per_channel(mean)) * per_channel(rstd)
     grad_weight = torch.nn.grad.conv2d_weight(normalized, weight.shape, grad, 1, size // 2, 1, len(weight))
     grad_x = F.conv2d(grad, kernels.flip(2, 3), None, 1, size // 2, 1, len(weight))  # of the normalized map so far
     if of_batch:
         average, projection = grad_x.mean(_OVER), (grad_x * normalized).mean(_OVER)
-        grad_x = grad_x - spread(average) - normalized * spread(projection)
-    return (grad_x * spread(rstd)).to(x.dtype), grad_weight.to(weight.dtype), grad.sum(_OVER).to(weight.dtype)
+        grad_x = grad_x - per_channel(average) - normalized * per_channel(projection)
+    return (grad_x * per_channel(rstd)).to(x.dtype), grad_weight.to(weight.dtype), grad.sum(_OVER).to(weight.dtype)
 
 
 def bnet_gradients_of(ctx, grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple:
@@ -53,8 +54,3 @@ def bnet_gradients_of(ctx, grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor
     statistics = () if ctx.of_batch else (mean, rstd)
     gradients = bnet_gradients(grad, x, weight, ctx.eps, *statistics)
     return (*(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)), None, None, None)
-
-
-def spread(vector: Tensor) -> Tensor:
-    """``(C,)`` for broadcasting over a map."""
-    return vector.view(1, -1, 1, 1)
