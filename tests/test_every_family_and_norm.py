@@ -40,6 +40,8 @@ def load(family, root, norm):
     cfg = load_config(parse_args([f'mmdet::{FAMILIES[family]}', '--norm', norm, '--data-root', str(root)]))
     narrow(cfg.model)
     cfg.model.backbone.update(base_channels=WIDTH // 4, init_cfg=None)
+    if norm == 'gn-ws':
+        cfg.model.backbone.norm_cfg.num_groups = WIDTH // 4
     cfg.model.neck.update(in_channels=[WIDTH, 2 * WIDTH, 4 * WIDTH, 8 * WIDTH])
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
         loader.update(num_workers=0, persistent_workers=False, batch_size=2 if loader is cfg.train_dataloader else 1)

@@ -62,6 +62,7 @@ log_processor = dict(by_epoch=False)
 NECK_AND_MASK = ['model.neck.norm_cfg.num_groups=4', 'model.roi_head.mask_head.norm_cfg.num_groups=4']
 OPTIONS = {
     'gn': [*NECK_AND_MASK, 'model.roi_head.bbox_head.norm_cfg.num_groups=4'],
+    'gn-ws': [*NECK_AND_MASK, 'model.roi_head.bbox_head.norm_cfg.num_groups=4'],
     'an-gn-head': [*NECK_AND_MASK, *(f'model.roi_head.bbox_head.norm_cfg.{i}.num_groups=4' for i in range(4))],
 }
 _DEADLINE = 300  # seconds that one run may take

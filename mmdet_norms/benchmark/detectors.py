@@ -16,7 +16,7 @@ from torch import nn
 
 from ..entries import is_a, name_of
 from ..layers import NORMS, CenConv2d, another_function_allowed, link_convs
-from ..placement import BATCH_NORM, CENTRED, VARIANTS
+from ..placement import BATCH_NORM, CENTRED, STANDARDIZED, VARIANTS
 from .groups import Entry, Group, Setting
 from .layers import failed_entry, settle, settling_calls
 from .measure import Case, owned_tensors, peak_bytes, saved_bytes
@@ -214,7 +214,7 @@ def _with_batch_norm(node):
     if 'norm_at' in node:
         del node['norm_at']
         node['type'] = _STOCK.get(name_of(node), node['type'])
-    if name_of(node.get('conv_cfg')) == CENTRED['type']:
+    if name_of(node.get('conv_cfg')) in (CENTRED['type'], STANDARDIZED['type']):
         del node['conv_cfg']
     for key, value in node.items():
         if key == 'norm_cfg':

@@ -34,6 +34,7 @@ NORMS = {
     'bnet7': dict(type='BNET', kernel_size=7),
     'cbn': dict(type='CBN'),
     'gn': dict(type='GN', num_groups=32),
+    'gn-ws': dict(type='GN', num_groups=32),
     'ln': dict(type='LN2d'),
     'syncbn': dict(type='SyncBN', requires_grad=True),
     'mabn': dict(type='MABN'),
@@ -42,8 +43,11 @@ NORMS = {
     'an': dict(type='AN', k=10),
     'frozen': dict(type='FrozenBN'),
 }
-"""``norm`` -> the ``norm_cfg`` of every convolution. Deviations: 'gn' has fewer groups where 32 do not fit, 'an' has 20
-components in stages 3 and 4, and the convolutions of 'mabn' are centred."""
+"""``norm`` -> the ``norm_cfg`` of every convolution. Deviations: 'gn' and 'gn-ws' have fewer groups where 32
+do not fit, 'an' has 20 components in stages 3 and 4, and the convolutions are those of :data:`CONVS`."""
+
+CONVS = {'gn-ws': dict(type='ConvWS'), 'mabn': dict(type='CenConv')}
+"""``norm`` -> ``conv_cfg``, where it brings one."""
 
 # The paper of AN leaves its mixtures as drawn; a fixed weight of FrozenBN would stay 0.
 _NOT_ZEROED = ('AN', 'FrozenBN')
@@ -61,7 +65,7 @@ class NormEverywhere(NormAt, ResNet):
         norm: a key of :data:`NORMS`, at every convolution that a norm follows. Default: ``norm_cfg``.
         act_cls: 'relu', 'lrelu', 'swish', 'mish', 'mila' or 'bent_id'. Default 'relu'.
         norm_cfg: any norm, in place of ``norm``. Default BN.
-        conv_cfg: of every convolution that a norm follows. Default: ``Conv2d``; ``CenConv`` with ``norm='mabn'``.
+        conv_cfg: of every convolution that a norm follows. Default: that of the norm in :data:`CONVS`, or ``Conv2d``.
         act_cfg: any activation, in place of ``act_cls``.
         norm_eval: running statistics stay as they are in training. Default False, unlike mmdet's: these networks are
             trained from scratch.
@@ -98,10 +102,9 @@ class NormEverywhere(NormAt, ResNet):
         if norm is not None:
             _check_norm(kind, norm, norm_cfg)
             norm_cfg = dict(NORMS[norm])
-            if norm == 'gn':
+            if 'num_groups' in norm_cfg:
                 norm_cfg['num_groups'] = math.gcd(32, self._narrowest(**kwargs))
-            if norm == 'mabn':
-                conv_cfg = conv_cfg or dict(type='CenConv')
+            conv_cfg = conv_cfg or CONVS.get(norm)
         self._draws = kwargs.get('init_cfg') is None and kwargs.get('pretrained') is None
         super().__init__(
             depth=self.depth,

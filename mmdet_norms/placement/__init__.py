@@ -2,8 +2,17 @@
 
 from .apply import apply_norm
 from .backbone import VARIANTS
-from .part import CENTRED
+from .part import CENTRED, STANDARDIZED
 from .replace import replace_norm_cfg
 from .table import BATCH_NORM, PLACEMENTS, Placement
 
-__all__ = ['BATCH_NORM', 'CENTRED', 'PLACEMENTS', 'VARIANTS', 'Placement', 'apply_norm', 'replace_norm_cfg']
+__all__ = [
+    'BATCH_NORM',
+    'CENTRED',
+    'PLACEMENTS',
+    'STANDARDIZED',
+    'VARIANTS',
+    'Placement',
+    'apply_norm',
+    'replace_norm_cfg',
+]

@@ -68,7 +68,7 @@ def place_in_backbone(backbone: Part, name: str, placement: Placement, classifie
         raise ValueError(_refusal(backbone, name, placement, classifier))
 
     backbone.cfg.pop('norm_at', None)
-    backbone.drop_centred_conv()
+    backbone.drop_conv_of_norm()
     if placement.backbone:
         _place_at_every_norm(backbone, name, placement.backbone)
     else:
@@ -87,7 +87,7 @@ def _place_by_name(backbone: Part, name: str, placement: Placement) -> None:
     """In a backbone that has the named norm at every convolution, as its paper has."""
     for key in ('norm_cfg', 'norm_at'):
         backbone.cfg.pop(key, None)
-    backbone.drop_centred_conv()
+    backbone.drop_conv_of_norm()
     backbone.cfg['norm'] = 'an' if name == 'an-gn-head' else name
     backbone.cfg.update({key: value for key, value in placement.backbone.items() if key in NOTHING_FIXED})
 
@@ -128,7 +128,7 @@ def _place_at_every_norm(backbone: Part, name: str, keys: dict) -> None:
         keys['norm_cfg']['num_groups'] = math.gcd(keys['norm_cfg']['num_groups'], backbone.cfg['base_channels'])
     if 'frozen_stages' in keys and backbone.takes('frozen_stages'):
         keys['frozen_stages'] = backbone.default('frozen_stages')  # 0 in EfficientNet, elsewhere -1
-    backbone.set_like_batch_norm(keys)
+    backbone.place_like_batch_norm(keys)
 
 
 def _return_to_batch_norm(backbone: Part, name: str, classifier: bool) -> None:

@@ -65,7 +65,7 @@ def _neck_and_heads(detector: Mapping, placement: Placement) -> Iterator[tuple[P
 def _in_every_norm(part: Part, keys: dict) -> str | None:
     reason = part.why_not(keys)
     if reason is None:
-        part.set_like_batch_norm(keys)
+        part.place_like_batch_norm(keys)
     return reason
 
 
@@ -80,7 +80,7 @@ def _in_box_head(head: Part, keys: dict) -> None:
         per_conv = isinstance(keys['norm_cfg'], list)
         head.rename('NormShared4Conv1FCBBoxHead' if per_conv else 'Shared4Conv1FCBBoxHead')
     head.cfg.setdefault('conv_out_channels', head.cfg.get('in_channels', 256))
-    head.set(keys)
+    head.place(keys)
 
 
 def _in_mask_head(head: Part, keys: dict) -> str | None:
@@ -88,7 +88,7 @@ def _in_mask_head(head: Part, keys: dict) -> str | None:
         head.rename('FCNMaskHead')
     reason = head.why_not(keys)
     if reason is None:
-        head.set(keys)
+        head.place(keys)
     return reason
 
 
@@ -99,5 +99,5 @@ def _in_place_of_norms(head: Part, keys: dict) -> str | None:
         return 'has no norm to replace' if head.takes('norm_cfg') else 'takes no norm_cfg'
     reason = next((reason for part in parts if (reason := part.why_not(keys))), None)
     for part in parts if reason is None else ():
-        part.set_like_batch_norm(keys)
+        part.place_like_batch_norm(keys)
     return reason

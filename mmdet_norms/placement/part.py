@@ -10,6 +10,10 @@ from ..entries import class_of, name_of, parameter_of
 from .norms import has_keys_of_batch_norm, keys_of_batch_norm, needs_conv
 
 CENTRED = dict(type='CenConv')
+STANDARDIZED = dict(type='ConvWS')
+
+# Convolutions that belong to a norm: MABN's and, of the name gn-ws, group norm's.
+_OF_NORMS = {'CenConv': "MABN's centred convolutions", 'ConvWS': 'weight-standardized convolutions'}
 
 # Convolutions that another of the same shape may replace; a deformable or transposed one is something else.
 _PLAIN_CONVS = ('Conv', 'Conv2d', 'ConvWS', 'ConvAWS', 'Conv2dAdaptivePadding', 'CenConv')
@@ -72,9 +76,11 @@ class Part:
 
     def why_not(self, keys: Mapping) -> str | None:
         """Why it cannot have the ``norm_cfg`` and ``conv_cfg`` of ``keys``; None if it can."""
-        for key, why in (('norm_cfg', ''), ('conv_cfg', ", which MABN's centred convolutions need")):
-            if key in keys and not self.takes(key):
-                return f'takes no {key}{why}'
+        if not self.takes('norm_cfg'):
+            return 'takes no norm_cfg'
+        if 'conv_cfg' in keys and not self.takes('conv_cfg'):
+            kind = keys['conv_cfg']['type']
+            return f'takes no conv_cfg, which {_OF_NORMS.get(kind, kind)} need'
         norm_cfg = keys['norm_cfg']
         if needs_conv(norm_cfg) and (instead := self._instead_of_conv()):
             return f'normalizes the output of {instead}, and {norm_cfg["type"]} needs an ordinary convolution'
@@ -82,16 +88,22 @@ class Part:
 
     def set(self, keys: Mapping) -> None:
         """Set those of ``keys`` that it takes; a centred convolution goes with its norm, a deformable one stays."""
-        self.drop_centred_conv()
+        if name_of(self.cfg.get('conv_cfg')) == CENTRED['type']:
+            del self.cfg['conv_cfg']
         if 'norm_cfg' in keys and self.cfg.get('norm') in self.norms_by_name:
             del self.cfg['norm']
         for key, value in copy.deepcopy(dict(keys)).items():
             if self.takes(key) and (key != 'conv_cfg' or self._conv_is_plain()):
                 self.cfg[key] = value
 
-    def set_like_batch_norm(self, keys: Mapping) -> None:
-        """:meth:`set`, with ``eps`` and ``momentum`` of the batch norm that was there, where they mean the same."""
-        self.set(dict(keys, norm_cfg=self.like_batch_norm(keys['norm_cfg'])))
+    def place(self, keys: Mapping) -> None:
+        """:meth:`set` those of a named choice. What another name put there goes, its convolution included."""
+        self.drop_conv_of_norm()
+        self.set(keys)
+
+    def place_like_batch_norm(self, keys: Mapping) -> None:
+        """:meth:`place`, with ``eps`` and ``momentum`` of the batch norm that was there, where they mean the same."""
+        self.place(dict(keys, norm_cfg=self.like_batch_norm(keys['norm_cfg'])))
 
     def like_batch_norm(self, norm_cfg: Mapping) -> dict:
         """A copy of ``norm_cfg`` with ``eps`` and ``momentum`` of the part's batch norm, where they mean the same.
@@ -103,9 +115,8 @@ class Part:
         kept = {key: old[key] for key in keys_of_batch_norm(norm_cfg) if old.get(key) and key not in norm_cfg}
         return copy.deepcopy(dict(norm_cfg, **kept))
 
-    def drop_centred_conv(self) -> None:
-        """It belongs to a norm that goes."""
-        if name_of(self.cfg.get('conv_cfg')) == CENTRED['type']:
+    def drop_conv_of_norm(self) -> None:
+        if name_of(self.cfg.get('conv_cfg')) in _OF_NORMS:
             del self.cfg['conv_cfg']
 
     def rename(self, name: str) -> None:

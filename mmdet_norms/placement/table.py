@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .part import CENTRED
+from .part import CENTRED, STANDARDIZED
 
 BATCH_NORM = dict(type='BN', requires_grad=True)
 GROUP_NORM = dict(type='GN', num_groups=32, requires_grad=True)
@@ -16,7 +16,7 @@ class Placement:
     """
 
     where: str  # for people: which norms of a detector it replaces
-    in_classifier: str  # the same of an image classifier; empty if it has nothing for one
+    in_classifier: str = 'the same'  # which norms of an image classifier; empty if it has nothing for one
     norm_at: dict = field(default_factory=dict)  # position in every block of the backbone -> norm_cfg
     backbone: dict = field(default_factory=dict)  # all norms of the backbone; without keys, they are batch norm
     neck: dict = field(default_factory=dict)  # an FPN, or whatever neck there is
@@ -33,7 +33,6 @@ NOTHING_FIXED = dict(norm_eval=False, frozen_stages=-1)  # where statistics are 
 def _bnet(kernel_size: int) -> Placement:
     return Placement(
         where='last norm of every residual block of the backbone (norm3 of a Bottleneck); all others stay BN',
-        in_classifier='the same',
         norm_at=dict(last=dict(type='BNET', kernel_size=kernel_size)),
     )
 
@@ -49,12 +48,12 @@ def _in_heads(norm_cfg: dict) -> Placement:
     )
 
 
-def _everywhere(norm_cfg: dict, **conv_cfg: dict) -> Placement:
+def _everywhere(norm_cfg: dict, convs: str = '', **conv_cfg: dict) -> Placement:
     """As in the MABN paper: all but the RPN, nothing frozen."""
     keys = dict(norm_cfg=norm_cfg, **conv_cfg)
     return Placement(
         where='backbone, FPN, 4conv1fc box head and mask head; nothing frozen',
-        in_classifier=_EVERY + ', behind centred convolutions' * bool(conv_cfg),
+        in_classifier=f'{_EVERY}{convs}',
         backbone=keys | NOTHING_FIXED,
         **dict.fromkeys(('neck', 'box_head', 'mask_head', 'head'), keys),
     )
@@ -66,22 +65,19 @@ def _an(norm: str) -> list[dict]:
 
 
 PLACEMENTS: dict[str, Placement] = {
-    'bn': Placement(
-        where='batch norm everywhere in the backbone, as in stock mmdet: the baseline',
-        in_classifier=_EVERY,
-    ),
+    'bn': Placement('batch norm everywhere in the backbone, as in stock mmdet: the baseline', in_classifier=_EVERY),
     'bnet3': _bnet(3),
     'bnet5': _bnet(5),
     'bnet7': _bnet(7),
     'cbn': _in_heads(dict(type='CBN', buffer_num=3, burnin=8)),
     'gn': _in_heads(GROUP_NORM),
     'syncbn': _in_heads(dict(type='SyncBN', requires_grad=True)),
-    'mabn': _everywhere(dict(type='MABN', B=2, real_B=32), conv_cfg=CENTRED),
+    'gn-ws': _everywhere(GROUP_NORM, ', behind weight-standardized convolutions', conv_cfg=STANDARDIZED),
+    'mabn': _everywhere(dict(type='MABN', B=2, real_B=32), ', behind centred convolutions', conv_cfg=CENTRED),
     'brn': _everywhere(dict(type='BRN')),
     'sn': _everywhere(dict(type='SN')),
     'an': Placement(
         where='second norm of every block of the backbone (bn2), 10, 10, 20, 20 components in the four stages',
-        in_classifier='the same',
         norm_at=dict(norm2=_an('BN')),
     ),
     'an-gn-head': Placement(
@@ -96,7 +92,6 @@ PLACEMENTS: dict[str, Placement] = {
     ),
     'frozen': Placement(
         where=f'{_EVERY} is a fixed affine map (needs pretrained weights)',
-        in_classifier='the same',
         backbone=dict(norm_cfg=dict(type='FrozenBN')),
     ),
 }

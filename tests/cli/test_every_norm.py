@@ -16,9 +16,9 @@ def test_a_named_norm_trains_resumes_and_is_tested(name, tmp_path):
     config, run = str(tiny.write_config(tmp_path)), tmp_path / 'run'
     # Group norm's 32 groups, and a box head with four convolutions, at the tiny model's 16 channels.
     options = ['--cfg-options']
-    if name in ('gn', 'an-gn-head'):
+    if name in ('gn', 'gn-ws', 'an-gn-head'):
         options += ['model.neck.norm_cfg.num_groups=4', 'model.roi_head.mask_head.norm_cfg.num_groups=4']
-    if name == 'gn':
+    if name in ('gn', 'gn-ws'):
         options += ['model.roi_head.bbox_head.norm_cfg.num_groups=4']
     if name == 'an-gn-head':
         options += [f'model.roi_head.bbox_head.norm_cfg.{i}.num_groups=4' for i in range(4)]

@@ -12,6 +12,7 @@ from mmdet_norms.layers import CBN, MABN, CenConv2d, FrozenBN
 
 KEPT = {
     'gn': {'GN'},
+    'gn-ws': {'GN'},
     'sn': {'SN'},
     'an-gn-head': {'GN'},
 }

@@ -16,6 +16,7 @@ from mmdet_norms.registry import MODELS
 # Group norm's 32 groups, and a box head with four convolutions, at the tiny model's 16 channels.
 FEW_GROUPS = {
     'gn': ['neck', 'roi_head.mask_head', 'roi_head.bbox_head'],
+    'gn-ws': ['neck', 'roi_head.mask_head', 'roi_head.bbox_head'],  # in the backbone they fit
     'an-gn-head': ['neck', 'roi_head.mask_head', *(f'roi_head.bbox_head.norm_cfg.{i}' for i in range(4))],
 }
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
 from torch import nn
@@ -29,7 +30,7 @@ FUNCTIONS = {
 SMALL = [name for name in FUNCTIONS if name != 'ResNeSt50']
 BOTTLENECKS = {'MiniNeStBN': (1, 1, 1, 1), 'ResNeSt50': (3, 4, 5, 6)}
 TYPES = dict(bn=nn.BatchNorm2d, bnet=BNET, bnet3=BNET, bnet5=BNET, bnet7=BNET, cbn=CBN, gn=GN, ln=LN2d, syncbn=SyncBN,
-             mabn=MABN, brn=BRN, sn=SN, an=AN, frozen=FrozenBN)  # fmt: skip
+             **{'gn-ws': GN}, mabn=MABN, brn=BRN, sn=SN, an=AN, frozen=FrozenBN)  # fmt: skip
 
 
 def backbone(name, **keys):
@@ -474,9 +475,10 @@ def test_a_name_puts_its_norm_at_every_convolution(kind, before):
         placed = apply_norm(given, name)
         built = backbone(**{'name' if k == 'type' else k: v for k, v in placed['backbone'].items()})
         assert len(norms_of(built, TYPES['bn' if in_heads else name])) == 3 + 4 * 2 + 3, name
-        everywhere = name in ('mabn', 'brn', 'sn') or (name in ('cbn', 'gn', 'syncbn') and not in_heads)
+        everywhere = name in ('gn-ws', 'mabn', 'brn', 'sn') or (name in ('cbn', 'gn', 'syncbn') and not in_heads)
         assert built.frozen_stages == (-1 if everywhere else 0), name
         assert any(isinstance(m, CenConv2d) for m in built.modules()) == (name == 'mabn'), name
+        assert any(isinstance(m, ConvWS2d) for m in built.modules()) == (name == 'gn-ws'), name
         assert apply_norm(placed, name) == placed
         assert given == model_cfg(kind, frozen_stages=0, **before)
 

@@ -300,6 +300,11 @@ def test_norms_of_a_heads_inner_module_are_replaced():
         ),
         ('mabn', dict(mask_head=dict(type='SOLOHead')), r"takes no conv_cfg, which MABN's centred convolutions need"),
         (
+            'gn-ws',
+            dict(mask_head=dict(type='SOLOHead')),
+            'takes no conv_cfg, which weight-standardized convolutions need',
+        ),
+        (
             'mabn',
             dict(bbox_head=dict(type='FCOSHead', conv_cfg=dict(type='DCNv2'))),
             r"output of conv_cfg=\{'type': 'DCNv2'\}, and MABN needs",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
@@ -29,6 +30,7 @@ EVERYWHERE = {
     'bn': nn.BatchNorm2d,
     'cbn': CBN,
     'gn': nn.GroupNorm,
+    'gn-ws': nn.GroupNorm,
     'syncbn': 'SyncBN',
     'mabn': MABN,
     'brn': 'BRN',
@@ -83,7 +85,7 @@ def test_every_name_trains_and_tests_or_is_refused_in_words(name, backbone):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         cfg = apply_norm(cfg, name)
-        if name == 'gn' and backbone != 'ResNet':
+        if name in ('gn', 'gn-ws') and backbone != 'ResNet':
             with pytest.raises(ConfigError, match=r'num_groups=32 must divide the .* write one of'):
                 MODELS.build(copy.deepcopy(cfg))
             if backbone == 'AOGNet':  # 155 channels and others: no number divides them all
@@ -107,6 +109,7 @@ def test_these_names_mean_every_norm_of_the_backbone_with_statistics_of_the_batc
         assert (cfg.backbone.frozen_stages, cfg.backbone.norm_eval) == (-1, False)
     convs = [module for module in model.backbone.modules() if isinstance(module, nn.Conv2d)]
     assert all(isinstance(conv, CenConv2d) == (name == 'mabn') for conv in convs)
+    assert all(isinstance(conv, ConvWS2d) == (name == 'gn-ws') for conv in convs)
 
 
 @pytest.mark.parametrize('name, kind, place', [('bnet3', BNET, 'bnet3'), ('bnet7', BNET, 'bnet3'), ('an', AN, 'bn2')])

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from helpers.python_style import CONFIGS
 from mmdet_norms import layers
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
@@ -47,6 +49,8 @@ def count(model, kind):
         ('syncbn', layers.SyncBN, (0, 8, 4, 4, 0)),
         ('mabn', layers.MABN, (53, 8, 4, 4, 0)),
         ('mabn', layers.CenConv2d, (53, 8, 4, 4, 0)),
+        ('gn-ws', layers.GN, (53, 8, 4, 4, 0)),
+        ('gn-ws', ConvWS2d, (53, 8, 4, 4, 0)),
         ('brn', layers.BRN, (53, 8, 4, 4, 0)),
         ('sn', layers.SN, (53, 8, 4, 4, 0)),
         ('an', layers.AN, (16, 0, 0, 0, 0)),
@@ -73,10 +77,26 @@ def test_the_backbone_has_the_published_number_of_parameters(stock, name, params
 
 
 @pytest.mark.parametrize('name', list(PLACEMENTS))
-@pytest.mark.parametrize('other', ['mabn', 'an-gn-head', 'frozen', 'sn'])
+@pytest.mark.parametrize('other', ['mabn', 'gn-ws', 'an-gn-head', 'frozen', 'sn'])
 def test_norms_of_another_name_are_gone_from_the_backbone(stock, name, other):
     twice, once = (build(apply_norm(model, name)) for model in (apply_norm(stock(MASK_RCNN), other), stock(MASK_RCNN)))
     assert [type(m) for m in twice.backbone.modules()] == [type(m) for m in once.backbone.modules()]
+
+
+@pytest.mark.parametrize('kind', ['faster', 'mask'])
+def test_gn_ws_is_what_mmdets_own_configs_have_but_for_pretrained_weights(kind):
+    own = Config.fromfile(next((CONFIGS / 'gn+ws').glob(f'{kind}-rcnn_r50_fpn_gn-ws-all_[12]x_coco.py'))).model
+    placed = apply_norm(Config.fromfile(CONFIGS / f'{kind}_rcnn' / f'{kind}-rcnn_r50_fpn_1x_coco.py').model, 'gn-ws')
+    assert (placed.backbone.frozen_stages, placed.backbone.norm_eval) == (-1, False)
+    for key in ('frozen_stages', 'norm_eval', 'init_cfg'):
+        del placed.backbone[key], own.backbone[key]
+    assert placed == own
+
+
+@pytest.mark.parametrize('name', ['gn', 'cbn', 'brn', 'mabn'])
+def test_convolutions_of_a_name_go_with_it_from_neck_and_heads_too(stock, name):
+    twice, once = (build(apply_norm(m, name)) for m in (apply_norm(stock(MASK_RCNN), 'gn-ws'), stock(MASK_RCNN)))
+    assert [type(m) for m in twice.modules()] == [type(m) for m in once.modules()]
 
 
 @pytest.mark.parametrize('path, heads', [('cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py', 3)])

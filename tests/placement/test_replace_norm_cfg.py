@@ -62,9 +62,11 @@ def test_the_convolution_of_a_norm_goes_beside_it_where_it_has_a_place():
     assert all(part['norm_cfg'] == dict(type='MABN') for part in replaced.values())
     assert replaced['backbone']['conv_cfg'] == dict(type='CenConv')
     assert 'conv_cfg' not in replaced['neck'] and replaced['bbox_head']['conv_cfg'] == dict(type='DCNv2')
-    # It leaves with the norm.
+    # MABN's leaves with the norm, one that the config has beside another norm does not.
     again = replace_norm_cfg(replaced, dict(type='GN'), types=('MABN',))
     assert 'conv_cfg' not in again['backbone'] and again['bbox_head']['conv_cfg'] == dict(type='DCNv2')
+    standardized = dict(type='ResNet', conv_cfg=dict(type='ConvWS'), norm_cfg=dict(type='GN', num_groups=32))
+    assert replace_norm_cfg(standardized, BNET) == dict(standardized, norm_cfg=BNET)
 
 
 @pytest.mark.parametrize(
