@@ -5,7 +5,6 @@ import inspect
 from contextlib import contextmanager
 
 import mmcv.cnn.bricks.norm as mmcv_norm
-import mmengine.utils.dl_utils.misc as mmengine_norm
 from mmcv.cnn.bricks.wrappers import Conv2d
 from mmengine.registry import MODELS
 from torch import nn
@@ -13,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import layers
+from .compat.patches import put
 from .layers._args import ConfigError
 from .layers._conv_in_front import PLAIN_CONVS
 
@@ -123,6 +123,6 @@ def register_norm_layers() -> None:
     if 'CenConv' not in NORM_LAYERS.module_dict:
         NORM_LAYERS.register_module(name='CenConv', module=layers.CenConv2d)
     if not isinstance(mmcv_norm.MODELS, _NormLookup):
-        mmcv_norm.MODELS = _NormLookup(mmcv_norm.MODELS)
-    for module in (mmcv_norm, mmengine_norm):
-        module._InstanceNorm = _InstanceNormOrOurs
+        put('mmcv.cnn.bricks.norm.MODELS', _NormLookup(mmcv_norm.MODELS))
+    put('mmcv.cnn.bricks.norm._InstanceNorm', _InstanceNormOrOurs)
+    put('mmengine.utils.dl_utils.misc._InstanceNorm', _InstanceNormOrOurs)

@@ -30,8 +30,6 @@ _stock_fill = HistoryBuffer.__setstate__
 
 def allow_own_checkpoints() -> None:
     """Let ``torch.load`` read mmengine checkpoints without giving up ``weights_only``. Idempotent."""
-    HistoryBuffer.__getstate__ = _state_without_functions
-    HistoryBuffer.__setstate__ = _fill
     if _loads_weights_only_by_default():
         torch.serialization.add_safe_globals(harmless_globals())
 
@@ -74,12 +72,12 @@ def _statistic_by_name(owner: object, name: str) -> object:
     raise pickle.UnpicklingError(f'a checkpoint may not look up {name!r} on {owner!r}')
 
 
-def _state_without_functions(buffer: HistoryBuffer) -> dict:
+def state_without_functions(buffer: HistoryBuffer) -> dict:
     """Replace ``HistoryBuffer.__getstate__``: the numbers alone."""
     return {key: value for key, value in vars(buffer).items() if key != 'statistics_methods'}
 
 
-def _fill(buffer: HistoryBuffer, state: dict) -> None:
+def fill(buffer: HistoryBuffer, state: dict) -> None:
     """``HistoryBuffer.__setstate__``: plain arrays, and the class's own functions, whatever the file says of them."""
     arrays = {key: value.view(np.ndarray) if isinstance(value, np.ndarray) else value for key, value in state.items()}
     arrays.pop('statistics_methods', None)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from mmengine.runner import EpochBasedTrainLoop, loops
+from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import DataLoader, IterableDataset
 
 
@@ -47,11 +47,6 @@ class InfiniteBatches:
                 time.sleep(2)  # as mmengine: workers that stop and start at once can block each other
             self._iterator = iter(self.dataloader)
             return next(self._iterator)
-
-
-def load_when_asked() -> None:
-    """Let mmengine's iteration loop use :class:`InfiniteBatches`."""
-    loops._InfiniteDataloaderIterator = InfiniteBatches
 
 
 def set_epoch(loader: DataLoader, epoch: int) -> None:

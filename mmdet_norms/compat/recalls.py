@@ -5,16 +5,9 @@ images with different numbers of boxes are enough. ``metric='proposal_fast'`` of
 and ``metric='recall'`` of VOC end in it.
 """
 
-import mmdet.evaluation.metrics.coco_metric as coco_metric
-import mmdet.evaluation.metrics.voc_metric as voc_metric
 import numpy as np
 from mmdet.evaluation.functional import bbox_overlaps, print_recall_summary
 from mmdet.evaluation.functional.recall import set_recall_param
-
-
-def install() -> None:
-    """Put :func:`eval_recalls` in the place of mmdet's, where the metrics call it. Safe to call again."""
-    coco_metric.eval_recalls = voc_metric.eval_recalls = eval_recalls
 
 
 def eval_recalls(

@@ -17,7 +17,6 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
-from mmengine.runner import runner as runner_module
 
 from ..files import replacing, write_bytes, write_text
 
@@ -30,37 +29,26 @@ _stock_save_best = CheckpointHook._save_best_checkpoint
 _stock_dump = Config.dump
 
 
-def write_whole_files() -> None:
-    """Change mmengine's local backend, its checkpoint hook and ``Config.dump``. Idempotent."""
-    LocalBackend.put = _put
-    LocalBackend.put_text = _put_text
-    Config.dump = _dump
-    CheckpointHook.before_train = _before_train
-    CheckpointHook._save_checkpoint_with_step = _save_checkpoint_with_step
-    CheckpointHook._save_best_checkpoint = _save_best_checkpoint
-
-
-def resume_by(find: Callable[[str], str | None]) -> None:
-    """Let mmengine's runner ask ``find`` for the checkpoint of a work dir, as the stock tools' ``--resume`` does."""
-    runner_module.find_latest_checkpoint = find
-
-
-def _put(backend: LocalBackend, obj: bytes, filepath: str | Path) -> None:
+def put(backend: LocalBackend, obj: bytes, filepath: str | Path) -> None:
+    """``LocalBackend.put``."""
     write_bytes(filepath, obj)
 
 
-def _put_text(backend: LocalBackend, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
+def put_text(backend: LocalBackend, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
+    """``LocalBackend.put_text``."""
     write_text(filepath, obj, encoding)
 
 
-def _dump(cfg: Config, file: str | Path | None = None) -> str | None:
+def dump(cfg: Config, file: str | Path | None = None) -> str | None:
+    """``Config.dump``."""
     if file is None or not str(file).endswith('.py'):  # the others go through the file backend
         return _stock_dump(cfg, file)
     with replacing(file) as part:
         return _stock_dump(cfg, part)
 
 
-def _before_train(hook: CheckpointHook, runner: Runner) -> None:
+def before_train(hook: CheckpointHook, runner: Runner) -> None:
+    """``CheckpointHook.before_train``."""
     _stock_before_train(hook, runner)
     # what lies in another folder, where this run was moved, copied or resumed from, is not its own to delete
     if getattr(hook, 'best_ckpt_path', None):
@@ -89,7 +77,7 @@ def _forget_best_of_another_metric(hook: CheckpointHook, runner: Runner) -> None
         hook.best_ckpt_path = None
 
 
-def _save_checkpoint_with_step(hook: CheckpointHook, runner: Runner, step: int, meta: dict) -> None:
+def save_checkpoint_with_step(hook: CheckpointHook, runner: Runner, step: int, meta: dict) -> None:
     """Stock order is delete, write, name; here it is write, name, delete."""
     if hook.max_keep_ckpts > 0 and step not in list(hook.keep_ckpt_ids)[-1:]:
         if len(hook.keep_ckpt_ids) == hook.max_keep_ckpts:
@@ -115,7 +103,7 @@ def _save_checkpoint_with_step(hook: CheckpointHook, runner: Runner, step: int, 
     _delete_outdated(hook, runner)
 
 
-def _save_best_checkpoint(hook: CheckpointHook, runner: Runner, metrics: dict) -> None:
+def save_best_checkpoint(hook: CheckpointHook, runner: Runner, metrics: dict) -> None:
     """The stock method, with deletions that are noted and done when the new files are there."""
     hook.file_backend = _DeletesLater(hook.file_backend, lambda path: _outdate(hook, runner, Path(path).name))
     try:

@@ -23,10 +23,8 @@ _V1 = '.imagenet1k_v1'  # torchvision's later name of the same weights
 _UPLOADED_AGAIN = 'efficientnet_'  # under this later name only
 
 
-def serve_mmengine() -> None:
+def serve_schemes() -> None:
     """Let mmengine's loader, of whatever run, find and read files by this module. Idempotent."""
-    mmengine_checkpoint.load_from_local = load_from_local
-    mmengine_checkpoint.load_url = load_url
     for prefixes, loader in (
         ('', load_from_local),
         (('http://', 'https://'), load_from_http),
@@ -138,4 +136,4 @@ def load_url(url: str, model_dir: str | None = None, map_location: object = None
     return content
 
 
-__all__ = ['DownloadError', 'address', 'load_url', 'serve_mmengine']
+__all__ = ['DownloadError', 'address', 'load_from_local', 'load_url', 'serve_schemes']

@@ -172,4 +172,4 @@ def test_the_explanation_names_the_file_and_what_it_asked_for(tmp_path):
 
 def test_importing_the_package_is_enough():
     assert mmdet_norms.__version__
-    assert HistoryBuffer.__getstate__ is checkpoints._state_without_functions
+    assert HistoryBuffer.__getstate__ is checkpoints.state_without_functions

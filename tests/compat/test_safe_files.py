@@ -278,5 +278,5 @@ def test_mmengine_is_what_was_changed():
         assert line in source, line
     assert 'self.file_backend.remove(best_ckpt_path)' in inspect.getsource(safe_files._stock_save_best)
     assert "open(file, 'w'" in inspect.getsource(safe_files._stock_dump)
-    assert CheckpointHook._save_checkpoint_with_step is safe_files._save_checkpoint_with_step
+    assert CheckpointHook._save_checkpoint_with_step is safe_files.save_checkpoint_with_step
     assert "open(filepath, 'wb')" in inspect.getsource(inspect.getmodule(LocalBackend))
