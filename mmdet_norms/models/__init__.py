@@ -1,4 +1,4 @@
-"""Hosts that stock mmdet lacks."""
+"""Backbones and heads that stock mmdet lacks."""
 
 from . import legacy  # noqa: F401  (registers the conventions of published checkpoints)
 from .activations import BentIdentity, Mila

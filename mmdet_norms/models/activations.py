@@ -74,11 +74,11 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def act_cfg_of(host: str, act_cls: str, act_cfg: Mapping | None = None) -> dict:
+def act_cfg_of(model: str, act_cls: str, act_cfg: Mapping | None = None) -> dict:
     """The ``act_cfg`` of a model that takes both keys.
 
     Args:
-        host: class of the model, for messages.
+        model: its class, for messages.
         act_cls: a key of :data:`ACTIVATIONS`.
         act_cfg: of any registered activation, in place of ``act_cls='relu'``.
 
@@ -89,17 +89,17 @@ def act_cfg_of(host: str, act_cls: str, act_cfg: Mapping | None = None) -> dict:
     if act_cfg is None:
         if not isinstance(act_cls, str) or act_cls not in ACTIVATIONS:
             raise ConfigError(
-                f'{host}: act_cls={act_cls!r} is unknown{did_you_mean(act_cls, ACTIVATIONS)}; choose one of: '
+                f'{model}: act_cls={act_cls!r} is unknown{did_you_mean(act_cls, ACTIVATIONS)}; choose one of: '
                 f'{", ".join(ACTIVATIONS)}. Any other activation goes into act_cfg=dict(type=...)'
             )
         return dict(ACTIVATIONS[act_cls])
     if act_cls != 'relu':
-        raise ConfigError(f'{host}: act_cls={act_cls!r} and act_cfg={act_cfg!r} both name an activation; keep one')
+        raise ConfigError(f'{model}: act_cls={act_cls!r} and act_cfg={act_cfg!r} both name an activation; keep one')
     kind = act_cfg.get('type') if isinstance(act_cfg, Mapping) else None
     if kind is None or (isinstance(kind, str) and MODELS.get(kind) is None):
         types = [cfg['type'] for cfg in ACTIVATIONS.values()]
         raise ConfigError(
-            f'{host}: act_cfg={act_cfg!r} names no registered activation{did_you_mean(kind, types)}; write '
+            f'{model}: act_cfg={act_cfg!r} names no registered activation{did_you_mean(kind, types)}; write '
             f"dict(type='Mish') or another of: {', '.join(types)}, or of mmcv's"
         )
     return dict(act_cfg)

@@ -82,7 +82,7 @@ class NormEverywhere(NormAt, ResNet):
     """Names that ``--norm`` writes into ``norm``, because the paper of these networks has the norm everywhere."""
 
     depth: int
-    host: dict = {}
+    resnet_cfg: dict = {}
     zero_init = False
 
     def __init__(
@@ -112,7 +112,7 @@ class NormEverywhere(NormAt, ResNet):
             conv_cfg=conv_cfg,
             norm_eval=norm_eval,
             zero_init_residual=self.zero_init if zero_init_residual is None else zero_init_residual,
-            **self.host,
+            **self.resnet_cfg,
             **kwargs,
         )
         self.out_channels = [self.widths(self.base_channels)[i] for i in self.out_indices]
@@ -127,7 +127,7 @@ class NormEverywhere(NormAt, ResNet):
     def _narrowest(cls, base_channels: int = 64, stem_channels: int | None = None, **_) -> int:
         """A number that divides as far as all widths do."""
         stem = stem_channels or base_channels
-        return math.gcd(base_channels, stem // 2 if 'deep_stem' in cls.host else stem)
+        return math.gcd(base_channels, stem // 2 if 'deep_stem' in cls.resnet_cfg else stem)
 
     def make_res_layer(self, **kwargs) -> nn.Module:
         """Called by mmdet's ResNet for every stage."""
@@ -141,14 +141,14 @@ class NormEverywhere(NormAt, ResNet):
         return ResLayer(**kwargs)
 
 
-def _check_norm(host: str, norm: object, norm_cfg: Mapping) -> None:
+def _check_norm(kind: str, norm: object, norm_cfg: Mapping) -> None:
     if not isinstance(norm, str) or norm not in NORMS:
         raise ConfigError(
-            f'{host}: norm={norm!r} is unknown{did_you_mean(norm, NORMS)}; choose one of: {", ".join(NORMS)}. '
+            f'{kind}: norm={norm!r} is unknown{did_you_mean(norm, NORMS)}; choose one of: {", ".join(NORMS)}. '
             "Any other norm goes into norm_cfg, such as dict(type='BNET', kernel_size=9)"
         )
     if norm_cfg != _BN:
-        raise ConfigError(f'{host}: norm={norm!r} and norm_cfg={dict(norm_cfg)} both name a norm; keep one')
+        raise ConfigError(f'{kind}: norm={norm!r} and norm_cfg={dict(norm_cfg)} both name a norm; keep one')
 
 
 def _replace_relu(model: nn.Module, act_cfg: Mapping) -> None:
@@ -246,7 +246,7 @@ class XMiniNet(NormEverywhere):
     """
 
     depth, arch_settings = 10, {10: (BasicBlock, (1, 1, 1, 1))}
-    host, zero_init = _X, True
+    resnet_cfg, zero_init = _X, True
 
 
 @MODELS.register_module()
@@ -254,7 +254,7 @@ class XSEMiniNet(NormEverywhere):
     """:class:`XMiniNet` with blocks that are twice as wide inside and end in a gate: :class:`SEBasicBlock`."""
 
     depth, arch_settings = 10, {10: (SEBasicBlock, (1, 1, 1, 1))}
-    host, zero_init = _X, True
+    resnet_cfg, zero_init = _X, True
 
     def make_res_layer(self, **kwargs) -> nn.Module:
         return super().make_res_layer(act_cfg=self.act_cfg, **kwargs)
@@ -279,7 +279,7 @@ class MiniNeStBA(NormEverywhere):
     """
 
     depth, arch_settings = 10, {10: (SplitBasicBlock, (1, 1, 1, 1))}
-    host = _X
+    resnet_cfg = _X
 
 
 @MODELS.register_module()
@@ -290,7 +290,7 @@ class MiniNeStBN(NormEverywhere):
     """
 
     depth, arch_settings = 14, {14: (SplitBottleneck, (1, 1, 1, 1))}
-    host = _X
+    resnet_cfg = _X
 
 
 @MODELS.register_module()
@@ -301,4 +301,4 @@ class ResNeSt50(NormEverywhere):
     """
 
     depth, arch_settings = 50, {50: (SplitBottleneck, (3, 4, 5, 6))}
-    host = _X
+    resnet_cfg = _X

@@ -458,7 +458,7 @@ def test_efficient_evaluation_of_a_centred_convolution_uses_the_centred_weight()
     assert isinstance(module.conv, CenConv2d)
 
 
-# ------------------------------------------------------------------------------------------------------------- hosts
+# -------------------------------------------------------------------------------------------------------- backbones
 
 
 def backbone(**cfg):
@@ -466,7 +466,7 @@ def backbone(**cfg):
 
 
 BOTTLENECKS = dict(depth=50, base_channels=8, stem_channels=8)
-HOSTS = {
+BACKBONES = {
     'basic blocks': dict(type='mmdet.ResNet', depth=18, base_channels=4),
     'bottlenecks, checkpointing': dict(type='mmdet.ResNet', with_cp=True, **BOTTLENECKS),
     'deep stem, pooled shortcut': dict(type='mmdet.ResNetV1d', **BOTTLENECKS),
@@ -481,15 +481,15 @@ HOSTS = {
 }
 
 
-@pytest.mark.parametrize('host', HOSTS)
-def test_every_batch_norm_of_a_residual_network_goes(host):
-    model = backbone(**HOSTS[host])
+@pytest.mark.parametrize('kind', BACKBONES)
+def test_every_batch_norm_of_a_residual_network_goes(kind):
+    model = backbone(**BACKBONES[kind])
     fused = unchanged(model, noise(1, 3, 64, 64), tolerance=1e-10)
     assert not any(isinstance(m, (_BatchNorm, BNET)) for m in fused.modules())
     assert not fused.fuse_report.kept
     if hasattr(fused, 'norm1'):
         assert isinstance(fused.norm1, Folded)
-    if host.endswith('checkpointing'):
+    if kind.endswith('checkpointing'):
         assert fused.layer1[0].with_cp and model.layer1[0].with_cp
 
 

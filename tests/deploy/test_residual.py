@@ -16,7 +16,7 @@ from mmdet_norms.registry import MODELS
 
 BNET5 = dict(type='BNET', kernel_size=5)
 SMALL = dict(base_channels=4, norm_at=dict(last=BNET5), norm_eval=False)
-HOSTS = {
+BACKBONES = {
     'ResNet-18': (dict(type='NormResNet', depth=18, **SMALL), 8),
     'ResNet-50': (dict(type='NormResNet', depth=50, stem_channels=4, **SMALL), 16),
     'checkpointing': (dict(type='NormResNet', depth=18, with_cp=True, **SMALL), 8),
@@ -61,10 +61,10 @@ def block(kind=Bottleneck, norm=BNET5, **options):
     return settled(BLOCKS[kind](norm, **options))
 
 
-@pytest.mark.parametrize('host', HOSTS)
+@pytest.mark.parametrize('kind', BACKBONES)
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-11), (torch.float32, 1e-4)])
-def test_every_block_ends_in_one_pass_and_no_number_changes(host, dtype, tolerance):
-    cfg, blocks = HOSTS[host]
+def test_every_block_ends_in_one_pass_and_no_number_changes(kind, dtype, tolerance):
+    cfg, blocks = BACKBONES[kind]
     model = settled(MODELS.build(cfg)).to(dtype)
     fused = fuse(model)
     assert len(fused.fuse_report.joined) == blocks

@@ -23,7 +23,7 @@ TRIDENT = dict(num_branch=2, test_branch_idx=1, trident_dilations=(1, 2), num_st
 TRIDENT |= dict(strides=(1, 2, 2), dilations=(1, 1, 1))
 CSP = dict(widen_factor=0.25, deepen_factor=0.33)
 # The plain backbone, and its number of blocks.
-HOSTS = {
+PLAIN = {
     'Darknet': (dict(type='Darknet'), 1 + 2 + 8 + 8 + 4),
     'CSPDarknet': (dict(type='CSPDarknet', **CSP), 1 + 3 + 3 + 1),
     'CSPDarknet-depthwise': (dict(type='CSPDarknet', use_depthwise=True, **CSP), 1 + 3 + 3 + 1),
@@ -44,12 +44,12 @@ def mmdet_scope():
     torch.manual_seed(0)
 
 
-def build(host, **norm_at):
-    """The plain backbone, or its twin where there are positions."""
-    cfg = HOSTS[host][0]
+def build(kind, **norm_at):
+    """The plain backbone, or its variant where there are positions."""
+    cfg = PLAIN[kind][0]
     backbone = MODELS.build(dict(cfg, type=f'Norm{cfg["type"]}', norm_at=norm_at) if norm_at else cfg)
     for name, parameter in backbone.named_parameters():
-        if 'layer3' in name and host == 'TridentResNet' and name.endswith('conv2.weight'):
+        if 'layer3' in name and kind == 'TridentResNet' and name.endswith('conv2.weight'):
             nn.init.kaiming_normal_(parameter)  # mmdet leaves it as it finds the memory
     return backbone
 
@@ -58,33 +58,33 @@ def bnets(module):
     return [m for m in module.modules() if isinstance(m, BNET)]
 
 
-@pytest.mark.parametrize('host', HOSTS)
-def test_every_block_ends_in_the_norm_and_a_checkpoint_of_the_plain_backbone_gives_the_same_function(host):
-    plain = build(host)
+@pytest.mark.parametrize('kind', PLAIN)
+def test_every_block_ends_in_the_norm_and_a_checkpoint_of_the_plain_backbone_gives_the_same_function(kind):
+    plain = build(kind)
     norm = next(m for m in plain.modules() if isinstance(m, _BatchNorm))
-    twin = build(host, last=dict(BNET3, eps=norm.eps, momentum=norm.momentum))
-    blocks = HOSTS[host][1]
-    assert len(bnets(twin)) == blocks
-    assert sum(isinstance(m, _BatchNorm) and m.affine for m in twin.modules()) == (
+    variant = build(kind, last=dict(BNET3, eps=norm.eps, momentum=norm.momentum))
+    blocks = PLAIN[kind][1]
+    assert len(bnets(variant)) == blocks
+    assert sum(isinstance(m, _BatchNorm) and m.affine for m in variant.modules()) == (
         sum(isinstance(m, _BatchNorm) for m in plain.modules()) - blocks
     )
     for m in plain.modules():  # as if trained
         if isinstance(m, _BatchNorm):
             m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 2)
             nn.init.normal_(m.weight, 1, 0.1), nn.init.normal_(m.bias, 0, 0.1)
-    result = twin.load_state_dict(plain.state_dict(), strict=False)
+    result = variant.load_state_dict(plain.state_dict(), strict=False)
     assert not result.missing_keys and not result.unexpected_keys
-    twin.load_state_dict(twin.state_dict())
-    plain, twin, x = plain.double(), twin.double(), torch.randn(2, 3, 64, 64, dtype=torch.double)
+    variant.load_state_dict(variant.state_dict())
+    plain, variant, x = plain.double(), variant.double(), torch.randn(2, 3, 64, 64, dtype=torch.double)
     for mode in (True, False):
         plain.train(mode)
-        assert twin.train(mode) is twin
-        for a, b in zip(plain(x), twin(x)):
+        assert variant.train(mode) is variant
+        for a, b in zip(plain(x), variant(x)):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
-    'host, position, path',
+    'kind, position, path',
     [
         ('Darknet', 'norm1', 'conv_res_block1.res0.conv1.bn'),
         ('Darknet', 'norm2', 'conv_res_block1.res0.conv2.bn'),
@@ -103,9 +103,9 @@ def test_every_block_ends_in_the_norm_and_a_checkpoint_of_the_plain_backbone_giv
         ('TridentResNet', 'last', 'layer3.0.bnet3'),
     ],
 )
-def test_positions_are_the_norms_of_a_block_in_the_order_in_which_they_run(host, position, path):
-    twin = build(host, **{position: BNET3})
-    assert isinstance(twin.get_submodule(path), BNET)
+def test_positions_are_the_norms_of_a_block_in_the_order_in_which_they_run(kind, position, path):
+    variant = build(kind, **{position: BNET3})
+    assert isinstance(variant.get_submodule(path), BNET)
 
 
 def test_the_shortcut_of_a_block_and_what_lies_between_blocks_keep_their_norms():
@@ -114,15 +114,15 @@ def test_the_shortcut_of_a_block_and_what_lies_between_blocks_keep_their_norms()
 
 
 @pytest.mark.parametrize(
-    'host, stages',
+    'kind, stages',
     [('Darknet', 5), ('CSPDarknet', 4), ('CSPNeXt', 4), ('MobileNetV2', 7), ('EfficientNet', 5), ('HRNet', 4)],
 )
-def test_a_list_has_one_norm_per_stage(host, stages):
+def test_a_list_has_one_norm_per_stage(kind, stages):
     norms = [None] + [dict(type='AN', k=k) for k in range(2, stages + 1)]
-    found = [m.k for m in build(host, norm2=norms).modules() if isinstance(m, AN)]
+    found = [m.k for m in build(kind, norm2=norms).modules() if isinstance(m, AN)]
     assert sorted(set(found)) == list(range(2, stages + 1)) and found == sorted(found)
     with pytest.raises(ValueError, match=rf'norm_at\.norm2 lists {stages + 1} norm_cfgs for a backbone of {stages} st'):
-        build(host, norm2=[*norms, BNET3])
+        build(kind, norm2=[*norms, BNET3])
 
 
 @pytest.mark.parametrize(
@@ -145,26 +145,26 @@ def test_a_backbone_without_norms_has_no_position():
         MODELS.build(cfg)
 
 
-@pytest.mark.parametrize('host', ['CSPDarknet', 'CSPNeXt', 'MobileNetV2', 'EfficientNet'])
-def test_frozen_stages_freeze_the_placed_norms_from_the_start(host):
-    cfg = dict(HOSTS[host][0], type=f'Norm{HOSTS[host][0]["type"]}', norm_at=dict(last=BNET3), frozen_stages=2)
-    twin = MODELS.build(cfg)
-    first, last = bnets(twin)[0], bnets(twin)[-1]
+@pytest.mark.parametrize('kind', ['CSPDarknet', 'CSPNeXt', 'MobileNetV2', 'EfficientNet'])
+def test_frozen_stages_freeze_the_placed_norms_from_the_start(kind):
+    cfg = dict(PLAIN[kind][0], type=f'Norm{PLAIN[kind][0]["type"]}', norm_at=dict(last=BNET3), frozen_stages=2)
+    variant = MODELS.build(cfg)
+    first, last = bnets(variant)[0], bnets(variant)[-1]
     assert not any(p.requires_grad for p in first.parameters()) and all(p.requires_grad for p in last.parameters())
-    twin.train()
+    variant.train()
     assert not first.bn.training and last.bn.training
 
 
 @pytest.mark.parametrize('zero_init_residual', [True, False])
 def test_the_init_of_detectors_leaves_bnet_as_batch_norm(zero_init_residual):
-    cfg = HOSTS['DetectoRS_ResNet'][0] | dict(type='NormDetectoRS_ResNet', norm_at=dict(last=BNET3, norm1=BNET3))
-    twin = MODELS.build(dict(cfg, zero_init_residual=zero_init_residual))
-    drawn = twin.conv1.weight.clone()
-    twin.init_weights()
+    cfg = PLAIN['DetectoRS_ResNet'][0] | dict(type='NormDetectoRS_ResNet', norm_at=dict(last=BNET3, norm1=BNET3))
+    variant = MODELS.build(dict(cfg, zero_init_residual=zero_init_residual))
+    drawn = variant.conv1.weight.clone()
+    variant.init_weights()
     identity = torch.zeros(3, 3)
     identity[1, 1] = 1
-    for block in (block for name in twin.res_layers for block in getattr(twin, name)):
+    for block in (block for name in variant.res_layers for block in getattr(variant, name)):
         assert (block.norm1.bnconv.weight == identity).all()
         assert (block.norm3.bnconv.weight == (0 if zero_init_residual else identity)).all()
         assert not block.norm3.bnconv.bias.any()
-    assert not torch.equal(twin.conv1.weight, drawn)
+    assert not torch.equal(variant.conv1.weight, drawn)

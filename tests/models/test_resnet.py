@@ -1,4 +1,4 @@
-"""A norm per position in mmdet's ResNets: placement, the host's rules, pretrained batch-norm checkpoints."""
+"""A norm per position in mmdet's ResNets: placement, rules of mmdet that stay, pretrained batch-norm checkpoints."""
 
 import pytest
 import torch
