@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compat.torch_internals import is_functorch_active
 from ..compat.torch_versions import autocast_is_on, is_compiling
-from ..kernels.depthwise import is_supported, normalize_and_convolve
+from ..kernels.depthwise import normalize_and_convolve
 from ..layers import BNET, FrozenBN
 from ..layers._contract import contract_of
 from ..layers._watched import is_watched
@@ -136,10 +136,11 @@ class _TunedNorm(_Tuned):
 class _TunedBNET(_TunedNorm):
     def _rest(self, x: Tensor) -> Tensor:
         conv = self.bnconv
-        if self.training and self._is_as_built() and is_supported(x, conv.weight, conv.bias):
+        done = None
+        if self.training and self._is_as_built():
             mean = torch.zeros_like(conv.bias.detach())  # the kernel's depthwise convolution is faster than torch's
-            return normalize_and_convolve(x, conv.weight, conv.bias, 0.0, mean, mean + 1)[0]
-        return conv(x)
+            done = normalize_and_convolve(x, conv.weight, conv.bias, 0.0, mean, mean + 1)
+        return conv(x) if done is None else done[0]
 
 
 def _affine(conv_bias: Tensor | None, bn: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -14,33 +14,30 @@ second term of batch norm, because per channel
 
 from torch import Tensor
 
-from . import choose, depthwise_torch
+from . import choose
 
 
 def normalize_and_convolve(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor | None = None, var: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Depthwise convolution of the normalized map, with statistics of the batch unless some are given.
 
     Args:
-        x: (N, C, H, W), as :func:`is_supported` wants it, with two values per channel or more unless statistics
-            are given.
+        x: (N, C, H, W).
         weight: (C, 1, k, k), k odd.
         bias: (C,).
         eps: added to the variance inside the root, in units of x squared.
         mean, var: (C,), constants to normalize with.
 
     Returns:
-        y (N, C, H, W), and the mean and biased variance (C,) that were used, which carry no gradient.
+        y (N, C, H, W), and the mean and biased variance (C,) that were used, which carry no gradient. None: nobody
+        computes it, as :func:`.choose.depthwise` says, or a channel has one value, which has no variance.
     """
     statistics = () if mean is None else (mean, var)
-    computed_by = choose.depthwise(x, weight, bias, *statistics) or depthwise_torch
+    computed_by = choose.depthwise(x, weight, bias, *statistics)
+    if computed_by is None or (mean is None and x.numel() <= x.shape[1]):
+        return None
     return computed_by.normalize_and_convolve(x, weight, bias, eps, mean, var)
-
-
-def is_supported(x: Tensor, weight: Tensor, bias: Tensor, *statistics: Tensor) -> bool:
-    """Is it a case for :func:`normalize_and_convolve`: eager, fp32 or fp64 on a CPU, not under autocast; or a GPU?"""
-    return choose.depthwise(x, weight, bias, *statistics) is not None
 
 
 def inference(

@@ -8,7 +8,7 @@ Xu et al., "Batch Normalization with Enhanced Linear Transformation", https://ar
 
 from torch import Tensor, nn
 
-from ..kernels.depthwise import inference, is_supported, normalize_and_convolve
+from ..kernels.depthwise import inference, normalize_and_convolve
 from ._args import ConfigError, check_batch_norm, check_map, check_residual, is_count, reject_unknown
 from ._contract import Contract
 from ._fold import InferenceOnly, fold_batch_norm
@@ -96,20 +96,13 @@ class BNET(WithBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(self, self.num_features, x)
-        if self._trains_in_one_call(x):
-            return self._normalize_and_convolve(x)
-        return self.bnconv(run_batch_norm(self.bn, x))
-
-    def _trains_in_one_call(self, x: Tensor) -> bool:
-        """Whether :mod:`mmdet_norms.kernels.depthwise` does, which saves x alone for the backward pass."""
-        if not (self.training and self._is_as_built() and is_supported(x, *self.parameters(), self.bn.running_mean)):
-            return False
-        return not self.bn.training or x.numel() > x.shape[1]  # one value per channel has no variance
-
-    def _normalize_and_convolve(self, x: Tensor) -> Tensor:
-        bn, conv = self.bn, self.bnconv
-        given = () if bn.training else (bn.running_mean, bn.running_var)
-        y, mean, var = normalize_and_convolve(x, conv.weight, conv.bias, bn.eps, *given)
+        bn, conv, done = self.bn, self.bnconv, None
+        if self.training and self._is_as_built():
+            given = () if bn.training else (bn.running_mean, bn.running_var)
+            done = normalize_and_convolve(x, conv.weight, conv.bias, bn.eps, *given)
+        if done is None:
+            return conv(run_batch_norm(bn, x))
+        y, mean, var = done  # in one call, for which x alone is saved
         if bn.training and not in_backward():  # activation checkpointing repeats a forward that was counted
             count = x.numel() // x.shape[1]
             self._update(mean, var * (count / (count - 1)))
