@@ -3,40 +3,52 @@
 That of AN, and of norms with a simulated normalization batch.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from . import choose, map_formula
 from .double_backward import is_wanted
 
-Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
+class ImageGroups:
+    """The groups of images in a map: their moments, and an affine step of each that may be made of the moments.
 
-def instance_affine(x: Tensor, rule: Rule, groups: int | None = None) -> Tensor:
-    """``y = scale * (x - origin) + shift`` with parameters that ``rule`` computes from the moments of every group.
+    Such steps are AN, and also batch and group norm, since ``E[x] = E[mean]`` and
+    ``E[(x - E[x])^2] = E[var + (mean - E[x])^2]`` over images or channels.
 
     One pass for the moments, one for y; backward one for the sums over the gradient, one or two for that of x. Saves
-    x and vectors. Gradients flow through everything, the moments included.
+    x and vectors. Gradients flow through everything, the moments included. Where that is not supported it is computed
+    by its formula.
 
     Args:
         x: ``(N, C, H, W)``, not empty, any floating dtype.
-        rule: ``(mean, var) -> (scale, origin, shift)``; mean and biased variance of the groups, all ``(G, C)`` and in
-            fp32, or fp64 for fp64 maps. Batch and group norm are such rules, since ``E[x] = E[mean]`` and
-            ``E[(x - E[x])^2] = E[var + (mean - E[x])^2]`` over images or channels.
         groups: G, of ``N / G`` consecutive images each; None: every image by itself.
+
+    Attributes:
+        mean, var: mean and biased variance of the groups ``(G, C)``, in fp32, or fp64 for fp64 maps.
     """
-    computed_by = choose.map_operations(x)
-    stand_in, gain, mean, var = _Moments.apply(x, len(x) if groups is None else groups, computed_by)
-    scale, origin, shift = rule(mean, var)
-    # The constant centre keeps the digits of the sums in backward where the mean is large.
-    centre = mean.detach()
-    return _Affine.apply(x, stand_in, gain, centre, scale, shift + scale * (centre - origin), computed_by)
+
+    def __init__(self, x: Tensor, groups: int | None = None):
+        groups = len(x) if groups is None else groups
+        self._x, self._supported = x, is_supported(x)
+        if self._supported:
+            self._computed_by = choose.map_operations(x)
+            self._stand_in, self._gain, self.mean, self.var = _Moments.apply(x, groups, self._computed_by)
+        else:
+            self.mean, self.var = map_formula.moments(x, groups)
+
+    def affine(self, scale: Tensor, origin: Tensor, shift: Tensor) -> Tensor:
+        """``y = scale * (x - origin) + shift``, once. Scale and shift are ``(G, C)``, origin may be ``(C,)``."""
+        if not self._supported:
+            return map_formula.affine(self._x, origin, scale, shift)
+        # The constant centre keeps the digits of the sums in backward where the mean is large.
+        centre = self.mean.detach()
+        shift = shift + scale * (centre - origin)
+        return _Affine.apply(self._x, self._stand_in, self._gain, centre, scale, shift, self._computed_by)
 
 
 def is_supported(x: Tensor) -> bool:
-    """Is this a case for :func:`instance_affine`: eager, on a CPU or CUDA, not empty, a tensor as it is?
+    """Is this a case for the kernels: eager, on a CPU or CUDA, not empty, a tensor as it is?
 
     Compiled code gets the plain formulas, which the compiler fuses; exported graphs get standard operators.
     """

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.torch_versions import is_compiling
+from ..kernels.instance_affine import ImageGroups
 from ._args import check_at_least, check_batch_norm, check_count, check_map, reject_unknown
 from ._batch_renorm_compiled import brn_call, handle_of
 from ._contract import Contract
 from ._fold import fold_batch_norm
-from ._groups import check_groups, check_norm_batch, normalize_groups
+from ._groups import check_norm_batch, number_of_groups
 from ._numerics import per_channel, statistics_dtype
 from ._replay import Calls, in_backward
 from ._with_batch_norm import WithBatchNorm
@@ -100,15 +101,11 @@ class BRN(WithBatchNorm):
         return torch.batch_norm(x, weight, bias, None, None, True, 0.0, bn.eps, torch.backends.cudnn.enabled)
 
     def _by_groups(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        check_groups('BRN', self.norm_batch, x)
-        count = self.norm_batch * x.shape[2] * x.shape[3]
-
-        def affine_of(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            with torch.no_grad():
-                r, d = self._r_and_d(mean.detach(), var.detach(), count)
-            return weight * r * (var + self.bn.eps).rsqrt(), mean, weight * d + bias
-
-        return normalize_groups(x, self.norm_batch, affine_of)
+        images = ImageGroups(x, number_of_groups('BRN', self.norm_batch, x))
+        mean, var = images.mean, images.var
+        with torch.no_grad():
+            r, d = self._r_and_d(mean.detach(), var.detach(), self.norm_batch * x.shape[2] * x.shape[3])
+        return images.affine(weight * r * (var + self.bn.eps).rsqrt(), mean, weight * d + bias)
 
     def _r_and_d(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """From moments over ``count`` values each, ``(C,)`` or of the groups ``(G, C)``."""

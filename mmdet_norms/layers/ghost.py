@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.instance_affine import ImageGroups
 from ._args import check_batch_norm, check_map, reject_unknown
 from ._contract import Contract
 from ._fold import fold_batch_norm
-from ._groups import check_groups, check_norm_batch, normalize_groups
+from ._groups import check_norm_batch, number_of_groups
 from ._recompute import in_backward, running_statistics
 from ._with_batch_norm import WithBatchNorm
 
@@ -73,21 +74,18 @@ class GhostBN(WithBatchNorm):
         bn = self.bn
         if not bn.training:
             return bn(x)
-        check_groups('BN', self.norm_batch, x)
+        groups = number_of_groups('BN', self.norm_batch, x)
         count = self.norm_batch * x.shape[2] * x.shape[3]
         if count <= 1 or not x.numel():
             return F.batch_norm(x, *running_statistics(bn), bn.weight, bn.bias, False, 0.0, bn.eps)
-        return normalize_groups(x, self.norm_batch, lambda mean, var: self._of_groups(mean, var, count))
-
-    def _of_groups(self, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, origin and shift of every group from its moments over ``count`` values, which the batch adds."""
-        bn = self.bn
+        images = ImageGroups(x, groups)
+        mean, var = images.mean, images.var
         if not in_backward():  # activation checkpointing repeats a forward that was counted
             self._update(mean.detach().mean(0), var.detach().mean(0) * (count / (count - 1)))
         scale, shift = (var + bn.eps).rsqrt(), torch.zeros_like(mean)
         if bn.affine:
             scale, shift = scale * bn.weight.to(mean.dtype), shift + bn.bias.to(mean.dtype)
-        return scale, mean, shift
+        return images.affine(scale, mean, shift)
 
     def fold_into(self, conv: nn.Module) -> None:
         """See :mod:`._fold`: eval is batch norm, of which nothing remains."""

@@ -53,9 +53,9 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_DERIVATIVE)
         x, weight, used, renorm, t = ctx.saved_tensors
-        channels, inverse = x.shape[1], (used + ctx.eps).rsqrt()
-        scale, zero = weight.to(used.dtype) * renorm * inverse, torch.zeros_like(used)
+        channels, zero, inverse = x.shape[1], torch.zeros_like(used), (used + ctx.eps).rsqrt()
         total, product = map_ops.gradient_sums(grad, x, zero)
+        scale = weight.to(used.dtype) * renorm * inverse
         p = ctx.average(scale * product * (used.numel() / x.numel()), t)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:

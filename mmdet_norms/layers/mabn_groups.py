@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels import map_ops
 from ._args import ConfigError
-from ._groups import check_groups, check_norm_batch
+from ._groups import check_norm_batch, number_of_groups
 from .mabn import MABN
 
 
@@ -70,8 +70,7 @@ class GroupedMABN(MABN):
         )
 
     def _second_moment(self, x: Tensor) -> Tensor:
-        check_groups('MABN', self.norm_batch, x)
-        return map_ops.second_moment(x, len(x) // self.norm_batch)
+        return map_ops.second_moment(x, number_of_groups('MABN', self.norm_batch, x))
 
     def _advance(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         t, old = self.iters + 1, self.running_var.to(moments.dtype)

@@ -464,8 +464,8 @@ class TestFewPasses:
 
 
 def count_calls(monkeypatch):
-    calls, real = [], an.instance_affine
-    monkeypatch.setattr(an, 'instance_affine', lambda x, rule: (calls.append(tuple(x.shape)), real(x, rule))[1])
+    calls, real = [], an.ImageGroups
+    monkeypatch.setattr(an, 'ImageGroups', lambda x: (calls.append(tuple(x.shape)), real(x))[1])
     return calls
 
 
