@@ -353,7 +353,7 @@ def _fit(state: dict[str, Tensor], layout: Layout, model_cfg: Mapping, report: R
         raise ConversionError(_explain(differences, report), *differences)
     report.verified = True
     if report.kind != 'backbone':
-        layout = layout if report.kind == 'detector' else replace(layout, expects={}, convention=None)
+        layout = layout if report.kind == 'detector' else replace(layout, expects={})
         report.warnings += unlike_training(model, model_cfg, layout)
 
 
@@ -381,5 +381,9 @@ def _conclude(state: dict[str, Tensor], layout: Layout, report: Report) -> None:
     broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         report.warnings.append(f'{len(broken)} tensors hold inf or nan:\n{list_keys(broken)}')
-    if report.kind == 'detector' and layout.convention and not report.verified:
-        report.notes.append(f'trained in the box convention of {layout.convention}; evaluate it in that one')
+    if report.kind == 'detector' and layout.convention:
+        report.geometry = layout.convention
+        report.notes.append(
+            f'trained in the box convention of {layout.convention}: evaluate it with --geometry {layout.convention} '
+            '(docs/legacy-geometry.md)'
+        )

@@ -18,6 +18,7 @@ class Report:
         warnings: what probably makes the weights another function than the published one.
         notes: what else one should know.
         verified: whether a config was given, which the result then fits exactly.
+        geometry: of a detector, the ``--geometry`` in which it was trained; None: today's.
     """
 
     source: str
@@ -34,6 +35,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     verified: bool = False
+    geometry: str | None = None
 
 
 def pattern(key: str) -> str:

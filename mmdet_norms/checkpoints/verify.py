@@ -104,12 +104,6 @@ def unlike_training(model: nn.Module, model_cfg: Mapping, layout: Layout) -> lis
             value = list(value) if isinstance(value, tuple) else value
             if value != trained:
                 messages.append(f'model.{path} is {value!r}, but these weights were trained with {trained!r}')
-    anchors = (model_cfg.get('rpn_head') or {}).get('anchor_generator') or {}
-    if layout.convention and anchors.get('convention') != layout.convention:
-        messages.append(
-            f'these weights were trained in the box convention of {layout.convention}, which the config does not have; '
-            'to evaluate them, take the one in the folder published-checkpoints beside it (its weights are the same)'
-        )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         warn_if_uncentred(model)

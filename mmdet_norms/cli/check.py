@@ -17,7 +17,15 @@ from mmdet_norms.datasets.sources import SPLITS, evaluated_files, sources
 from mmdet_norms.placement import PLACEMENTS
 
 from .class_folders import class_folder_findings, folder_of
-from .common import UserError, add_data_arguments, command, copies_folder, load_config, without_folder
+from .common import (
+    UserError,
+    add_data_arguments,
+    add_geometry_argument,
+    command,
+    copies_folder,
+    load_config,
+    without_folder,
+)
 from .config_checks import training_problems
 from .options import add_option_arguments
 from .weights import check_test, check_training
@@ -71,6 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('checkpoint', nargs='?', help='one to test, instead of what training starts from')
     parser.add_argument('--full', action='store_true', help='decode every image, not only the headers of some')
     parser.add_argument('--norm', metavar='NAME', help=f'as {typed("train")}: {", ".join(PLACEMENTS)}')
+    add_geometry_argument(parser)
     add_data_arguments(parser)
     add_option_arguments(parser)
     parser.set_defaults(work_dir=None, launcher='none', local_rank=0, allow_partial=False)

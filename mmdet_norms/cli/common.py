@@ -40,6 +40,7 @@ from mmdet_norms.files import explain
 from mmdet_norms.kernels import compiled
 from mmdet_norms.layers import BNET, AnotherFunctionError, another_function_allowed
 from mmdet_norms.layers._args import ConfigError
+from mmdet_norms.models.legacy import CONVENTIONS, use_geometry
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 from mmdet_norms_start import own_configs
 
@@ -92,13 +93,15 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--work-dir',
         metavar='DIR',
-        help='where logs, checkpoints and results.json go; default: work_dirs/, and the names of the config and --norm',
+        help='where logs, checkpoints and results.json go; default: work_dirs/, and the names of the config, of --norm '
+        'and of --geometry',
     )
     parser.add_argument(
         '--norm',
         metavar='NAME',
         help=f'put these norm layers into the model: {", ".join(PLACEMENTS)}; --cfg-options refine it',
     )
+    add_geometry_argument(parser)
     add_data_arguments(parser)
     add_option_arguments(parser)
     add_threads_argument(parser)
@@ -109,6 +112,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help=f'what started the processes; for N of them: {several("train", "CONFIG")}',
     )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_geometry_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--geometry``, for checkpoints of the authors."""
+    parser.add_argument(
+        '--geometry',
+        choices=CONVENTIONS,
+        help='for a converted checkpoint of the authors: anchors, boxes, masks and image sizes as when it was trained '
+        '(docs/legacy-geometry.md)',
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +189,7 @@ def add_check_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The config as the arguments ask for it: file, then --norm and --data-root, then --cfg-options."""
+    """The config as the arguments ask for it: file, --norm, --geometry and --data-root, then --cfg-options."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(args.config)
     if args.norm is not None:
@@ -184,6 +197,11 @@ def load_config(args: argparse.Namespace) -> Config:
             cfg.model = apply_norm(cfg.model, args.norm)
         except ValueError as error:
             raise UserError(f'--norm {args.norm}: {error}') from error
+    if args.geometry is not None:
+        try:
+            use_geometry(cfg, args.geometry)
+        except ConfigError as error:
+            raise UserError(f'--geometry {args.geometry}: {error}') from error
     move_and_merge(cfg, args)
     cfg.launcher = args.launcher
     cfg.work_dir = _work_dir(args, cfg)
@@ -369,13 +387,13 @@ def _packaged_config(name: str) -> Config:
 
 
 def _work_dir(args: argparse.Namespace, cfg: Config) -> str:
-    """--work-dir, else the config's own, else ./work_dirs/<config>; each norm has its own default."""
+    """--work-dir, else the config's own, else ./work_dirs/<config>; each norm and geometry has its own default."""
     if args.work_dir is not None:
         if not args.work_dir.strip():  # of a shell variable that is not set
             raise UserError("--work-dir '' names no folder")
         return args.work_dir
     default = cfg.get('work_dir') or os.path.join('./work_dirs', Path(args.config).stem)
-    return default if args.norm is None else f'{default}_{args.norm}'
+    return '_'.join(filter(None, (default, args.norm, args.geometry)))
 
 
 def _import_this_package(cfg: Config) -> None:

@@ -82,6 +82,8 @@ def print_report(report: Report, args: argparse.Namespace) -> None:
     compared = f'compared with {part} of {args.config}: 0 missing, 0 left over, all shapes right'
     console.print(Text(compared if report.verified else 'no --config: names and shapes were not compared with a model'))
     use = f'{typed("test")} {args.config or "CONFIG"} {args.dst}'
+    if report.geometry is not None:
+        use += f' --geometry {report.geometry}'
     if report.kind == 'backbone':
         use = f"model.backbone.init_cfg=dict(type='Pretrained', checkpoint={args.dst!r})"
     console.print(Text(f'wrote {args.dst}; use: {use}'))

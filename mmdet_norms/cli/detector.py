@@ -12,7 +12,7 @@ from mmdet_norms.checkpoints.read import Checkpoint
 from mmdet_norms.deploy import fuse, is_fused
 from mmdet_norms.placement import PLACEMENTS
 
-from .common import UserError, add_threads_argument, load_config, require_checkpoint
+from .common import UserError, add_geometry_argument, add_threads_argument, load_config, require_checkpoint
 from .config_checks import config_problems, require_none
 from .options import add_option_arguments
 from .weights import explain_misfit
@@ -30,6 +30,7 @@ def add_detector_arguments(parser: argparse.ArgumentParser, reads: tuple[str, ..
     parser.add_argument(
         '--norm', metavar='NAME', help=f'the norms that the model was trained with: {", ".join(PLACEMENTS)}'
     )
+    add_geometry_argument(parser)
     parser.add_argument('--data-root', metavar='DIR', help=data_root)
     add_option_arguments(parser)
     add_threads_argument(parser)

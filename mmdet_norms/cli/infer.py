@@ -250,6 +250,7 @@ class Run:
             made_by=f'{_MADE_BY} {__version__}',
             config=args.config,
             norm=args.norm,
+            geometry=args.geometry,
             checkpoint=args.checkpoint,
             fused=self.fused,
             score_thr=args.score_thr,

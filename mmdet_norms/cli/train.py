@@ -281,11 +281,9 @@ def _missing_weights(key: str, path: str, config: str, replaced_by: str | None) 
     """
     message = f'{key}: there is no file {path}'
     folder = '/'.join(Path(path).parts[:-1])
-    for parent in Path(config).parents[:2]:  # configs/NAME/ and configs/NAME/published-checkpoints/
-        readme = parent / 'README.md'
-        if folder and readme.is_file() and f'{folder}/' in readme.read_text(encoding='utf-8'):
-            message += f'; {readme} says where these weights are to be had and how to convert them'
-            break
+    readme = Path(config).parent / 'README.md'
+    if folder and readme.is_file() and f'{folder}/' in readme.read_text(encoding='utf-8'):
+        message += f'; {readme} says where these weights are to be had and how to convert them'
     message += f'. Name another file with --cfg-options {key}=FILE'
     if replaced_by is not None:
         init_cfg = key[: key.rindex('init_cfg') + len('init_cfg')]

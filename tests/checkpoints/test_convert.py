@@ -179,10 +179,10 @@ def built_on_meta(config):
 
 ROUND_TRIPS = {
     'bnet': (bnet, 'bnet/mask-rcnn_r50_fpn_bnet5_1x_coco.py'),
-    'cbn': (partial(cbn, ReferenceCBN), 'cbn/published-checkpoints/mask-rcnn_r50_fpn_cbn_1x_coco.py'),
-    'mabn': (mabn, 'mabn/published-checkpoints/mask-rcnn_r50_fpn_mabn_180k_coco.py'),
-    'an': (partial(an, True), 'an/published-checkpoints/mask-rcnn_r50_fpn_an-gn-head_2x_coco.py'),
-    'aognet': (None, 'an/published-checkpoints/mask-rcnn_aognet-12m_fpn_an-gn-head_2x_coco.py'),
+    'cbn': (partial(cbn, ReferenceCBN), 'cbn/mask-rcnn_r50_fpn_cbn_1x_coco.py'),
+    'mabn': (mabn, 'mabn/mask-rcnn_r50_fpn_mabn_180k_coco.py'),
+    'an': (partial(an, True), 'an/mask-rcnn_r50_fpn_an-gn-head_2x_coco.py'),
+    'aognet': (None, 'an/mask-rcnn_aognet-12m_fpn_an-gn-head_2x_coco.py'),
 }
 
 
@@ -548,11 +548,13 @@ def test_what_a_state_dict_cannot_show_is_compared_with_the_training():
     state = mabn().state_dict()
     good = target('mabn', style='caffe')
     good.data_preprocessor.update(bgr_to_rgb=False, mean=[102.9801, 115.9465, 122.7717], std=[1.0, 1.0, 1.0])
-    (geometry,) = convert(state, 'mabn', good).report.warnings
-    assert 'box convention of maskrcnn-benchmark' in geometry
+    report = convert(state, 'mabn', good).report
+    (geometry,) = report.notes
+    assert report.warnings == [] and report.geometry == 'maskrcnn-benchmark'
+    assert 'trained in the box convention of maskrcnn-benchmark: evaluate it with --geometry' in geometry
     bad = target('mabn', style='pytorch')
     bad.neck.pop('conv_cfg')
-    style, channels, mean, std, _, uncentred = convert(state, 'mabn', bad).report.warnings
+    style, channels, mean, std, uncentred = convert(state, 'mabn', bad).report.warnings
     assert "backbone.style is 'pytorch'" in style and "'caffe'" in style
     assert 'bgr_to_rgb is True' in channels and '102.9801' in mean and '.std' in std
     assert 'neck.lateral_convs.0.bn' in uncentred

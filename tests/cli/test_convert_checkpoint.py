@@ -67,7 +67,7 @@ def test_a_checkpoint_is_converted_verified_and_explained(folder, tmp_path, caps
         'fc_cls.{weight, bias}: rows [1..2, 0]: the background is the last of 3', 'fc_reg.{weight, bias}: rows 4..11',
         "entry 'optimizer': not part", 'neck.lateral_convs.*.bn.{iter_count}: 0',
         '0 missing, 0 left over', 'box convention of mmdet-v1',
-        f'tools/test.py {folder / "cfg.py"} {tmp_path / "b.pth"}',
+        f'tools/test.py {folder / "cfg.py"} {tmp_path / "b.pth"} --geometry mmdet-v1',
     ):  # fmt: skip
         assert said in ' '.join(out.split()), said
 

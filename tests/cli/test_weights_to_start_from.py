@@ -90,7 +90,6 @@ def test_a_missing_file_to_load_from_is_named(config):
     [
         ('mabn/mask-rcnn_r50_fpn_mabn_180k_coco.py', 'R50-wc.pth', 'mabn/README.md'),
         ('an/cascade-mask-rcnn_aognet-40m_fpn_an_20e_coco.py', 'aognet-40m_an.pth', 'an/README.md'),
-        ('an/published-checkpoints/mask-rcnn_aognet-12m_fpn_bn_2x_coco.py', 'aognet-12m_bn.pth', 'an/README.md'),
     ],
 )
 def test_missing_pretrained_weights_say_where_they_are_to_be_had(config, weights, readme, monkeypatch, tmp_path):

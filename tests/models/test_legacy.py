@@ -23,10 +23,16 @@ from mmengine.structures import InstanceData
 from PIL import Image
 
 from mmdet_norms import PLACEMENTS, apply_norm
-from mmdet_norms.models.legacy import CONVENTIONS, MASKRCNN_BENCHMARK, MMDET_V1, boxes_to_original_image
+from mmdet_norms.cli.common import load_config
+from mmdet_norms.cli.test import parse_args
+from mmdet_norms.errors import UserError
+from mmdet_norms.layers._args import ConfigError
+from mmdet_norms.models.legacy import CONVENTIONS, MASKRCNN_BENCHMARK, MMDET_V1, boxes_to_original_image, use_geometry
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
-PUBLISHED = sorted(CONFIGS.glob('*/published-checkpoints/*.py'))
+ROWS = sorted(path for folder in ('cbn', 'an', 'mabn') for path in CONFIGS.glob(f'{folder}/*.py'))
+OF_MMDET = ('gn-all', '_sn_')  # in the papers' tables, but not trained by their authors
+PUBLISHED = [path for path in ROWS if not any(norm in path.name for norm in OF_MMDET)]
 STRIDES = (4, 8, 16, 32, 64)
 RATIOS = (0.5, 1.0, 2.0)
 PLUS_ONE = np.array([0, 0, 1, 1])
@@ -561,11 +567,11 @@ def test_what_the_convention_decides_cannot_be_said_otherwise():
 # --- Configs ---
 CONVENTION_OF = dict(cbn=MMDET_V1, an=MMDET_V1, mabn=MASKRCNN_BENCHMARK)
 ONE_PER_KIND = (
-    'cbn/published-checkpoints/faster-rcnn_r50_fpn_cbn_1x_coco.py',
-    'cbn/published-checkpoints/mask-rcnn_r50_fpn_cbn_1x_coco.py',
-    'mabn/published-checkpoints/mask-rcnn_r50-scratch_fpn_mabn_180k_coco.py',
-    'an/published-checkpoints/mask-rcnn_r50_fpn_an-gn-head_2x_coco.py',
-    'an/published-checkpoints/cascade-mask-rcnn_r101_fpn_an_20e_coco.py',
+    'cbn/faster-rcnn_r50_fpn_cbn_1x_coco.py',
+    'cbn/mask-rcnn_r50_fpn_cbn_1x_coco.py',
+    'mabn/mask-rcnn_r50-scratch_fpn_mabn_180k_coco.py',
+    'an/mask-rcnn_r50_fpn_an-gn-head_2x_coco.py',
+    'an/cascade-mask-rcnn_r101_fpn_an_20e_coco.py',
 )
 
 
@@ -574,8 +580,12 @@ def load(path):
     return Config.fromfile(path)
 
 
-def row_of(path):
-    return path.parents[1] / path.name
+@cache
+def published(path):
+    """A row of the zoo in the convention of the authors' checkpoints."""
+    cfg = copy.deepcopy(load(path))
+    use_geometry(cfg, CONVENTION_OF[path.parent.name])
+    return cfg
 
 
 def dicts(node):
@@ -589,15 +599,10 @@ def dicts(node):
         todo += [(f'{place}.{key}', value) for key, value in items]
 
 
-def test_the_published_checkpoints_have_configs():
-    assert all((CONFIGS / name).exists() for name in ONE_PER_KIND)
-    assert {path.parents[1].name for path in PUBLISHED} == set(CONVENTION_OF)
-
-
-@pytest.mark.parametrize('path', PUBLISHED, ids=lambda path: f'{path.parents[1].name}/{path.stem}')
-def test_a_published_checkpoint_config_is_the_row_in_its_convention(path):
-    cfg, row = load(path), load(row_of(path))
-    convention = CONVENTION_OF[path.parents[1].name]
+@pytest.mark.parametrize('path', PUBLISHED, ids=lambda path: f'{path.parent.name}/{path.stem}')
+def test_a_row_with_geometry_is_the_row_but_for_its_convention(path):
+    cfg, row = published(path), load(path)
+    convention = CONVENTION_OF[path.parent.name]
     types = dict(
         anchor_generator='PlusOneAnchorGenerator', bbox_coder='PlusOneDeltaXYWHBBoxCoder',
         bbox_roi_extractor='PlusOneRoIExtractor', mask_roi_extractor='PlusOneRoIExtractor',
@@ -621,11 +626,11 @@ def test_a_published_checkpoint_config_is_the_row_in_its_convention(path):
 
 
 @pytest.mark.parametrize('name', ONE_PER_KIND)
-def test_a_published_checkpoint_config_has_the_parameters_of_its_row(name):
+def test_a_row_with_geometry_has_the_parameters_of_the_row(name):
     init_default_scope('mmdet')
     path = CONFIGS / name
     with torch.device('meta'):
-        ours, row = (MODELS.build(copy.deepcopy(load(p).model)).state_dict() for p in (path, row_of(path)))
+        ours, row = (MODELS.build(copy.deepcopy(cfg.model)).state_dict() for cfg in (published(path), load(path)))
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in row.items()}
 
 
@@ -634,17 +639,22 @@ def test_a_published_checkpoint_config_has_the_parameters_of_its_row(name):
 def test_a_norm_by_name_goes_where_it_goes_in_the_row_and_leaves_the_convention(name, norm):
     init_default_scope('mmdet')
     path = CONFIGS / name
-    ours, row = (apply_norm(load(p).model, norm) for p in (path, row_of(path)))
+    ours, row = (apply_norm(cfg.model, norm) for cfg in (published(path), load(path)))
     assert sum('convention' in part for _, part in dicts(ours)) == sum(
-        'convention' in p for _, p in dicts(load(path).model)
+        'convention' in p for _, p in dicts(published(path).model)
     )
+    other_order = Config(dict(model=copy.deepcopy(row)))
+    use_geometry(other_order, CONVENTION_OF[path.parent.name])
+    assert {place: part.get('convention') for place, part in dicts(other_order.model)} == {
+        place: part.get('convention') for place, part in dicts(ours)
+    }
     with torch.device('meta'):
         ours, row = (MODELS.build(model).state_dict() for model in (ours, row))
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in row.items()}
 
 
 def test_configs_that_do_not_ask_for_it_keep_the_stock_types():
-    for path in sorted(CONFIGS.glob('[acm]*n/*.py'))[::4]:
+    for path in ROWS[::4]:
         assert 'PlusOne' not in (text := load(path).pretty_text) and 'LegacyResize' not in text
     for registry, name in (
         (TASK_UTILS, 'AnchorGenerator'), (TASK_UTILS, 'LegacyAnchorGenerator'), (TASK_UTILS, 'DeltaXYWHBBoxCoder'),
@@ -654,9 +664,82 @@ def test_configs_that_do_not_ask_for_it_keep_the_stock_types():
         assert registry.get(name).__module__.startswith('mmdet.')
 
 
+def mmdets(path, **changes):
+    cfg = Config.fromstring(f'_base_ = {f"mmdet::{path}"!r}', '.py')
+    cfg.merge_from_dict(changes)
+    return cfg
+
+
+FASTER = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+
+
+def test_geometry_changes_validation_and_test_of_a_stock_detector_and_can_be_changed():
+    cfg, stock = mmdets(FASTER, **{'model.roi_head.bbox_roi_extractor.roi_layer.aligned': True}), mmdets(FASTER)
+    for convention in CONVENTIONS:
+        use_geometry(cfg, convention)
+        assert {part.convention for _, part in dicts(cfg._cfg_dict) if 'convention' in part} == {convention}
+        assert cfg.model.roi_head.bbox_roi_extractor.roi_layer == dict(type='RoIAlign', output_size=7, sampling_ratio=2)
+    assert cfg.train_dataloader == stock.train_dataloader and cfg.train_pipeline == stock.train_pipeline
+    cfg.test_dataloader.dataset.pipeline[1].scale = (100, 60)
+    assert cfg.val_dataloader.dataset.pipeline[1].scale == (1333, 800)
+
+
+def test_geometry_of_a_config_that_names_classes():
+    cfg = Config(dict(model=load(ROWS[0]).to_dict()['model']))
+    cfg.model.rpn_head.anchor_generator.type = TASK_UTILS.get('mmdet.AnchorGenerator')
+    cfg.model.rpn_head.bbox_coder.type = 'mmdet.DeltaXYWHBBoxCoder'
+    use_geometry(cfg, MMDET_V1)
+    assert cfg.model.rpn_head.anchor_generator.type == 'PlusOneAnchorGenerator'
+    assert cfg.model.rpn_head.bbox_coder.type == 'PlusOneDeltaXYWHBBoxCoder'
+
+
+NO_RATIO = dict(type='Resize', scale=(8, 8), keep_ratio=False)
+
+
+@pytest.mark.parametrize(
+    'cfg, said',
+    [
+        (lambda: mmdets('retinanet/retinanet_r50_fpn_1x_coco.py'), r'no rpn_head.anchor_generator; Faster, Mask and'),
+        (
+            lambda: mmdets('double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py'),
+            r"model.roi_head.bbox_head.type='DoubleConvFCBBoxHead' has no legacy form; Shared2FCBBoxHead and",
+        ),
+        (
+            lambda: mmdets(FASTER, test_dataloader=dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile')]))),
+            'test_dataloader.dataset.pipeline has no step Resize',
+        ),
+        (
+            lambda: mmdets(FASTER, val_dataloader=dict(dataset=dict(pipeline=[NO_RATIO]))),
+            'val_dataloader.dataset.pipeline: Resize has a legacy form only with keep_ratio=True',
+        ),
+    ],
+)
+def test_what_has_no_legacy_geometry_is_named(cfg, said):
+    with pytest.raises(ConfigError, match=said):
+        use_geometry(cfg(), MMDET_V1)
+    with pytest.raises(ConfigError, match=r"geometry 'mmdet' is unknown; write one of: mmdet-v1, maskrcnn-benchmark"):
+        use_geometry(cfg(), 'mmdet')
+
+
+def test_the_option_of_the_commands(capsys):
+    def config_of(name, *options):
+        return load_config(parse_args([str(CONFIGS / name), 'CKPT', *options]))
+
+    name = 'cbn/mask-rcnn_r50_fpn_cbn_1x_coco.py'
+    cfg = config_of(name, '--geometry', MMDET_V1, '--norm', 'bnet5')
+    assert cfg.model.rpn_head.anchor_generator.type == 'PlusOneAnchorGenerator'
+    assert cfg.work_dir == './work_dirs/mask-rcnn_r50_fpn_cbn_1x_coco_bnet5_mmdet-v1'
+    assert config_of(name).model.rpn_head.anchor_generator.type == 'AnchorGenerator'
+    with pytest.raises(UserError, match='--geometry maskrcnn-benchmark: the model has no rpn_head'):
+        load_config(parse_args(['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', 'CKPT', '--geometry', CONVENTIONS[1]]))
+    with pytest.raises(SystemExit):
+        parse_args([name, 'CKPT', '--geometry', 'v1'])
+    assert "--geometry: invalid choice: 'v1' (choose from" in capsys.readouterr().err
+
+
 def tiny_model(name, norm=None, **test_cfg):
     """The detector of a config, with the norms of a name, at a small width, with weights that find something."""
-    cfg = copy.deepcopy(load(CONFIGS / name))
+    cfg = copy.deepcopy(published(CONFIGS / name))
     if norm is not None:
         cfg.model = apply_norm(cfg.model, norm)
     head = cfg.model.roi_head.bbox_head
@@ -699,7 +782,7 @@ def sample(height, width, factor):
 
 
 @pytest.mark.parametrize('name', ONE_PER_KIND)
-def test_a_published_checkpoint_config_runs_a_test_step(name):
+def test_a_row_with_geometry_runs_a_test_step(name):
     model = tiny_model(name, score_thr=0.0, max_per_img=10)
     image = torch.randint(0, 256, (3, 100, 150), dtype=torch.uint8)
     data = dict(inputs=[image], data_samples=[sample(100, 150, 2.0)])

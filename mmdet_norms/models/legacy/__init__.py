@@ -13,11 +13,12 @@ the results) is the legacy one. What that leaves is here, each part with the swi
 ``LegacyResize``                size and scale factor of the resized image
 =============================== ============================================================================
 
-Off unless a config names them. ``docs/legacy-geometry.md`` has the formulas.
+Off unless a config names them, as :func:`use_geometry` lets it. ``docs/legacy-geometry.md`` has the formulas.
 """
 
 from .boxes import PlusOneAnchorGenerator, PlusOneDeltaXYWHBBoxCoder, boxes_to_original_image
 from .conventions import CONVENTIONS, MASKRCNN_BENCHMARK, MMDET_V1
+from .geometry import use_geometry
 from .heads import PlusOneFCNMaskHead, PlusOneShared2FCBBoxHead, PlusOneShared4Conv1FCBBoxHead
 from .resize import LegacyResize
 from .rois import PlusOneRoIAlign, PlusOneRoIExtractor
@@ -35,4 +36,5 @@ __all__ = [
     'PlusOneShared2FCBBoxHead',
     'PlusOneShared4Conv1FCBBoxHead',
     'boxes_to_original_image',
+    'use_geometry',
 ]
