@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from helpers.processes import run_in_two
 from mmdet_norms.compat import torch_internals as internals
 
 FUNCTIONS = {
@@ -376,25 +377,22 @@ def test_many_tensors_at_once(without, monkeypatch):
         assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(targets, tensors))
 
 
-@pytest.mark.skipif(not distributed.is_available(), reason='torch without torch.distributed')
-def test_buckets_of_distributed_training():
-    distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-        ddp = DistributedDataParallel(model, static_graph=True)
-        old = ddp.reducer
-        with unless_moved('DistributedDataParallel builds its reducer otherwise: buckets cannot be planned again'):
-            assert internals.number_in_buckets(ddp) == 4 and isinstance(ddp.parameters_to_ignore, set)
-            model[0].bias.requires_grad_(False)
-            internals.make_buckets_again(ddp)
-            assert ddp.reducer is not old and internals.number_in_buckets(ddp) == 3
-            ddp(torch.randn(2, 3, 5, 5)).sum().backward()
-        with unless_moved('DistributedDataParallel has no _comm_hooks: buckets with one are planned again'):
-            assert not internals.belongs_to_its_buckets(ddp)
-            ddp.register_comm_hook(None, lambda state, bucket: None)
-            assert internals.belongs_to_its_buckets(ddp)
-    finally:
-        distributed.destroy_process_group()
+def what_ddp_has(rank):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    ddp = DistributedDataParallel(model, static_graph=True)
+    old, found = ddp.reducer, [internals.number_in_buckets(ddp) == 4, isinstance(ddp.parameters_to_ignore, set)]
+    model[0].bias.requires_grad_(False)
+    internals.make_buckets_again(ddp)
+    found += [ddp.reducer is not old, internals.number_in_buckets(ddp) == 3, not internals.belongs_to_its_buckets(ddp)]
+    ddp(torch.randn(2, 3, 5, 5)).square().sum().backward()
+    ddp.register_comm_hook(None, lambda state, bucket: None)
+    return [*found, internals.belongs_to_its_buckets(ddp)], model[0].weight.grad
+
+
+def test_buckets_of_distributed_training(tmp_path):
+    with unless_moved('DistributedDataParallel is built otherwise: its buckets cannot be planned again'):
+        (found, grad), (_, of_other) = run_in_two(tmp_path, what_ddp_has)
+        assert found == [True] * 6 and torch.equal(grad, of_other)
 
 
 def test_what_checkpoints_may_name():
