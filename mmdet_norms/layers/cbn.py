@@ -31,18 +31,15 @@ class CBN(BehindConv, AveragesOnRequest):
     r"""Cross-iteration batch norm: each iteration normalizes with the statistics of itself and of a few before it.
 
     For ``x = conv(z; W)`` and each remembered iteration t, with mean :math:`m_t` and biased variance :math:`v_t` of its
-    batch under the weights :math:`W_t` of its time, first-order Taylor expansion gives per output channel
+    batch under the weights :math:`W_t` of its time, per output channel, by first-order Taylor expansion
 
     .. math::
-        \hat m_t = m_t + \rho \langle \partial m_t, W - W_t \rangle, \qquad
-        \hat v_t = v_t + \rho \langle \partial v_t, W - W_t \rangle - \rho^2 \langle \partial m_t, W - W_t \rangle^2
-
-    and with the current batch and the remembered ones that have :math:`\hat v_t \ge 0`, together k,
-
-    .. math::
-        \mu = \tfrac1k \sum \hat m_t, \quad \sigma^2 = \tfrac1k \sum (\hat v_t + \hat m_t^2) - \mu^2, \quad
+        \hat m_t &= m_t + \rho \langle \partial m_t, W - W_t \rangle, \qquad
+        \hat v_t = v_t + \rho \langle \partial v_t, W - W_t \rangle - \rho^2 \langle \partial m_t, W - W_t \rangle^2 \\
+        \mu &= \tfrac1k \sum \hat m_t, \quad \sigma^2 = \tfrac1k \sum (\hat v_t + \hat m_t^2) - \mu^2, \quad
         y = \gamma \frac{x - \mu}{\sigma + \epsilon} + \beta
 
+    where the sums are over the current batch and the remembered ones that have :math:`\hat v_t \ge 0`, together k.
     Gradients flow through the current batch's part of both. Before the end of burn-in: batch norm with the unbiased
     variance. Eval: batch norm with running statistics, which follow the current batch (:meth:`to_batch_norm`).
 
@@ -59,7 +56,7 @@ class CBN(BehindConv, AveragesOnRequest):
         momentum: weight of the newest batch in the running statistics. Default 0.1, as published.
 
     Raises:
-        ValueError, TypeError: an argument out of range, an unknown key; an input that is not ``(N, C, H, W)``.
+        ValueError, TypeError: an argument out of range or unknown; an input that is not ``(N, C, H, W)``.
         RuntimeError: in training, an x that requires grad and does not come from a convolution.
 
     Source: Yao et al., "Cross-Iteration Batch Normalization", CVPR 2021, arXiv:2002.05712, section 3.
