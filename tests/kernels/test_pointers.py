@@ -258,7 +258,7 @@ def unlaunched(monkeypatch):
     return kernels, map_triton, common
 
 
-def triton_calls(kernels, passes):
+def triton_calls(kernels, maps):
     x, weight, vector, rows = torch.zeros(N, C, H, W), torch.zeros(C, 1, K, K), torch.zeros(C), torch.zeros(N, C)
     return {
         'bnet': (kernels.bnet, [x, weight, vector, 1e-5]),
@@ -266,12 +266,12 @@ def triton_calls(kernels, passes):
         'bnet_backward': (kernels.bnet_backward, [x, x, weight, vector, vector, 1e-5, True, True, True]),
         'bnet_backward of x': (kernels.bnet_backward, [x, x, weight, vector, vector, 1e-5, False, True, False]),
         'bnet_inference': (kernels.bnet_inference, [x, weight, vector, x, True]),
-        'affine': (passes.affine, [x, vector, vector, vector]),
-        'affine of instances': (passes.affine, [x, rows, rows, rows]),
-        'gradient_sums': (passes.gradient_sums, [x, x, vector]),
-        'gradient_sums of instances': (passes.gradient_sums, [x, x, rows]),
-        'gradient': (passes.gradient, [x, x, *[vector] * 4]),
-        'gradient of instances': (passes.gradient, [x, x, *[rows] * 4]),
+        'affine': (maps.affine, [x, vector, vector, vector]),
+        'affine of instances': (maps.affine, [x, rows, rows, rows]),
+        'gradient_sums': (maps.gradient_sums, [x, x, vector]),
+        'gradient_sums of instances': (maps.gradient_sums, [x, x, rows]),
+        'gradient': (maps.gradient, [x, x, *[vector] * 4]),
+        'gradient of instances': (maps.gradient, [x, x, *[rows] * 4]),
     }
 
 
@@ -279,9 +279,9 @@ UNREAD = {('bnet_backward of x', 1), ('bnet_backward of x', 3), ('bnet_backward'
 
 
 def test_no_tensor_of_a_launch_is_taken_on_trust(unlaunched):
-    kernels, passes, _ = unlaunched
+    kernels, maps, _ = unlaunched
     tried = 0
-    for name, (function, arguments) in triton_calls(kernels, passes).items():
+    for name, (function, arguments) in triton_calls(kernels, maps).items():
         for place, argument in enumerate(arguments):
             if isinstance(argument, torch.Tensor) and (name, place) not in UNREAD:
                 for fault in (
@@ -301,9 +301,9 @@ def test_no_tensor_of_a_launch_is_taken_on_trust(unlaunched):
 
 
 def test_places_that_are_no_32_bit_numbers_are_refused_before_a_launch(unlaunched):
-    _, passes, common = unlaunched
+    _, maps, common = unlaunched
     vector = torch.zeros(1, device='meta')
     for shape in [(1, 1, 2**16, 2**15), (1, 1, 2**31, 1), (2**31, 1, 1, 1), (0, 1, 4, 4)]:
         x = torch.zeros(shape, device='meta', dtype=torch.float16)
         with pytest.raises(ValueError, match='must be 32 bit numbers'):
-            common.launch(passes._affine_kernel, 1, x, x, vector, vector, vector, x, 1, 1, 1)
+            common.launch(maps._affine_kernel, 1, x, x, vector, vector, vector, x, 1, 1, 1)
