@@ -1,6 +1,6 @@
 """CBN: batch norm over the last few iterations, corrected for the weight updates in between.
 
-The method in 45 lines: ``reference/cbn.py``; here exact, fast and resumable. How it goes with checkpointing, DDP, EMA,
+The method in 70 lines: ``reference/cbn.py``; here exact, fast and resumable. How it goes with checkpointing, DDP, EMA,
 accumulation and compilation: docs/norms.md.
 """
 

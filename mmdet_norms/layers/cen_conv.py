@@ -1,4 +1,7 @@
-"""CenConv: a convolution whose weight is centred. MABN, which subtracts no mean, wants it in front."""
+"""CenConv: a convolution whose weight is centred. MABN, which subtracts no mean, wants it in front.
+
+As published: ``reference/mabn.py``.
+"""
 
 import warnings
 

@@ -15,8 +15,7 @@ Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of Bat
     v, r, p, running_var, weight, bias   one value per channel
     buffer_x2, buffer_gz                 (m, C)                 E[x^2] and E[g z] of the last m iterations
 
-Until the window is full, v and p are those of the batch alone. In the first 1000 iterations r = 1. Each forward reads
-the counter on the host, and so waits for the GPU once.
+Until the window is full, v and p are those of the batch alone. In the first 1000 iterations r = 1.
 """
 
 import torch
@@ -50,7 +49,7 @@ class ReferenceMABN(nn.Module):
         if not self.training:
             return weight * (x / (self.running_var + self.eps).sqrt()) + bias
         self.iters += 1
-        t = int(self.iters)
+        t = int(self.iters)  # waits for the GPU
         v = self.average(self.buffer_x2, x.detach().square(), t)
         r = self.renorm(v, t)
         self.running_var = self.momentum * self.running_var + (1 - self.momentum) * v

@@ -36,7 +36,7 @@ class ReferenceGroupedMABN(nn.Module):
         if not self.training:
             return weight * (x / (self.running_var + self.eps).sqrt()[:, None, None]) + bias
         self.iters += 1
-        t = int(self.iters)
+        t = int(self.iters)  # waits for the GPU
         groups = x.unflatten(0, (-1, self.norm_batch))
         v = self.average('pre_x2', groups.detach().square(), t)
         r = self.renorm(v, t)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from helpers.references import bnet
 from mmdet_norms.kernels import depthwise as everywhere
 from mmdet_norms.kernels import gpu
 from mmdet_norms.kernels.gpu import depthwise_triton
@@ -31,12 +32,6 @@ CASES = [  # kernel size, dtype, layout, shape
     (7, torch.float64, CONTIGUOUS, (2, 1, 13, 9)),  # strips of fewer rows than the border
 ]
 GIVEN = [CASES[i] for i in (0, 1, 2, 7)]
-
-
-def literal(x, weight, bias, mean=None, var=None):
-    """Batch norm, then a depthwise convolution, each by torch."""
-    normalized = F.batch_norm(x, mean, var, None, None, mean is None, 0.0, 1e-5)
-    return F.conv2d(normalized, weight, bias, 1, weight.shape[-1] // 2, 1, x.shape[1])
 
 
 def by_triton(x, weight, bias, *statistics):
@@ -71,7 +66,7 @@ def test_output_and_gradients_are_those_of_the_two_modules(case, given):
     x, weight, bias, *statistics = tensors(*case)
     statistics = statistics if given else []
     grad = torch.randn(shape, dtype=torch.float64).to(dtype)  # contiguous: autograd promises no layout
-    exact = run(literal, [t.double() for t in (x, weight, bias)], [t.double() for t in statistics], grad.double())
+    exact = run(bnet, [t.double() for t in (x, weight, bias)], [t.double() for t in statistics], grad.double())
     results = run(by_triton, [x, weight, bias], statistics, grad)
     assert results[0].dtype == results[1].dtype == dtype
     assert results[0].is_contiguous(memory_format=layout)
@@ -85,7 +80,7 @@ def test_programs_may_share_out_instances_and_rows_as_they_like(layout, monkeypa
     case = 3, torch.float64, layout, (3, 1, 5, 6)
     x, weight, bias, *_ = tensors(*case)
     grad = torch.randn_like(x)
-    compare(run(by_triton, [x, weight, bias], [], grad), run(literal, [x, weight, bias], [], grad), torch.float64)
+    compare(run(by_triton, [x, weight, bias], [], grad), run(bnet, [x, weight, bias], [], grad), torch.float64)
 
 
 def test_statistics_are_returned_and_survive_a_huge_mean():
@@ -102,7 +97,7 @@ def test_statistics_are_returned_and_survive_a_huge_mean():
 def test_only_what_is_asked_for_gets_a_gradient(leaf, given):
     x, weight, bias, *statistics = tensors(3, torch.float64, CONTIGUOUS, (2, 2, 3, 4))
     both = []
-    for function in (literal, by_triton):
+    for function in (bnet, by_triton):
         leaves = {name: t.clone() for name, t in dict(x=x, weight=weight, bias=bias).items()}
         leaves[leaf].requires_grad_()
         function(*leaves.values(), *(statistics if given else [])).square().sum().backward()
@@ -125,7 +120,7 @@ def test_the_gradient_can_be_differentiated_again(layout, given):
     x, weight, bias, *statistics = tensors(3, torch.float64, layout, (2, 2, 3, 4))
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     results = []
-    for function in by_triton, literal:
+    for function in by_triton, bnet:
         y = function(*inputs, *(statistics if given else ()))
         gradient = torch.autograd.grad(y.pow(3).sum(), inputs, create_graph=True)
         penalty = sum(g.square().sum() for g in gradient)

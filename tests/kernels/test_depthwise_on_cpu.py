@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from helpers.references import bnet
 from mmdet_norms.kernels import compiled, depthwise, depthwise_compiled, depthwise_torch
 from mmdet_norms.layers import BNET
 
@@ -21,13 +22,6 @@ WAYS = [
     ),
 ]
 SHAPES = [(2, 3, 5, 4), (1, 5, 17, 33), (3, 4, 1, 9), (2, 37, 6, 7), (2, 3, 40, 70), (2, 4, 2, 2)]
-
-
-def literal(x, weight, bias, mean, var):
-    """Batch norm, then a depthwise convolution, each by torch."""
-    of_batch = mean is None
-    normalized = F.batch_norm(x, mean, var, None, None, of_batch, 0.0, 1e-5)
-    return F.conv2d(normalized, weight, bias, 1, weight.shape[-1] // 2, 1, x.shape[1])
 
 
 @pytest.mark.parametrize('way', WAYS)
@@ -44,7 +38,7 @@ def test_output_and_gradients_are_those_of_the_two_modules(way, given, layout, d
         weight, bias = torch.randn(channels, 1, size, size, dtype=dtype), torch.randn(channels, dtype=dtype)
         stats = (torch.randn(channels, dtype=dtype), torch.rand(channels, dtype=dtype) + 0.5) if given else (None, None)
         results = []
-        for function in (literal, lambda *a: way.apply(*a[:3], 1e-5, *a[3:])[0]):
+        for function in (bnet, lambda *a: way.apply(*a[:3], 1e-5, *a[3:])[0]):
             leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
             y = function(*leaves, *stats)
             y.backward(grad)
@@ -94,7 +88,7 @@ def test_only_what_is_asked_for_gets_a_gradient(way, leaf):
     way.apply(*tensors.values(), 1e-5, None, None)[0].square().sum().backward()
     expected = {name: t.detach().clone() for name, t in tensors.items()}
     expected[leaf].requires_grad_()
-    literal(*expected.values(), None, None).square().sum().backward()
+    bnet(*expected.values(), None, None).square().sum().backward()
     torch.testing.assert_close(tensors[leaf].grad, expected[leaf].grad, rtol=1e-3, atol=1e-3)
     assert all(t.grad is None for name, t in tensors.items() if name != leaf)
 

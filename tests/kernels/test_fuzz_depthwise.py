@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from helpers.layouts import LAYOUTS, as_channels_last, as_contiguous, as_later_part
+from helpers.references import bnet
 from mmdet_norms.kernels import compiled, depthwise
 from mmdet_norms.layers import BNET
 
@@ -43,11 +44,10 @@ def drawn(case):
     return normal(*case['shape']) * 2 + 3, normal(c, 1, k, k), normal(c), normal(*case['shape'])
 
 
-def literal(x, weight, bias, mean=None, var=None):
+def expected_of(x, weight, bias, mean=None, var=None):
     if x.numel() == 0:
         return x * weight.sum() + bias.sum()
-    x_hat = F.batch_norm(x, mean, var, None, None, mean is None, 0.0, 1e-5)
-    return F.conv2d(x_hat, weight, bias, 1, weight.shape[-1] // 2, 1, x.shape[1])
+    return bnet(x, weight, bias, mean, var)
 
 
 def assert_close(name, actual, expected, dtype):
@@ -72,7 +72,7 @@ def test_training_is_the_formula(case, of_x, of_weight, of_vectors, of_grad, way
         way = 'given' if way == 'batch' else 'norm_eval layer'
     mean, var = (None, None) if way in ('batch', 'layer') else (bias.cos() + 3, bias.sin() + 2)
     exact = [t.double().requires_grad_(need) for t, need in zip((x, weight, bias), needs)]
-    expected = literal(*exact, *(None if t is None else t.double() for t in (mean, var)))
+    expected = expected_of(*exact, *(None if t is None else t.double() for t in (mean, var)))
 
     inputs = [of_x(x).detach(), of_weight(weight).detach(), of_vectors(bias).detach()]
     for tensor, need in zip(inputs, needs):
