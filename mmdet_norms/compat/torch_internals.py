@@ -3,7 +3,8 @@
 Each docstring names what is private and what happens ``Without it``: some functions then answer what is nearest, the
 others fail with the name. Names are those of torch 2.1 to 2.13 unless a docstring says since when they exist.
 ``tests/compat/test_internals.py`` has a canary for each, which says in words what moved. Imports torch only, so that
-layers and kernels may ask, too.
+layers and kernels may ask, too. What everybody who writes modules relies on (``nn.Module._buffers``,
+``_load_from_state_dict``, ``_BatchNorm``) is used in any file; it has a canary, too.
 """
 
 import functools

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from helpers.processes import run_in_two
+from mmdet_norms.compat import loading
 from mmdet_norms.compat import torch_internals as internals
 
 FUNCTIONS = {
@@ -393,6 +396,34 @@ def test_buckets_of_distributed_training(tmp_path):
     with unless_moved('DistributedDataParallel is built otherwise: its buckets cannot be planned again'):
         (found, grad), (_, of_other) = run_in_two(tmp_path, what_ddp_has)
         assert found == [True] * 6 and torch.equal(grad, of_other)
+
+
+def test_a_data_loader_takes_another_batch_sampler():
+    """In ``compat/loading.py``."""
+    loader = DataLoader(range(4), batch_size=2)
+    with unless_moved('DataLoader keeps its batch sampler elsewhere: resumed runs see other images'):
+        with pytest.raises(ValueError):
+            loader.batch_sampler = None
+        loading.replace_batch_sampler(loader, [[3], [0, 1]], seed=0)
+        assert [batch.tolist() for batch in loader] == [[3], [0, 1]]
+
+
+def test_loops_of_mmengine_run_an_epoch_by_these_names():
+    with unless_moved('EpochBasedTrainLoop has other methods: resumed epochs start at their first batch'):
+        assert {'run_epoch', 'run_iter'} <= set(vars(EpochBasedTrainLoop))
+
+
+def test_what_subclasses_of_modules_rely_on():
+    """Private by name, and relied on by all who write modules: used where it is needed, in any file."""
+    with unless_moved('nn.Module keeps its children, values or hooks elsewhere, or has no such methods to override'):
+        module = nn.Sequential(nn.BatchNorm2d(2))
+        assert module._modules == {'0': module[0]} and set(module[0]._parameters) == {'weight', 'bias'}
+        assert set(module[0]._buffers) == {'running_mean', 'running_var', 'num_batches_tracked'}
+        methods = '_load_from_state_dict', '_save_to_state_dict', '_forward_hooks', '_forward_pre_hooks'
+        assert all(hasattr(module, name) for name in methods) and hasattr(nn.Conv2d, '_conv_forward')
+        assert issubclass(nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm)
+        assert issubclass(nn.InstanceNorm2d, nn.modules.instancenorm._InstanceNorm)
+        assert issubclass(nn.Conv2d, nn.modules.conv._ConvNd)
 
 
 def test_what_checkpoints_may_name():

@@ -12,7 +12,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import DATA_SAMPLERS, HOOKS
-from mmengine.runner import EpochBasedTrainLoop, Runner, loops
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
@@ -353,15 +353,6 @@ def test_loading_a_batch_leaves_the_generators_as_they_were_even_if_it_fails():
     with pytest.raises(ZeroDivisionError):
         [1 / 0 for _ in rng.SeededBatch([7], (1, 0, 5))]
     assert state() == before
-
-
-def test_torch_and_mmengine_have_the_private_parts_that_are_used():
-    loader = DataLoader(Augmented(), batch_size=2)
-    assert 'batch_sampler' in vars(loader) and loader._index_sampler is loader.batch_sampler
-    with pytest.raises(ValueError):
-        loader.batch_sampler = None
-    assert loops._InfiniteDataloaderIterator is InfiniteBatches
-    assert hasattr(EpochBasedTrainLoop, 'run_epoch') and 'run_iter' in vars(EpochBasedTrainLoop)
 
 
 def test_transforms_that_keep_images_are_named():
