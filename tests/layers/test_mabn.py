@@ -689,9 +689,11 @@ class TestCompile:
         model.how, model.norm = 'checkpoint', torch.compile(model.norm, backend='aot_eager')
         self.compare(eager, model, model)
 
-    def test_generated_code_equals_eager(self):
+    @pytest.mark.parametrize('how', ['plain', 'checkpoint'])
+    def test_generated_code_equals_eager(self, how):
         torch._dynamo.reset()
         model = Net()
+        model.how = how
         try:
             compiled = torch.compile(model)
             compiled(torch.randn(2, 3, 5, 5))
