@@ -24,6 +24,7 @@ __all__ = [
     'convert_norms',
     'fuse',
     'recompute_statistics',
+    'register_norm',
     'replace_norm_cfg',
 ]
 
@@ -41,6 +42,7 @@ if not doctor_is_asked_for(sys.orig_argv):  # python -m mmdet_norms.check_env is
                 apply_norm,
                 fuse,
                 recompute_statistics,
+                register_norm,
                 replace_norm_cfg,
             )
     except (ImportError, AssertionError, OSError) as error:  # of mmdet at a version of mmcv; of torch's libraries

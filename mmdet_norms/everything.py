@@ -11,6 +11,7 @@ patches.install()
 from . import checkpoints, classification, engine, models  # noqa: E402, F401  (registers hooks, models, data sets)
 from .deploy import fuse  # noqa: E402
 from .engine import recompute_statistics  # noqa: E402
+from .norms import register_norm  # noqa: E402
 from .placement import PLACEMENTS, apply_norm, replace_norm_cfg  # noqa: E402
 from .registry import NORM_LAYERS, register_norm_layers  # noqa: E402
 
@@ -18,4 +19,12 @@ register_norm_layers()
 patches.install_in_mmdet()
 patches.put('mmengine.runner.runner.find_latest_checkpoint', engine.safe_checkpoints.newest_checkpoint)
 
-__all__ = ['NORM_LAYERS', 'PLACEMENTS', 'apply_norm', 'fuse', 'recompute_statistics', 'replace_norm_cfg']
+__all__ = [
+    'NORM_LAYERS',
+    'PLACEMENTS',
+    'apply_norm',
+    'fuse',
+    'recompute_statistics',
+    'register_norm',
+    'replace_norm_cfg',
+]

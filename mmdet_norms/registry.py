@@ -8,12 +8,12 @@ import mmcv.cnn.bricks.norm as mmcv_norm
 from mmcv.cnn.bricks.wrappers import Conv2d
 from mmengine.registry import MODELS
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import layers
 from .compat.patches import put
 from .layers._args import ConfigError
+from .layers._contract import STOCK, is_norm_class
 from .layers._conv_in_front import PLAIN_CONVS
 
 NORM_LAYERS = MODELS
@@ -24,19 +24,20 @@ mmcv 1.x called it ``NORM_LAYERS``; since mmcv 2 it is mmengine's root ``MODELS`
 
 PLAIN_CONVS.add(Conv2d)  # mmcv's own only adds empty inputs for old versions of torch
 
-_STOCK_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
-_OUR_NORMS = tuple(layers.NORMS.values())
-NOT_TORCH_NORMS = tuple(layer for layer in _OUR_NORMS if not issubclass(layer, _STOCK_NORMS))
-"""Norms that the class tests of mmcv and mmengine do not find."""
 # mmcv registers torch's classes under these names; ours take the same arguments and more situations.
 _REPLACED = ('GN', 'SyncBN')
+
+
+def is_not_torchs(layer: nn.Module) -> bool:
+    """Whether it is a norm that the class tests of mmcv and mmengine do not find."""
+    return isinstance(layer, tuple(layers.NORMS.values())) and not isinstance(layer, tuple(STOCK))
 
 
 class _IsNorm(type):
     """What ``isinstance`` and ``issubclass`` answer about the stand-in for ``_InstanceNorm``."""
 
     def __instancecheck__(cls, layer) -> bool:
-        return isinstance(layer, (_InstanceNorm, *NOT_TORCH_NORMS))
+        return isinstance(layer, _InstanceNorm) or is_not_torchs(layer)
 
     def __subclasscheck__(cls, layer) -> bool:
         return issubclass(layer, _InstanceNorm)
@@ -59,11 +60,7 @@ class UnknownNormError(ConfigError, KeyError):
 
 def norm_names() -> list[str]:
     """Names that ``norm_cfg=dict(type=...)`` accepts, sorted."""
-    return sorted(
-        name
-        for name, cls in NORM_LAYERS.module_dict.items()
-        if inspect.isclass(cls) and issubclass(cls, _STOCK_NORMS + _OUR_NORMS)
-    )
+    return sorted(name for name, cls in NORM_LAYERS.module_dict.items() if inspect.isclass(cls) and is_norm_class(cls))
 
 
 def explain_unknown(name: str) -> UnknownNormError:

@@ -8,7 +8,8 @@ from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
 from ..errors import did_you_mean
-from ..layers import CBN, MABN, CenConv2d
+from ..layers import CBN, MABN, CenConv2d, contract_of
+from ..placement import PLACEMENTS
 from ..reference import REFERENCES, ReferenceCBN, ReferenceMABN
 from ..registry import norm_names
 from .groups import CONV_ONLY, ONE_PASS, Entry, Group, Setting, reference_of
@@ -33,7 +34,7 @@ LAYERS: dict[str, dict] = {
     'sn': dict(type='SN'),
     'frozen': dict(type='FrozenBN'),
 }
-"""norm_cfg of each name that ``--layers`` takes, beside the types of ``norm_cfg`` themselves."""
+"""norm_cfg of names that ``--layers`` takes; :func:`named_layers` has all."""
 
 DEFAULT = dict(layer=('bn', 'bnet3', 'bnet5', 'bnet7', 'mabn', 'an', 'an-gn'), conv=('bn', 'cbn', 'mabn'))
 """What is measured at each level unless the user says so."""
@@ -63,14 +64,21 @@ class ConvNorm(nn.Module):
         return x if self.norm is None else self.norm(x)
 
 
+def named_layers() -> dict[str, dict]:
+    """norm_cfg of each name that ``--layers`` takes: of ``--norm``, too, where it is one norm."""
+    placed = {name: next(iter(p.norm_at.values()), p.neck.get('norm_cfg')) for name, p in PLACEMENTS.items()}
+    return LAYERS | {name: cfg for name, cfg in placed.items() if isinstance(cfg, dict) and name not in LAYERS}
+
+
 def norm_cfg_of(name: str) -> dict:
-    """The norm_cfg that a name stands for: a key of :data:`LAYERS`, or a registered type, ``BNET(kernel_size=9)``.
+    """The norm_cfg that a name stands for: one of :func:`named_layers`, or a type, ``BNET(kernel_size=9)``.
 
     Raises:
         ValueError: neither; says what to write.
     """
-    if name in LAYERS:
-        return dict(LAYERS[name])
+    names = named_layers()
+    if name in names:
+        return dict(names[name])
     try:
         call = ast.parse(name, mode='eval').body
         if isinstance(call, ast.Name):
@@ -83,7 +91,7 @@ def norm_cfg_of(name: str) -> dict:
         kind, arguments = None, {}
     if kind not in norm_names():
         raise ValueError(
-            f'layer {name!r} is unknown{did_you_mean(name, LAYERS)}; write one of: {", ".join(LAYERS)}; or a type of '
+            f'layer {name!r} is unknown{did_you_mean(name, names)}; write one of: {", ".join(names)}; or a type of '
             f"norm_cfg with its arguments, such as 'BNET(kernel_size=9)'; types: {', '.join(norm_names())}"
         )
     return dict(arguments, type=kind)
@@ -143,7 +151,7 @@ def conv_group(
         except (TypeError, ValueError) as error:
             group.entries.append(failed_entry(label, error))
             continue
-        conv = CenConv2d if isinstance(norm, (MABN, ReferenceMABN)) else nn.Conv2d
+        conv = CenConv2d if isinstance(norm, ReferenceMABN) or contract_of(norm).behind == 'CenConv' else nn.Conv2d
         module = ConvNorm(conv(channels, channels, 3, padding=1, bias=False), norm)
         group.entries.append(_entry(label, module, data, mode, setting, {}))
     return group

@@ -124,7 +124,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs='+',
         metavar='NAME',
         help='layers for layer and conv, and everywhere in a ResNet-50 for classifier, from: '
-        f"{', '.join(layers.LAYERS)}; or any norm_cfg: 'BNET(kernel_size=9)'",
+        f"{', '.join(layers.named_layers())}; or any norm_cfg: 'BNET(kernel_size=9)'",
     )
     parser.add_argument('--no-reference', action='store_true', help='without the published formulations')
     parser.add_argument(

@@ -10,18 +10,17 @@ from contextlib import contextmanager
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..layers import AN, GN, NORMS, SN, LN2d
+from ..layers._contract import STOCK, is_norm_class
 from ..layers._fold import CannotFoldError, InferenceOnly, fold_batch_norm
 
 _PLAIN_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PLAIN_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # Of mmdet, torchvision and detectron2; and of mmcv. They share names and meaning of the state, but no base class.
 _BATCH_NORM_NAMES = ('FrozenBatchNorm2d', 'SyncBatchNorm')
-_STOCK_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, *NORMS.values())
 
 
 def fold(norm: nn.Module, conv: nn.Module) -> nn.Module | None:
@@ -41,12 +40,11 @@ def may_fold(norm: nn.Module) -> bool:
 def _why_not(norm: nn.Module) -> str:
     """The reason why norms of this type are not folded, by whose forward it runs."""
     owner = next(cls for cls in type(norm).__mro__ if 'forward' in vars(cls))
-    if owner is AN:
-        return 'its scale and shift come from the input'
     if owner is _InstanceNorm and norm.running_mean is not None:
         return 'it has running statistics, but training does not use them, and instance norms are left as they are'
-    if owner in (_InstanceNorm, nn.GroupNorm, nn.LayerNorm, GN, LN2d, SN):
-        return 'its statistics come from the input'
+    contract = vars(owner).get('contract') or STOCK.get(owner)
+    if contract and contract.stays:
+        return contract.stays
     return f'a {type(norm).__name__} has no fold_into(conv), which would say how it folds'
 
 
@@ -55,7 +53,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    known = isinstance(module, _STOCK_NORMS) or type(module).__name__ in _BATCH_NORM_NAMES
+    known = is_norm_class(type(module)) or type(module).__name__ in _BATCH_NORM_NAMES
     return known or hasattr(module, 'fold_into') or hasattr(module, 'folded')
 
 

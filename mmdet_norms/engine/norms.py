@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
-from ..layers import BRN, CBN, MABN, GhostBN, link_convs, warn_if_uncentred
+from ..layers import CBN, contract_of, link_convs, warn_if_uncentred
+from ..layers._averaging import AveragesOnRequest
 
 
 @HOOKS.register_module()
@@ -61,9 +62,8 @@ def require_whole_groups(model: nn.Module, loader: DataLoader) -> None:
     if not grouped:
         return
     model.train()  # as the loop will: only then is it seen which layers a backbone keeps in eval mode
-    kinds = {MABN: 'MABN', BRN: 'BRN', GhostBN: 'BN'}
     groups = {
-        layer.norm_batch: next((kind for cls, kind in kinds.items() if isinstance(layer, cls)), type(layer).__name__)
+        layer.norm_batch: contract_of(layer).grouped_as or type(layer).__name__
         for layer in grouped
         if getattr(layer, 'bn', layer).training
     }
@@ -101,7 +101,7 @@ def defeated(model: nn.Module) -> list[str]:
     backbone = getattr(model, 'backbone', None)
     if backbone is None:
         return []
-    kinds = sorted({type(m).__name__ for m in backbone.modules() if isinstance(m, (CBN, MABN))})
+    kinds = sorted({type(m).__name__ for m in backbone.modules() if isinstance(m, AveragesOnRequest)})
     if not kinds:
         kept = getattr(backbone, 'norm_eval', False) and _at_the_start(backbone)
         return [

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..entries import class_of, is_a, name_of
 from ..errors import UserError, did_you_mean
-from ..registry import NOT_TORCH_NORMS
+from ..registry import is_not_torchs
 from .dist import CPUAmpOptimWrapper
 from .second_order import SecondOrderOptimWrapper, require_second_derivatives
 
@@ -43,7 +43,7 @@ class NormOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         start = len(params)
         super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
         norm_decay_mult = self.paramwise_cfg.get('norm_decay_mult')
-        if norm_decay_mult is None or self.base_wd is None or not isinstance(module, NOT_TORCH_NORMS):
+        if norm_decay_mult is None or self.base_wd is None or not is_not_torchs(module):
             return
         names = {id(value): f'{prefix}.{name}' for name, value in module.named_parameters()}
         for group in params[start:]:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ..compat.torch_internals import custom_functions, is_once_differentiable
 from ..errors import UserError, some
-from ..layers import MABN
+from ..layers import contract_of
 
 _SEED = 'hessian_seed'  # of this step; in the first group, which is saved with a checkpoint amid an accumulation
 _OTHERS = "take another optimizer, such as optim_wrapper.optimizer.type='AdamW' or 'RangerLars'"
@@ -225,15 +225,20 @@ def require_second_derivatives(model: nn.Module) -> None:
     """Raise a :class:`SecondOrderError` if a layer of ``model`` is known to have none where it is trained."""
     modes = [(module, module.training) for module in model.modules()]
     model.train()  # norm_eval and frozen_stages keep norms in eval mode, where MABN is an affine map
-    names = [name for name, module in model.named_modules() if isinstance(module, MABN) and module.training]
+    once = {
+        name: contract_of(module).kind
+        for name, module in model.named_modules()
+        if module.training and not contract_of(module).is_differentiable_twice
+    }
     for module, mode in modes:
         module.training = mode
-    if names:
+    if once:
+        kind = next(iter(once.values()))
         raise SecondOrderError(
-            "optim_wrapper.optimizer.type='AdaHessian' needs second derivatives, and MABN has none, by design: its "
-            'backward pass averages over iterations and is the derivative of no function. The model has MABN at '
-            f"{some(names)}. Take another norm for small batches (norm_cfg type 'GN', 'CBN' or 'BRN'), keep MABN in "
-            f'eval mode (norm_eval=True of the backbone), or {_OTHERS}'
+            f"optim_wrapper.optimizer.type='AdaHessian' needs second derivatives, and {kind} has none, by design: its "
+            f'backward pass averages over iterations and is the derivative of no function. The model has {kind} at '
+            f"{some(list(once))}. Take another norm for small batches (norm_cfg type 'GN', 'CBN' or 'BRN'), keep "
+            f'{kind} in eval mode (norm_eval=True of the backbone), or {_OTHERS}'
         )
 
 

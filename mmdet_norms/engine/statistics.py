@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
-from ..layers import CBN, MABN
+from ..layers._averaging import AveragesOnRequest
 
 
 @torch.no_grad()
@@ -85,12 +85,15 @@ def _updated(model: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in model.named_modules()
         if module.training
-        and (isinstance(module, (CBN, MABN)) or (isinstance(module, _BatchNorm) and module.running_mean is not None))
+        and (
+            isinstance(module, AveragesOnRequest)
+            or (isinstance(module, _BatchNorm) and module.running_mean is not None)
+        )
     }
 
 
 def _batch_norm(norm: nn.Module) -> _BatchNorm:
-    return norm.statistics if isinstance(norm, (CBN, MABN)) else norm
+    return norm.statistics if isinstance(norm, AveragesOnRequest) else norm
 
 
 def _buffers(norm: nn.Module) -> dict[str, Tensor]:
@@ -102,7 +105,7 @@ def _averaged_over_processes(norms: dict[str, nn.Module]) -> dict[str, int]:
     """The number of batches that each norm saw; in all processes, whose statistics are averaged by it."""
     counts = {}
     for name, norm in norms.items():
-        count = norm._averaged if isinstance(norm, (CBN, MABN)) else norm.num_batches_tracked
+        count = norm._averaged if isinstance(norm, AveragesOnRequest) else norm.num_batches_tracked
         statistics = [value for key, value in _buffers(norm).items() if key.startswith('running')]
         count = statistics[0].new_tensor(0 if count is None else int(count), dtype=torch.float64)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

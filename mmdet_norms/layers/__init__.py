@@ -1,7 +1,10 @@
 """What a norm is: one method per file, importing torch only."""
 
 from ._contract import NORMS, Contract, contract_of
+from ._fold import batch_norm_affine, fold_affine, fold_batch_norm
 from ._loading import AnotherFunctionError, AnotherFunctionWarning, another_function_allowed
+from ._recompute import run_batch_norm
+from ._with_batch_norm import WithBatchNorm
 from .an import AN
 from .batch_instance_norm import BIN
 from .batch_renorm import BRN
@@ -40,8 +43,13 @@ __all__ = [
     'GhostBN',
     'LN2d',
     'SyncBN',
+    'WithBatchNorm',
     'another_function_allowed',
+    'batch_norm_affine',
     'contract_of',
+    'fold_affine',
+    'fold_batch_norm',
     'link_convs',
+    'run_batch_norm',
     'warn_if_uncentred',
 ]

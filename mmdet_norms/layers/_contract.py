@@ -26,9 +26,10 @@ class Contract:
             function.
         as_in_bn: keys of ``norm_cfg`` that mean what they mean in batch norm, so that a host may hand on its own.
         behind: ``conv_cfg.type`` of the convolution that it needs in front: 'Conv2d' or 'CenConv'. None: anything.
-        batch_norm: attribute of the batch norm that it is in eval mode, or whose output it takes on from there. Empty:
-            it is none, or it is one itself.
+        batch_norm: attribute of the batch norm that it is in eval mode, or begins with there. Empty: it has none, or
+            is one itself.
         grouped_as: ``norm_cfg.type`` under which it takes ``norm_batch``. None: it does not.
+        is_differentiable_twice: whether its training has second derivatives.
         stays: why nothing of it can be folded into a convolution; for one without ``fold_into``.
         counters: values of its state that every training forward moves by one.
     """
@@ -42,6 +43,7 @@ class Contract:
     behind: str | None = None
     batch_norm: str = ''
     grouped_as: str | None = None
+    is_differentiable_twice: bool = True
     stays: str = ''
     counters: tuple[str, ...] = ()
 

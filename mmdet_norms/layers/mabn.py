@@ -118,6 +118,7 @@ class MABN(WantsCenConv, AveragesOnRequest):
         loads=('BN', 'MABN of ImageNet', 'affine'),
         behind='CenConv',
         grouped_as='MABN',
+        is_differentiable_twice=False,
         counters=('iters',),
     )
     RENORM_DELAY = 1000  # fixed as published, as the limits are

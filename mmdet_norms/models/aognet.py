@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import CBN
 from ..layers import NORMS as OWN_NORMS
+from ..layers import contract_of
 from ..layers._args import ConfigError
 from ..layers._recompute import run_batch_norm
 from ..registry import MODELS
@@ -273,7 +273,7 @@ class AOGBlock(nn.Module):
             )
             self.add_module(self._op_name(node), op)
         last = layers.norm(out_channels)
-        if isinstance(last, CBN):
+        if contract_of(last).behind == 'Conv2d':
             raise ConfigError(
                 "AOGNet: norm_cfg.type='CBN' corrects the statistics by the weights of the convolution before it, and "
                 'the last norm of an AOG block has none before it; choose another norm'

@@ -23,10 +23,10 @@ def apply_norm(model_cfg: Mapping, name: str) -> Mapping:
       ``models/norm_at.py``). AN has 10 components up to stride 8, 20 beyond. ``eps`` and ``momentum`` of the
       backbone's batch norm are kept, so that its pretrained weights remain the identical function. AOGNet has places
       of its own for AN, and none for BNET.
-    * *Backbone* (``mabn``, ``gn-ws``, ``brn``, ``sn``, ``frozen``): all norms of any backbone that takes a
-      ``norm_cfg``. The backbone inside a recursive feature pyramid (DetectoRS) counts as one; but for ``frozen``, so
-      does the shared RoI head of C4 detectors. ``mabn`` and ``gn-ws`` bring their convolutions, in place of ordinary
-      ones only.
+    * *Backbone* (``mabn``, ``gn-ws``, ``brn``, ``sn``, ``rbn``, ``bin``, ``frozen``): all norms of any backbone that
+      takes a ``norm_cfg``. The backbone inside a recursive feature pyramid (DetectoRS) counts as one; but for
+      ``frozen``, so does the shared RoI head of C4 detectors. ``mabn`` and ``gn-ws`` bring their convolutions, in place
+      of ordinary ones only.
     * *FPN*: every neck that takes a ``norm_cfg``.
     * *Box head*, *mask head*: those of Faster and Mask R-CNN and their relatives. Every other head (dense, box or mask)
       gets the norm in place of those that it has; one without norms, such as RetinaNet's, stays without. ``an-gn-head``

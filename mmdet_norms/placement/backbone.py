@@ -3,9 +3,10 @@
 import copy
 import math
 import warnings
+from collections.abc import Mapping
 
-from ..entries import class_of
-from .norms import fills_backbones, is_batch_norm, is_plain_batch_norm
+from ..entries import class_of, name_of
+from .norms import is_batch_norm, is_plain_batch_norm, loads_batch_norm
 from .part import Part
 from .table import BATCH_NORM, NOTHING_FIXED, PLACEMENTS, Placement
 
@@ -88,7 +89,12 @@ def _place_by_name(backbone: Part, name: str, placement: Placement) -> None:
     for key in ('norm_cfg', 'norm_at'):
         backbone.cfg.pop(key, None)
     backbone.drop_conv_of_norm()
-    backbone.cfg['norm'] = 'an' if name == 'an-gn-head' else name
+    name = 'an' if name == 'an-gn-head' else name
+    if name in backbone.norms_by_name:
+        backbone.cfg['norm'] = name
+    else:
+        norm_cfg = placement.backbone.get('norm_cfg') or next(iter(placement.norm_at.values()))
+        backbone.place(dict(placement.backbone, norm_cfg=norm_cfg))
     backbone.cfg.update({key: value for key, value in placement.backbone.items() if key in NOTHING_FIXED})
 
 
@@ -137,7 +143,7 @@ def _return_to_batch_norm(backbone: Part, name: str, classifier: bool) -> None:
     Without running statistics none can be frozen: they must be learned.
     """
     norm = backbone.norm or BATCH_NORM
-    if fills_backbones(norm) or (classifier and not is_plain_batch_norm(norm)):
+    if _is_by_name(norm) or (classifier and not is_plain_batch_norm(norm)):
         backbone.cfg['norm_cfg'] = copy.deepcopy(backbone.default('norm_cfg'))
     elif not is_batch_norm(norm):
         warnings.warn(
@@ -150,6 +156,12 @@ def _return_to_batch_norm(backbone: Part, name: str, classifier: bool) -> None:
         for key, value in (('norm_eval', False), ('frozen_stages', backbone.default('frozen_stages'))):
             if backbone.takes(key):
                 backbone.cfg[key] = value
+
+
+def _is_by_name(norm_cfg: Mapping) -> bool:
+    """Whether a named choice puts it everywhere in a backbone, with weights of batch norm, so that BN may return."""
+    everywhere = (other.backbone.get('norm_cfg') for other in PLACEMENTS.values())
+    return loads_batch_norm(norm_cfg) and name_of(norm_cfg) in [name_of(other) for other in everywhere if other]
 
 
 def _norm_at(backbone: Part, stock: str, placement: Placement) -> dict:

@@ -4,18 +4,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..entries import is_a, name_of
-
-# Keys that mean in these norms what they mean in batch norm.
-_EPS_AND_MOMENTUM = ('BN', 'SyncBN', 'GhostBN', 'BNET', 'AN', 'SN')
-_EPS = ('FrozenBN', 'BRN', 'CBN')
+from ..entries import class_of, is_a, name_of
+from ..layers import NORMS, Contract, contract_of
 
 
 def is_of_maps(norm_cfg: Mapping) -> bool:
     """Whether another norm may replace it: not the layer norm of tokens."""
-    return name_of(norm_cfg) in (
-        'BN', 'SyncBN', 'GhostBN', 'GN', 'LN2d', 'IN', 'BNET', 'CBN', 'MABN', 'AN', 'BRN', 'SN', 'FrozenBN'
-    )  # fmt: skip
+    return name_of(norm_cfg) in ('BN', 'IN', *NORMS)
 
 
 def is_batch_norm(norm_cfg: Mapping) -> bool:
@@ -27,18 +22,18 @@ def is_plain_batch_norm(norm_cfg: Mapping) -> bool:
     return is_a(norm_cfg, ('BN', nn.BatchNorm2d))
 
 
-def fills_backbones(norm_cfg: Mapping) -> bool:
-    """Whether a named choice puts it everywhere in a backbone. It loads batch norm's checkpoints, so BN may return."""
-    return name_of(norm_cfg) in ('MABN', 'BRN', 'SN', 'FrozenBN')
+def loads_batch_norm(norm_cfg: Mapping) -> bool:
+    """Whether it can be the function of a batch norm."""
+    return 'BN' in _contract(norm_cfg).loads
 
 
 def needs_conv(norm_cfg: Mapping) -> bool:
     """Whether an ordinary convolution must be in front."""
-    return name_of(norm_cfg) in ('CBN', 'MABN')
+    return _contract(norm_cfg).behind is not None
 
 
 def has_keys_of_batch_norm(norm_cfg: Mapping) -> bool:
-    return name_of(norm_cfg) in _EPS_AND_MOMENTUM + _EPS or is_batch_norm(norm_cfg)
+    return bool(_contract(norm_cfg).as_in_bn) or is_batch_norm(norm_cfg)
 
 
 def keys_of_batch_norm(norm_cfg: Mapping) -> tuple[str, ...]:
@@ -47,7 +42,8 @@ def keys_of_batch_norm(norm_cfg: Mapping) -> tuple[str, ...]:
     Where a model's batch norm has its own (YOLOX, EfficientNet), they are handed on, without which its pretrained
     weights would be another function.
     """
-    if norm_cfg.get('norm') == 'GN':  # AN around group norm
-        return ()
-    name = name_of(norm_cfg)
-    return ('eps', 'momentum') if name in _EPS_AND_MOMENTUM else ('eps',) if name in _EPS else ()
+    return () if norm_cfg.get('norm') == 'GN' else _contract(norm_cfg).as_in_bn  # AN around group norm
+
+
+def _contract(norm_cfg: Mapping) -> Contract:
+    return contract_of(NORMS.get(name_of(norm_cfg)) or class_of(norm_cfg) or object)

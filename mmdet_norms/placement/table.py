@@ -30,16 +30,17 @@ _EVERY = 'every norm of the backbone'
 NOTHING_FIXED = dict(norm_eval=False, frozen_stages=-1)  # where statistics are learned, not pretrained
 
 
-def _bnet(kernel_size: int) -> Placement:
+def at_last(norm_cfg: dict) -> Placement:
+    """As in the BNET paper."""
     return Placement(
         where='last norm of every residual block of the backbone (norm3 of a Bottleneck); all others stay BN',
-        norm_at=dict(last=dict(type='BNET', kernel_size=kernel_size)),
+        norm_at=dict(last=norm_cfg),
     )
 
 
-def _in_heads(norm_cfg: dict) -> Placement:
+def in_heads(norm_cfg: dict, **conv_cfg: dict) -> Placement:
     """As in the CBN paper: next to a backbone whose batch norm is fixed (``norm_eval``, as in stock configs)."""
-    keys = dict(norm_cfg=norm_cfg)
+    keys = dict(norm_cfg=norm_cfg, **conv_cfg)
     return Placement(
         where='FPN, 4conv1fc box head and mask head; the backbone keeps the (frozen) BN of its config',
         in_classifier=_EVERY,
@@ -48,7 +49,7 @@ def _in_heads(norm_cfg: dict) -> Placement:
     )
 
 
-def _everywhere(norm_cfg: dict, convs: str = '', **conv_cfg: dict) -> Placement:
+def everywhere(norm_cfg: dict, convs: str = '', **conv_cfg: dict) -> Placement:
     """As in the MABN paper: all but the RPN, nothing frozen."""
     keys = dict(norm_cfg=norm_cfg, **conv_cfg)
     return Placement(
@@ -66,16 +67,18 @@ def _an(norm: str) -> list[dict]:
 
 PLACEMENTS: dict[str, Placement] = {
     'bn': Placement('batch norm everywhere in the backbone, as in stock mmdet: the baseline', in_classifier=_EVERY),
-    'bnet3': _bnet(3),
-    'bnet5': _bnet(5),
-    'bnet7': _bnet(7),
-    'cbn': _in_heads(dict(type='CBN', buffer_num=3, burnin=8)),
-    'gn': _in_heads(GROUP_NORM),
-    'syncbn': _in_heads(dict(type='SyncBN', requires_grad=True)),
-    'gn-ws': _everywhere(GROUP_NORM, ', behind weight-standardized convolutions', conv_cfg=STANDARDIZED),
-    'mabn': _everywhere(dict(type='MABN', B=2, real_B=32), ', behind centred convolutions', conv_cfg=CENTRED),
-    'brn': _everywhere(dict(type='BRN')),
-    'sn': _everywhere(dict(type='SN')),
+    'bnet3': at_last(dict(type='BNET', kernel_size=3)),
+    'bnet5': at_last(dict(type='BNET', kernel_size=5)),
+    'bnet7': at_last(dict(type='BNET', kernel_size=7)),
+    'cbn': in_heads(dict(type='CBN', buffer_num=3, burnin=8)),
+    'gn': in_heads(GROUP_NORM),
+    'syncbn': in_heads(dict(type='SyncBN', requires_grad=True)),
+    'gn-ws': everywhere(GROUP_NORM, ', behind weight-standardized convolutions', conv_cfg=STANDARDIZED),
+    'mabn': everywhere(dict(type='MABN', B=2, real_B=32), ', behind centred convolutions', conv_cfg=CENTRED),
+    'brn': everywhere(dict(type='BRN')),
+    'sn': everywhere(dict(type='SN')),
+    'rbn': everywhere(dict(type='RBN')),
+    'bin': everywhere(dict(type='BIN')),
     'an': Placement(
         where='second norm of every block of the backbone (bn2), 10, 10, 20, 20 components in the four stages',
         norm_at=dict(norm2=_an('BN')),

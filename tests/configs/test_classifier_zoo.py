@@ -29,7 +29,7 @@ BNET_ROWS = [
 MABN_ROWS = [f'resnet50_{norm}_8xb32-120e_in1k' for norm in ('bn32', 'bn2', 'brn2', 'mabn2')]
 BACKBONES = ('resnet50', 'resnet101', 'aognet-12m', 'aognet-40m')
 AN_ROWS = [f'{backbone}_{norm}_8xb32-120e_in1k' for backbone in BACKBONES for norm in ('bn', 'an')]
-NO_ROWS = ('an-gn-head', 'frozen', 'gn-ws')
+NO_ROWS = ('an-gn-head', 'frozen', 'gn-ws', 'rbn', 'bin')
 IMAGENETTE = [f'resnet50_{name}_1xb32-80e_imagenette160' for name in PLACEMENTS if name not in NO_ROWS]
 ROWS = [*BNET_ROWS, *MABN_ROWS, *AN_ROWS, *IMAGENETTE]
 # As the authors print it, in millions, with 1000 classes.

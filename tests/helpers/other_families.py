@@ -273,14 +273,14 @@ Some classes build norms without asking `norm_cfg`; those stay batch norm or gro
 |---|---|
 | `bnet3`, `bnet5`, `bnet7` | last norm of every block of the backbone |
 | `an`, `an-gn-head` | second norm of every block of the backbone; `an-gn-head` also neck (GN) and heads (AN) |
-| `mabn`, `gn-ws`, `brn`, `sn` | all norms of the backbone, nothing frozen; neck and heads |
+| `mabn`, `gn-ws`, `brn`, `sn`, `rbn`, `bin` | all norms of the backbone, nothing frozen; neck and heads |
 | `cbn`, `gn`, `syncbn` | neck and heads |
 | `frozen` | all norms of the backbone |
 
 A block is what a shortcut may bridge. Backbones with such places: {backbones}. They load
 checkpoints of the plain backbone, as the identical function where the norm allows it. `AOGNet` has places of its own
-for AN. Any other backbone that takes a `norm_cfg` takes `brn`, `sn` and `frozen`, and with a `conv_cfg` also `mabn` and
-`gn-ws`; transformers, `SSDVGG` and `HourglassNet` are refused, and so are backbones of other packages.
+for AN. Any other backbone that takes a `norm_cfg` takes `brn`, `sn`, `rbn`, `bin` and `frozen`, and with a `conv_cfg`
+also `mabn` and `gn-ws`; transformers, `SSDVGG` and `HourglassNet` are refused, and so are backbones of other packages.
 
 The neck gets the norm if it takes a `norm_cfg`; the heads of Faster and Mask R-CNN as `docs/norms.md` says; every other
 head in place of the norms that it has. A part that stays without is named in one warning. The RPN never changes.

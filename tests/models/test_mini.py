@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet_norms import PLACEMENTS, apply_norm, classification, fuse, replace_norm_cfg
-from mmdet_norms.layers import AN, BNET, BRN, CBN, GN, MABN, SN, CenConv2d, FrozenBN, LN2d, SyncBN
+from mmdet_norms.layers import AN, BIN, BNET, BRN, CBN, GN, MABN, RBN, SN, CenConv2d, FrozenBN, LN2d, SyncBN
 from mmdet_norms.layers._args import ConfigError
 from mmdet_norms.models import BentIdentity, Mila
 from mmdet_norms.models.activations import ACTIVATIONS
@@ -30,7 +30,7 @@ FUNCTIONS = {
 SMALL = [name for name in FUNCTIONS if name != 'ResNeSt50']
 BOTTLENECKS = {'MiniNeStBN': (1, 1, 1, 1), 'ResNeSt50': (3, 4, 5, 6)}
 TYPES = dict(bn=nn.BatchNorm2d, bnet=BNET, bnet3=BNET, bnet5=BNET, bnet7=BNET, cbn=CBN, gn=GN, ln=LN2d, syncbn=SyncBN,
-             **{'gn-ws': GN}, mabn=MABN, brn=BRN, sn=SN, an=AN, frozen=FrozenBN)  # fmt: skip
+             **{'gn-ws': GN}, mabn=MABN, brn=BRN, sn=SN, rbn=RBN, bin=BIN, an=AN, frozen=FrozenBN)  # fmt: skip
 
 
 def backbone(name, **keys):
@@ -475,7 +475,9 @@ def test_a_name_puts_its_norm_at_every_convolution(kind, before):
         placed = apply_norm(given, name)
         built = backbone(**{'name' if k == 'type' else k: v for k, v in placed['backbone'].items()})
         assert len(norms_of(built, TYPES['bn' if in_heads else name])) == 3 + 4 * 2 + 3, name
-        everywhere = name in ('gn-ws', 'mabn', 'brn', 'sn') or (name in ('cbn', 'gn', 'syncbn') and not in_heads)
+        everywhere = name in ('gn-ws', 'mabn', 'brn', 'sn', 'rbn', 'bin') or (
+            name in ('cbn', 'gn', 'syncbn') and not in_heads
+        )
         assert built.frozen_stages == (-1 if everywhere else 0), name
         assert any(isinstance(m, CenConv2d) for m in built.modules()) == (name == 'mabn'), name
         assert any(isinstance(m, ConvWS2d) for m in built.modules()) == (name == 'gn-ws'), name

@@ -202,7 +202,7 @@ def test_a_family_trains_and_is_tested_with_the_norms_of_a_name(name, norm):
     model.init_weights()
     kinds = {'bn': _BatchNorm, 'an-gn-head': layers.AN, 'frozen': layers.FrozenBN}
     kind = kinds.get(norm) or layers.NORMS[norm.upper().rstrip('357')]
-    unused = family.unused if norm in ('bn', 'mabn', 'brn', 'sn') else 0
+    unused = family.unused if norm in ('bn', 'mabn', 'brn', 'sn', 'rbn', 'bin') else 0
     train_and_test(cfg, family, model, norms_of(model, kind), unused)
 
 

@@ -35,6 +35,8 @@ EVERYWHERE = {
     'mabn': MABN,
     'brn': 'BRN',
     'sn': 'SN',
+    'rbn': 'RBN',
+    'bin': 'BIN',
     'frozen': 'FrozenBN',
 }
 

@@ -53,6 +53,8 @@ def count(model, kind):
         ('gn-ws', ConvWS2d, (53, 8, 4, 4, 0)),
         ('brn', layers.BRN, (53, 8, 4, 4, 0)),
         ('sn', layers.SN, (53, 8, 4, 4, 0)),
+        ('rbn', layers.RBN, (53, 8, 4, 4, 0)),
+        ('bin', layers.BIN, (53, 8, 4, 4, 0)),
         ('an', layers.AN, (16, 0, 0, 0, 0)),
         ('an-gn-head', layers.AN, (16, 0, 4, 0, 0)),
         ('an-gn-head', layers.GN, (0, 8, 0, 4, 0)),

@@ -55,7 +55,7 @@ def test_what_is_written_beside_classes_builds_with_and_without_a_scope(name, sc
         assert any(isinstance(module, ours) for module in built.modules())
 
 
-@pytest.mark.parametrize('name', [name for name in PLACEMENTS if name not in ('mabn', 'brn', 'sn', 'frozen')])
+@pytest.mark.parametrize('name', [name for name in PLACEMENTS if not PLACEMENTS[name].backbone])
 @pytest.mark.parametrize('kind', [nn.BatchNorm2d, nn.SyncBatchNorm, 'torch.nn.BatchNorm2d', 'BN2d', 'mmengine.BN'])
 def test_a_frozen_backbone_of_batch_norm_stays_frozen_however_it_is_spelled(name, kind):
     norm_cfg = dict(type=kind, requires_grad=False)
