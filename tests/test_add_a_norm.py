@@ -1,6 +1,7 @@
 """The norm of docs/add-a-norm.md: one file and one call, and every part of the package knows it."""
 
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -21,9 +22,9 @@ from matrix.norms import ORACLE, Norm
 from matrix.situation import SITUATIONS, run_cell
 from matrix.test_numbers import EVAL_FORMULA, plain
 from mmdet_norms import PLACEMENTS, apply_norm, convert_norms, fuse, registry
-from mmdet_norms.benchmark.layers import build_norm, named_layers, norm_cfg_of
+from mmdet_norms.benchmark.layers import named_layers, norm_cfg_of
+from mmdet_norms.cli import benchmark, train
 from mmdet_norms.cli import fuse as fuse_command
-from mmdet_norms.cli import train
 from mmdet_norms.errors import UserError
 from mmdet_norms.layers import NORMS
 from mmdet_norms.norms import _by_name, register_norm
@@ -104,9 +105,12 @@ def test_it_is_folded_into_the_convolution(module):
     torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_the_benchmark_knows_it(module):
+def test_the_benchmark_measures_it(module, tmp_path):
     assert 'gain' in named_layers() and norm_cfg_of('gain') == dict(type='GainBN')
-    assert isinstance(build_norm(norm_cfg_of('gain'), 8), module.GainBN)
+    small = ['--size', '2', '8', '6', '5', '--repeats', '1', '--warmup', '0', '--device', 'cpu', '--level', 'layer']
+    benchmark.main([*small, '--out', str(tmp_path), '--mode', 'forward', '--layers', 'gain'])
+    rows = json.loads((tmp_path / 'benchmark.json').read_text())['groups'][0]['rows']
+    assert [row['name'] for row in rows][:2] == ['bn', 'gain'] and rows[1]['times_ms']
 
 
 # The rows of several processes are of one run for all columns of the package.
