@@ -2,16 +2,14 @@
 
 import copy
 import os
-import pickle
 import sys
 import warnings
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from mmcv.cnn import ConvModule, fuse_conv_bn
-from mmengine.model import ExponentialMovingAverage, kaiming_init
+from mmengine.model import kaiming_init
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -375,24 +373,6 @@ class TestStateDict:
             with pytest.raises(RuntimeError, match='size mismatch for weight'):
                 MABN(4).load_state_dict(state)
 
-    def test_deepcopy_and_pickle_go_on_like_the_original(self):
-        layer, xs = random_mabn(), torch.randn(9, 2, 3, 4, 4)
-        train(layer, xs[:5])
-        clones = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
-        train(layer, xs[5:])
-        for clone in clones:
-            train(clone, xs[5:])
-            assert_same_state(clone, layer)
-
-    def test_ema_of_mmengine_follows_parameters_and_buffers(self):
-        layer = random_mabn()
-        ema = ExponentialMovingAverage(layer, momentum=0.5, update_buffers=True)
-        ema.update_parameters(layer)  # the first call copies
-        old = layer.running_var.clone()
-        train(layer, torch.randn(1, 2, 3, 4, 4))
-        ema.update_parameters(layer)
-        torch.testing.assert_close(ema.module.running_var, (old + layer.running_var) / 2)
-
 
 class TestSituations:
     @pytest.mark.parametrize('iterations', [1, 8])
@@ -468,22 +448,6 @@ class TestSituations:
         assert all(v.isfinite().all() for v in results) and all(v.isfinite().all() for v in layer.state_dict().values())
         torch.testing.assert_close(results[0][:, 0], layer.bias[0].expand(2, 4, 4))
 
-    def test_layouts_give_the_same_result_and_are_kept(self):
-        x = torch.randn(2, 3, 6, 5)
-        layouts = {
-            'plain': x,
-            'channels_last': x.to(memory_format=torch.channels_last),
-            'strided': torch.randn(2, 3, 6, 10)[..., ::2].copy_(x),
-            'transposed': x.transpose(2, 3).contiguous().transpose(2, 3),
-        }
-        for training in (True, False):
-            expected = train(random_mabn().train(training), [x])
-            for name, value in layouts.items():
-                for a, e in zip(train(random_mabn().train(training), [value]), expected):
-                    torch.testing.assert_close(a, e)
-                    if name == 'channels_last':
-                        assert a.is_contiguous(memory_format=torch.channels_last)
-
     def test_frozen_parameters_or_input_leave_the_rest_as_it_is(self):
         xs = torch.randn(8, 2, 3, 4, 4)
         reference, frozen, no_input_grad = random_mabn(), random_mabn().requires_grad_(False), random_mabn()
@@ -505,11 +469,6 @@ class TestSituations:
         for layer in layers:
             assert layer.iters.item() == 1 and layer.buffer_gz.abs().sum() == 0 and (layer.running_var != 1).all()
             assert torch.equal(layer.buffer_x2, layers[0].buffer_x2)
-
-    def test_gradient_accumulation_makes_each_micro_step_an_iteration(self):
-        layer, xs = random_mabn(), torch.randn(4, 2, 3, 4, 4)
-        train(layer, xs)
-        assert layer.iters.item() == 4 and (layer.buffer_gz != 0).all()
 
     def test_no_value_is_read_on_the_host_in_training(self):
         """The meta device has no values to read."""
@@ -673,7 +632,7 @@ class TestCompile:
         x = torch.randn(2, 3, 5, 5)
         torch.testing.assert_close(eager.eval()(x), compiled.eval()(x))
 
-    @pytest.mark.parametrize('how', ['plain', 'shared', 'checkpoint'])
+    @pytest.mark.parametrize('how', ['shared', 'checkpoint'])
     def test_a_compiled_model_equals_eager_with_a_graph_break_at_the_layer(self, how):
         torch._dynamo.reset()
         eager, model = Net(), Net()
@@ -702,41 +661,14 @@ class TestCompile:
         model.load_state_dict(Net().state_dict())
         self.compare(Net(), compiled, model, 1e-4)
 
-    def test_the_eval_graph_has_no_break(self):
-        torch._dynamo.reset()
-        model, x = Net().eval(), torch.randn(2, 3, 5, 5)
-        torch.testing.assert_close(torch.compile(model, backend='aot_eager', fullgraph=True)(x), model(x))
 
-
-class TestExport:
-    def trained(self):
-        model = nn.Sequential(CenConv2d(3, 4, 3), random_mabn(4))
-        train(model, torch.randn(5, 2, 3, 6, 6))
-        return model.eval()
-
-    def test_the_eval_graph_exports_as_standard_ops(self):
-        model, x = self.trained(), torch.randn(2, 3, 6, 6)
-        program = torch.export.export(model, (x,))
-        torch.testing.assert_close(program.module()(x), model(x))
-        assert all('mmdet_norms' not in str(node.target) for node in program.graph.nodes)
-
-    def test_onnxruntime_computes_the_same(self, tmp_path):
-        pytest.importorskip('onnxscript')
-        runtime = pytest.importorskip('onnxruntime')
-        model, x = self.trained(), torch.randn(2, 3, 6, 6)
-        torch.onnx.export(model, (x,), str(tmp_path / 'mabn.onnx'), input_names=['x'])
-        session = runtime.InferenceSession(str(tmp_path / 'mabn.onnx'), providers=['CPUExecutionProvider'])
-        (y,) = session.run(None, {'x': x.numpy()})
-        np.testing.assert_allclose(y, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
-
-
-def _rank(rank, broadcast, out):
+def _rank(rank, out):
     torch.set_num_threads(1)
     if sys.platform == 'linux':
         os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
     dist.init_process_group('gloo', init_method=f'file://{out}/store', rank=rank, world_size=2)
     model = nn.Sequential(CenConv2d(3, 4, 3), random_mabn(4, delay=6))
-    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=broadcast)
+    parallel = nn.parallel.DistributedDataParallel(model)  # broadcasts the buffers before each forward
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     torch.manual_seed(rank)
     for _ in range(8):
@@ -749,9 +681,8 @@ def _rank(rank, broadcast, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('broadcast', [False, True])
-def test_distributed_processes_share_parameters_and_keep_their_own_statistics(broadcast, tmp_path):
-    torch.multiprocessing.spawn(_rank, (broadcast, str(tmp_path)), nprocs=2)
+def test_distributed_processes_share_parameters_and_keep_their_own_statistics(tmp_path):
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     a, b = (torch.load(tmp_path / f'{rank}.pth') for rank in range(2))
     for key in a:
         assert torch.equal(a[key], b[key]) == (key.split('.')[1] in ('weight', 'bias', 'iters')), key

@@ -310,18 +310,6 @@ class TestSituations:
             assert torch.equal(layer.pre_gz, before['pre_gz']) and layer.iters.item() == bad_batch + 1
             assert all(v.isfinite().all() for v in train(layer, xs))
 
-    def test_compiled_code_is_eager_code(self):
-        torch._dynamo.reset()
-        eager = grouped()
-        layer = copy.deepcopy(eager)
-        run = torch.compile(layer, backend='aot_eager')
-        xs = torch.randn(6, 4, 3, 4, 4)
-        for a, e in zip(train(run, xs), train(eager, xs)):
-            torch.testing.assert_close(a, e)
-        for key, value in layer.state_dict().items():
-            torch.testing.assert_close(value, eager.state_dict()[key])
-        torch._dynamo.reset()
-
     def test_folded_with_its_centred_convolution_nothing_remains(self):
         net = ConvModule(3, 4, 3, norm_cfg=dict(type='MABN', norm_batch=2), conv_cfg=dict(type='CenConv'), act_cfg=None)
         train(net, torch.randn(3, 4, 3, 8, 8))

@@ -56,6 +56,12 @@ class TestAlone:
             assert torch.equal(layer.train(training)(x), plain.train(training)(x))
             assert_equal_states(layer, plain)
 
+    def test_one_value_alone_is_refused_without_a_trace(self):
+        layer, plain = random_pair()
+        with pytest.raises(ValueError, match='Expected more than 1 value per channel when training'):
+            layer(torch.randn(1, 4, 1, 1))
+        assert_equal_states(layer, plain)
+
     def test_one_log_line_per_process_says_so(self, caplog, monkeypatch):
         monkeypatch.setattr(sync_bn, '_said', set())
         with caplog.at_level(logging.WARNING):

@@ -240,7 +240,7 @@ EXCEPTIONS = {
             'refused with an `AnotherFunctionError`: without running statistics it would be another function',
             error=(AnotherFunctionError, 'would compute something else'),
         )
-        for norm in ('GN', 'LN2d', 'AN-GN')
+        for norm in ('GN', 'LN2d', 'LN2d CHW', 'AN-GN')
     },
     ('IN', _LOADING): Otherwise(
         "torch's instance norm refuses running statistics with a `RuntimeError`",

@@ -21,6 +21,7 @@ NORMS = {
     'GN': Norm(dict(type='GN', num_groups=4)),
     'IN': Norm(dict(type='IN', affine=True)),
     'LN2d': Norm(dict(type='LN2d')),
+    'LN2d CHW': Norm(dict(type='LN2d', over='CHW')),
     'BRN': Norm(dict(type='BRN', warmup_iters=2, r_iters=5, d_iters=5, momentum=0.1)),
     'BRN norm_batch': Norm(dict(type='BRN', warmup_iters=2, r_iters=5, d_iters=5, momentum=0.1, norm_batch=1)),
     'SN': Norm(dict(type='SN')),
@@ -41,7 +42,7 @@ ORACLE = {
     'SyncBN': _L + 'test_sync_bn.py::TestAlone::test_forward_equals_the_formula_written_out',
     'FrozenBN': _L + 'test_frozen_bn.py::test_forward_equals_the_formula_written_out',
     'GN': _L + 'test_group_norm.py::test_forward_equals_the_formula_written_out',
-    'LN2d': _L + 'test_layer_norm.py::test_forward_equals_the_formula_written_out',
+    **dict.fromkeys(('LN2d', 'LN2d CHW'), _L + 'test_layer_norm.py::test_forward_equals_the_formula_written_out'),
     'BRN': _L + 'test_batch_renorm.py::TestMaths::test_three_training_steps_equal_the_formulas_written_out',
     'BN norm_batch': _L + 'test_ghost.py::TestMaths::test_it_equals_a_batch_norm_for_each_group',
     'BRN norm_batch': _L + 'test_batch_renorm.py::TestNormBatch'

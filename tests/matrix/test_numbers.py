@@ -69,6 +69,7 @@ EVAL_FORMULA = {
     'GN': lambda z, n: over(z, 2, n, groups=4),
     'IN': lambda z, n: over(z, (2, 3), n),
     'LN2d': lambda z, n: over(z, 1, n),
+    'LN2d CHW': lambda z, n: over(z, (1, 2, 3), n),
     **dict.fromkeys(('BN norm_batch', 'BRN', 'BRN norm_batch'), lambda z, n: plain(z, n.bn)),
     'SN': _sn,
     'RBN': _rbn,
@@ -95,22 +96,25 @@ def test_eval_formula(norm):
 
 
 def _autocast(norm, dtype, tolerance):
-    module = ready(norm)
-    # eight images: the attention of AN-BN normalizes over images, which for two is a matter of sign
-    exact, x = copy.deepcopy(module), batch(9, (8, 4, 6, 6))
-    expected = gradients(exact, x)
-    with torch.autocast('cpu', dtype=dtype):
-        outcome = gradients(module, x)
-    assert outcome['y'].dtype == dtype
-    finite(outcome, state(module))
-    for key, value in outcome.items():
-        if expected[key] is not None:
-            distance = (value.float() - expected[key]).norm() / (expected[key].norm() + 1e-3)
-            assert distance < tolerance, f'{key} is {distance:.3f} off'
-    ours, theirs = state(module), state(exact)
-    assert all(value.dtype == theirs[key].dtype for key, value in ours.items())
-    assert all(v.dtype == torch.float32 for v in ours.values() if v.is_floating_point())
-    same(ours, theirs, rtol=tolerance, atol=tolerance)
+    for training in (True, False):
+        module = ready(norm).train(training)
+        # eight images: the attention of AN-BN normalizes over images, which for two is a matter of sign
+        exact, x = copy.deepcopy(module), batch(9, (8, 4, 6, 6))
+        expected = gradients(exact, x)
+        with torch.autocast('cpu', dtype=dtype):
+            outcome = gradients(module, x)
+            assert copy.deepcopy(module.norm).eval()(batch(9, (2, 8, 6, 6))).dtype == torch.float32
+        assert outcome['y'].dtype == dtype
+        finite(outcome, state(module))
+        for key, value in outcome.items():
+            if expected[key] is not None:
+                distance = (value.float() - expected[key]).norm() / (expected[key].norm() + 1e-3)
+                assert distance < tolerance, f'{key} is {distance:.3f} off'
+                assert value.dtype == (dtype if key == 'y' else torch.float32), key
+        ours, theirs = state(module), state(exact)
+        assert all(value.dtype == theirs[key].dtype for key, value in ours.items())
+        assert all(v.dtype == torch.float32 for v in ours.values() if v.is_floating_point())
+        same(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @situation('bf16 autocast: close to fp32, state stays fp32')

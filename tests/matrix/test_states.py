@@ -7,6 +7,7 @@ import warnings
 
 import torch
 from mmengine.model import ExponentialMovingAverage, revert_sync_batchnorm
+from mmengine.runner.checkpoint import get_state_dict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,9 +18,13 @@ from .situation import situation
 def check_checkpointed(norm, reentrant, link=False):
     plain = ready(norm, link=link)
     saved = copy.deepcopy(plain)
+
+    def twice(run):
+        return lambda x: run(x) + 2 * run(x[:1])  # as a head that levels of a pyramid share
+
     for seed in range(3):
-        ours = gradients(saved, batch(seed + 7), lambda x: checkpoint(saved, x, use_reentrant=reentrant))
-        same(ours, gradients(plain, batch(seed + 7)), rtol=1e-6, atol=1e-7)
+        ours = gradients(saved, batch(seed + 7), twice(lambda x: checkpoint(saved, x, use_reentrant=reentrant)))
+        same(ours, gradients(plain, batch(seed + 7), twice(plain)), rtol=1e-6, atol=1e-7)
     same(state(saved), state(plain), rtol=1e-6, atol=1e-7)
 
 
@@ -91,6 +96,7 @@ def test_round_trip(norm):
     other.load_state_dict(through_file(state(module)), strict=True)
     same(state(module), state(other))
     assert torch.equal(module.eval()(batch(9)), other.eval()(batch(9)))
+    same(get_state_dict(module), state(module))  # what mmengine saves
 
 
 @situation('resume: train k, save, load, train k is train 2k bit for bit')
@@ -112,11 +118,16 @@ def test_resume(norm):
 
 @situation('convert_sync_batchnorm and back: the same keys and eval function')
 def test_sync_and_back(norm):
-    module = ready(norm).eval()
+    module, x = ready(norm).double(), batch(9, dtype=torch.float64)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(module))
-    for changed in (converted, revert_sync_batchnorm(copy.deepcopy(converted))):
+    reverted = revert_sync_batchnorm(copy.deepcopy(converted))
+    for changed in (converted, reverted):
         same(state(changed), state(module))
-        torch.testing.assert_close(changed.eval()(batch(9)), module(batch(9)), rtol=1e-6, atol=1e-6)
+        y = copy.deepcopy(changed).eval()(x)
+        torch.testing.assert_close(y, copy.deepcopy(module).eval()(x), rtol=1e-9, atol=1e-9)
+    assert all(part.training for part in reverted.modules())
+    same(gradients(reverted, x), gradients(module, x), rtol=1e-7, atol=1e-9)
+    same(state(reverted), state(module), rtol=1e-9, atol=1e-9)
 
 
 def load_batch_norm(norm, missing=(), unexpected=(), cfg=None, tolerance=1e-5, centred=False, weight=None):
