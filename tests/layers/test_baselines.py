@@ -55,8 +55,34 @@ def assert_same_state(first, second, **tolerance):
         torch.testing.assert_close(first[key], second[key], **tolerance, msg=lambda text, key=key: f'{key}: {text}')
 
 
+def gradients(layer, x, grad):
+    layer.zero_grad()
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = layer(x)
+    y.backward(grad.to(y.dtype))
+    return y.detach(), x.grad, [p.grad.clone() for p in layer.parameters()]
+
+
 @every_norm
 class TestNumbers:
+    @pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+    @pytest.mark.parametrize('training', [True, False])
+    def test_autocast_keeps_dtype_and_fp32_state_and_is_close(self, name, dtype, tolerance, training):
+        layer = random_layer(name).train(training)
+        exact = copy.deepcopy(layer)
+        x = torch.randn(2, 4, 8, 8).to(dtype)
+        grad = torch.randn(2, 4, 8, 8).to(dtype)
+        expected = gradients(exact, x.float(), grad.float())
+        with torch.autocast('cpu', dtype=dtype):
+            y, grad_x, grads = gradients(layer, x, grad)
+            assert copy.deepcopy(layer)(x.float()).dtype == torch.float32
+        assert y.dtype == grad_x.dtype == dtype and all(g.dtype == torch.float32 for g in grads)
+        torch.testing.assert_close(y, expected[0].to(dtype), rtol=1.01 * torch.finfo(dtype).eps, atol=1e-5)  # one ulp
+        torch.testing.assert_close(grad_x.float(), expected[1], rtol=tolerance, atol=tolerance)
+        for ours, theirs in zip(grads, expected[2]):
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=10 * tolerance)
+        assert_same_state(state(layer), state(exact), rtol=1e-5, atol=1e-5)
+
     @pytest.mark.parametrize('training', [True, False])
     def test_a_model_converted_to_half_runs_with_fp32_statistics(self, name, training):
         layer = random_layer(name).half().train(training)

@@ -194,8 +194,9 @@ def _layout(norm, change):
     z = module.conv(x).detach()
     for training in (True, False):
         a, b = (copy.deepcopy(module.norm).train(training) for _ in range(2))
-        y = b(change(z))
-        torch.testing.assert_close(y, a(z), rtol=1e-8, atol=1e-8)
+        y, of_plain = b(change(z)), a(z)
+        torch.testing.assert_close(y, of_plain, rtol=1e-8, atol=1e-8)
+        assert of_plain.is_contiguous()
         same(state(a), state(b), rtol=1e-8, atol=1e-8)
     return module(other), y
 
