@@ -13,12 +13,12 @@ def groups_of(vector: Tensor) -> int | None:
 
 def by_group(x: Tensor, groups: int) -> Tensor:
     """``(G, N / G, ...)`` of ``(N, ...)``. (By view, as unflatten has no rule for ``is_grads_batched``.)"""
-    return x.view(groups, -1, *x.shape[1:])
+    return x.unsqueeze(1) if groups == x.shape[0] else x.view(groups, -1, *x.shape[1:])
 
 
 def of_images(rows: Tensor, images: int) -> Tensor:
     """``(N, C)``: what each of N images takes from the rows ``(G, C)`` of the groups."""
-    return rows if len(rows) == images else rows.repeat_interleave(images // len(rows), 0)
+    return rows if rows.shape[0] == images else rows.repeat_interleave(images // rows.shape[0], 0)
 
 
 def sums_of_groups(rows: Tensor, groups: int | None) -> Tensor:

@@ -29,7 +29,7 @@ class ImageGroups:
     """
 
     def __init__(self, x: Tensor, groups: int | None = None):
-        groups = len(x) if groups is None else groups
+        groups = x.shape[0] if groups is None else groups  # not len(x), which fixes the batch of an export
         self._x, self._supported = x, is_supported(x)
         if self._supported:
             self._computed_by = choose.map_operations(x)

@@ -34,7 +34,7 @@ def gradient(grad: Tensor, x: Tensor, gain: Tensor, centre: Tensor, slope: Tenso
 
 def spread(x: Tensor, *vectors: Tensor) -> list[Tensor]:
     """Vectors ``(C,)`` or ``(G, C)`` for broadcasting over the map ``x``."""
-    return [per_channel(vector if vector.dim() == 1 else of_images(vector, len(x))) for vector in vectors]
+    return [per_channel(vector if vector.dim() == 1 else of_images(vector, x.shape[0])) for vector in vectors]
 
 
 def _grouped(x: Tensor, groups: int | None) -> Tensor:

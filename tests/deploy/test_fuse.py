@@ -26,7 +26,7 @@ from mmdet_norms.registry import MODELS
 VANISHES = ('BN', 'SyncBN', 'FrozenBN', 'BRN', 'CBN', 'MABN')
 VANISHES += ('BN norm_batch', 'BRN norm_batch', 'MABN norm_batch')
 REMAINS = {**dict.fromkeys(BNETS, FoldedBNET), 'AN-BN': FoldedAN, 'AN-GN': FoldedAN}
-STAYS = ('GN', 'IN', 'LN2d', 'SN')
+STAYS = ('GN', 'IN', 'LN2d', 'LN2d CHW', 'SN', 'RBN', 'BIN')
 
 
 def settled(module, seed=0):

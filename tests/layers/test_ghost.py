@@ -104,7 +104,7 @@ class TestBatches:
 
 
 class TestByName:
-    @pytest.mark.parametrize('name', ['BN', 'BN2d', 'mmdet.BN', 'torch.nn.BatchNorm2d'])
+    @pytest.mark.parametrize('name', ['BN', 'BN2d', 'mmengine.BN', 'torch.nn.BatchNorm2d'])
     def test_bn_is_torchs_own_unless_it_has_a_norm_batch(self, name):
         for cfg in (dict(type=name), dict(type=name, norm_batch=None)):
             found, layer = build_norm_layer(cfg, 4, postfix=1)
