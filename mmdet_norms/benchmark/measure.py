@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -271,10 +272,14 @@ def _nodes(output: object) -> list:
     return list(seen)
 
 
+# Python's modules too: what an autograd function remembers of who computes it leads to all of torch.
+_NO_HOLDERS = (str, bytes, int, float, type, ModuleType, nn.Module)
+
+
 def _tensors(value: object, seen: set[int] | None = None) -> list[Tensor]:
     """All tensors that ``value`` reaches through containers and plain objects, but not through modules."""
     seen = set() if seen is None else seen
-    if id(value) in seen or isinstance(value, (str, bytes, int, float, type, nn.Module)) or value is None:
+    if id(value) in seen or isinstance(value, _NO_HOLDERS) or value is None:
         return []
     seen.add(id(value))
     if isinstance(value, Tensor):
