@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..compat.torch_internals import on_state_dict
 from ._loading import check_kind
-from ._recompute import take_if_finite
+from ._recompute import running_statistics, take_if_finite
+from ._replay import in_backward
 
 
 class WithBatchNorm(nn.Module):
@@ -29,14 +30,23 @@ class WithBatchNorm(nn.Module):
         on_state_dict(self, _publish_keys)
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor | None, bn=None) -> None:
-        """Move the running statistics (of ``bn``, by default the child) towards this batch's.
-
-        ``var=None`` leaves the variance.
+    def _update(self, mean: Tensor, var: Tensor, count: int | None = None, bn=None) -> None:
+        """Move the running statistics towards those of a batch, unless the forward is repeated and was counted.
 
         A batch with an inf or nan changes nothing and is not counted: its step will be skipped.
+
+        Args:
+            mean, var: ``(C,)``; of groups of images ``(G, C)``, of which the average counts.
+            count: over how many values ``var`` is biased: it moves unbiased, and not at all for a single value. None:
+                it moves as it is.
+            bn: has the statistics; by default the child.
         """
+        if in_backward():
+            return
         bn = bn or self.bn
+        mean, var = (rows.mean(0) if rows.dim() > 1 else rows for rows in (mean, var))
+        if count is not None:
+            var = var * (count / (count - 1)) if count > 1 else None
         tracked = bn.num_batches_tracked + 1
         factor = 1 / tracked.to(mean.dtype) if bn.momentum is None else bn.momentum
         new = dict(num_batches_tracked=tracked, running_mean=bn.running_mean + (mean - bn.running_mean) * factor)
@@ -44,8 +54,16 @@ class WithBatchNorm(nn.Module):
             new['running_var'] = bn.running_var + (var - bn.running_var) * factor
         take_if_finite(bn, **new)
 
+    def _running(self) -> tuple[Tensor, Tensor]:
+        """The running statistics, for a forward that normalizes with them; when it is repeated, those of then."""
+        return running_statistics(self.bn) if self.bn.training else (self.bn.running_mean, self.bn.running_var)
+
+    def _take_over(self, state: dict[str, Tensor], prefix: str, errors: list[str]) -> None:
+        """Turn what ``state`` has under ``prefix`` of a norm in ``contract.loads`` into a state of this one."""
+
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
         check_kind(self, state, prefix)
+        self._take_over(state, prefix, errors)
         for name, value in _statistics(self).items():
             if prefix + name in state:
                 state[f'{prefix}bn.{name}'] = state.pop(prefix + name)

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.groups import moments_of_groups
 from ..kernels.instance_affine import ImageGroups, is_supported
 from ._args import ConfigError, check_batch_norm, check_map, is_count, reject_unknown
 from ._contract import Contract
-from ._loading import check_kind
-from ._numerics import no_autocast, pooled, statistics_dtype
-from ._recompute import run_batch_norm, running_statistics
-from ._replay import in_backward
+from ._numerics import no_autocast, statistics_dtype
+from ._recompute import run_batch_norm
 from ._watched import is_watched
 from ._with_batch_norm import WithBatchNorm
 from .an_folded import DESCRIPTOR_EPS, FoldedAN, group_statistics
@@ -202,13 +201,10 @@ class AN(WithBatchNorm):
         if self.norm == 'GN':
             origin, var = group_statistics(mean, var, self.num_groups)
         elif self.bn.training and count > 1:
-            origin, var = (t.squeeze(0) for t in pooled(mean, var, 0))
-            if not in_backward():  # activation checkpointing repeats a forward that was counted
-                self._update(origin.detach(), var.detach() * (count / (count - 1)))
+            origin, var = moments_of_groups(mean, var, None)
+            self._update(origin, var, count)
         else:
-            bn = self.bn
-            running = running_statistics(bn) if bn.training else (bn.running_mean, bn.running_var)
-            origin, var = (statistic.to(mean.dtype) for statistic in running)
+            origin, var = (statistic.to(mean.dtype) for statistic in self._running())
         eps = self.eps if self.norm == 'GN' else self.bn.eps
         return images.affine(scale * (var + eps).rsqrt(), origin, shift)
 
@@ -220,13 +216,9 @@ class AN(WithBatchNorm):
         groups = f', num_groups={self.num_groups}' if self.norm == 'GN' else ''
         return f'{self.num_features}, norm={self.norm!r}, k={self.k}{groups}'
 
-    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        check_kind(self, state, prefix)
-        if f'{prefix}weight_' not in state and prefix + 'weight' in state:
-            self._load_plain_affine(state, prefix, errors)
-        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
-
-    def _load_plain_affine(self, state, prefix, errors) -> None:
+    def _take_over(self, state, prefix, errors) -> None:
+        if f'{prefix}weight_' in state or prefix + 'weight' not in state:
+            return
         plain = {name: state.pop(prefix + name) for name in ('weight', 'bias') if prefix + name in state}
         for name, value in plain.items():
             if value.shape != (self.num_features,):

@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from ._args import check_batch_norm, check_map, reject_unknown
+from ..kernels.groups import moments_of_groups
+from ._args import reject_unknown
+from ._batch_and_instance import BatchAndInstance
 from ._contract import Contract
-from ._loading import check_kind, kind_of
-from ._numerics import all_finite, instance_moments, per_channel, pooled, statistics_dtype
-from ._recompute import in_backward, running_statistics
-from ._with_batch_norm import WithBatchNorm
+from ._loading import kind_of
+from ._numerics import all_finite, instance_moments, per_channel, statistics_dtype
+from ._replay import in_backward
 
 
-class BIN(WithBatchNorm):
+class BIN(BatchAndInstance):
     r"""Batch-instance norm.
 
     .. math::
@@ -61,59 +62,35 @@ class BIN(WithBatchNorm):
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, **unknown):
         reject_unknown(type(self), unknown)
-        check_batch_norm(type(self), eps, momentum)
-        super().__init__(num_features, nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False))
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
+        super().__init__(num_features, eps, momentum)
         self.gate = nn.Parameter(torch.ones(num_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_map(self, self.num_features, x)
-        bn = self.bn
-        count = x.shape[0] * x.shape[2] * x.shape[3]
-        use_batch = bn.training and count > 1
-        running = running_statistics(bn) if bn.training and not use_batch else (bn.running_mean, bn.running_var)
-        y, mean, var = _batch_instance_norm(x, self.weight, self.bias, self.gate, *running, use_batch, bn.eps)
-        if use_batch and not in_backward():
-            self._update(mean.detach(), var.detach() * (count / (count - 1)))
+    def _normalize(self, x: Tensor, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        result = _batch_instance_norm(x, self.weight, self.bias, self.gate, self.bn.eps, *given)
         if self.training and self.gate.requires_grad and x.numel() and not in_backward():
-            self._clip_gate(mean, var)
-        return y
+            self._clip_gate(*result[1:])
+        return result
 
     @torch.no_grad()
     def _clip_gate(self, mean: Tensor, var: Tensor) -> None:
         self.gate.copy_(torch.where(all_finite(mean, var), self.gate.clamp(0, 1), self.gate))
 
-    def extra_repr(self) -> str:
-        return f'{self.num_features}, eps={self.bn.eps}, momentum={self.bn.momentum}'
-
-    def _load_from_state_dict(self, state, prefix, *args):
-        check_kind(self, state, prefix)
+    def _take_over(self, state, prefix, errors) -> None:
         if kind_of(state, prefix) == 'BN':
             state[prefix + 'gate'] = torch.ones_like(self.gate)
-        super()._load_from_state_dict(state, prefix, *args)
 
 
 @torch.fx.wrap  # symbolic tracing, as conv-BN fusion does it, cannot look into dtypes
 def _batch_instance_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    gate: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    use_batch: bool,
-    eps: float,
+    x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float, *given: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the mean and biased variance ``(C,)`` that were used as the batch's."""
+    """y, and the mean and biased variance ``(C,)`` of the batch: those of x unless some are given."""
     dtype = statistics_dtype(x)
-    vectors = (weight, bias, gate, running_mean, running_var)
-    gamma, beta, rho, mean, var = (vector.to(dtype) for vector in vectors)
+    gamma, beta, rho = (vector.to(dtype) for vector in (weight, bias, gate))
     rho = rho.detach().clamp(0, 1) + (rho - rho.detach())  # clipped, with the gradient of rho: clamp's ends at bounds
     wide = x.to(dtype)
     mean_i, var_i = instance_moments(wide)
-    if use_batch:
-        mean, var = (statistic.squeeze(0) for statistic in pooled(mean_i, var_i, 0))
+    mean, var = (t.to(dtype) for t in given) if given else moments_of_groups(mean_i, var_i, None)
     # The sum of both parts is one affine map, whose zero is between the two means.
     batch, instance = rho * torch.rsqrt(var + eps), (1 - rho) * torch.rsqrt(var_i + eps)
     scale = batch + instance

@@ -11,7 +11,7 @@ from ._contract import Contract
 from ._fold import fold_batch_norm
 from ._groups import check_norm_batch, number_of_groups
 from ._numerics import per_channel, statistics_dtype
-from ._replay import Calls, in_backward
+from ._replay import Calls
 from ._with_batch_norm import WithBatchNorm
 
 
@@ -117,9 +117,7 @@ class BRN(WithBatchNorm):
     def _call(self, mean: Tensor, var: Tensor, count: int, bn) -> tuple[Tensor, Tensor]:
         """r and d of this batch, which then counts; or of the call that is being repeated. ``bn`` has the state."""
         r, d = self._calls.once(mean, lambda: self._correction(mean, var, bn))
-        if not in_backward():
-            mean, var = (t.mean(0) if t.dim() > 1 else t for t in (mean, var))
-            self._update(mean, var * (count / (count - 1)) if count > 1 else None, bn)
+        self._update(mean, var, count, bn)
         return r, d
 
     def fold_into(self, conv: nn.Module) -> None:

@@ -12,8 +12,7 @@ from ..kernels.depthwise import inference, normalize_and_convolve
 from ._args import ConfigError, check_batch_norm, check_map, check_residual, is_count, reject_unknown
 from ._contract import Contract
 from ._fold import InferenceOnly, fold_batch_norm
-from ._loading import check_kind
-from ._recompute import in_backward, run_batch_norm
+from ._recompute import run_batch_norm
 from ._watched import is_watched
 from ._with_batch_norm import WithBatchNorm
 from .depthwise_conv import DepthwiseConv, centred_kernels
@@ -103,9 +102,8 @@ class BNET(WithBatchNorm):
         if done is None:
             return conv(run_batch_norm(bn, x))
         y, mean, var = done  # in one call, for which x alone is saved
-        if bn.training and not in_backward():  # activation checkpointing repeats a forward that was counted
-            count = x.numel() // x.shape[1]
-            self._update(mean, var * (count / (count - 1)))
+        if bn.training:
+            self._update(mean, var, x.numel() // x.shape[1])
         return y
 
     def _is_as_built(self) -> bool:
@@ -124,13 +122,9 @@ class BNET(WithBatchNorm):
     def extra_repr(self) -> str:
         return f'{self.num_features}, kernel_size={self.kernel_size}'
 
-    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        check_kind(self, state, prefix)
-        if f'{prefix}bnconv.weight' not in state and prefix + 'weight' in state:
-            self._load_batch_norm_affine(state, prefix, errors)
-        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
-
-    def _load_batch_norm_affine(self, state, prefix, errors) -> None:
+    def _take_over(self, state, prefix, errors) -> None:
+        if f'{prefix}bnconv.weight' in state or prefix + 'weight' not in state:
+            return
         weight, bias = state.pop(prefix + 'weight'), state.pop(prefix + 'bias', None)
         if weight.shape != (self.num_features,):
             errors.append(

@@ -9,7 +9,6 @@ from ._args import check_batch_norm, check_map, reject_unknown
 from ._contract import Contract
 from ._fold import fold_batch_norm
 from ._groups import check_norm_batch, number_of_groups
-from ._recompute import in_backward, running_statistics
 from ._with_batch_norm import WithBatchNorm
 
 
@@ -77,11 +76,10 @@ class GhostBN(WithBatchNorm):
         groups = number_of_groups('BN', self.norm_batch, x)
         count = self.norm_batch * x.shape[2] * x.shape[3]
         if count <= 1 or not x.numel():
-            return F.batch_norm(x, *running_statistics(bn), bn.weight, bn.bias, False, 0.0, bn.eps)
+            return F.batch_norm(x, *self._running(), bn.weight, bn.bias, False, 0.0, bn.eps)
         images = ImageGroups(x, groups)
         mean, var = images.mean, images.var
-        if not in_backward():  # activation checkpointing repeats a forward that was counted
-            self._update(mean.detach().mean(0), var.detach().mean(0) * (count / (count - 1)))
+        self._update(mean, var, count)
         scale, shift = (var + bn.eps).rsqrt(), torch.zeros_like(mean)
         if bn.affine:
             scale, shift = scale * bn.weight.to(mean.dtype), shift + bn.bias.to(mean.dtype)

@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor, nn
 
-from ._args import check_batch_norm, check_map, reject_unknown
+from ..kernels.groups import moments_of_groups
+from ._args import reject_unknown
+from ._batch_and_instance import BatchAndInstance
 from ._contract import Contract
-from ._loading import check_kind, kind_of
-from ._numerics import instance_moments, per_channel, pooled, statistics_dtype
-from ._recompute import in_backward, running_statistics
-from ._with_batch_norm import WithBatchNorm
+from ._loading import kind_of
+from ._numerics import instance_moments, per_channel, statistics_dtype
+
+_START = dict(center_weight=0.0, scale_weight=0.0, scale_bias=1.0)
 
 
-class RBN(WithBatchNorm):
+class RBN(BatchAndInstance):
     r"""Representative batch norm.
 
     .. math::
@@ -59,38 +61,21 @@ class RBN(WithBatchNorm):
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, **unknown):
         reject_unknown(type(self), unknown)
-        check_batch_norm(type(self), eps, momentum)
-        super().__init__(num_features, nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False))
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
-        self.center_weight = nn.Parameter(torch.zeros(num_features))
-        self.scale_weight = nn.Parameter(torch.zeros(num_features))
-        self.scale_bias = nn.Parameter(torch.ones(num_features))
+        super().__init__(num_features, eps, momentum)
+        for name, value in _START.items():
+            self.register_parameter(name, nn.Parameter(torch.full((num_features,), value)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_map(self, self.num_features, x)
-        bn = self.bn
-        count = x.shape[0] * x.shape[2] * x.shape[3]
-        use_batch = bn.training and count > 1
-        running = running_statistics(bn) if bn.training and not use_batch else (bn.running_mean, bn.running_var)
+    def _normalize(self, x: Tensor, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         learned = (self.weight, self.bias, self.center_weight, self.scale_weight, self.scale_bias)
-        y, mean, var = _representative_norm(x, *learned, *running, use_batch, bn.eps)
-        if use_batch and not in_backward():
-            self._update(mean.detach(), var.detach() * (count / (count - 1)))
-        return y
+        return _representative_norm(x, *learned, self.bn.eps, *given)
 
-    def extra_repr(self) -> str:
-        return f'{self.num_features}, eps={self.bn.eps}, momentum={self.bn.momentum}'
-
-    def _load_from_state_dict(self, state, prefix, *args):
-        check_kind(self, state, prefix)
-        if kind_of(state, prefix) == 'BN':
-            new = type(self)(self.num_features)
-            for name in ('center_weight', 'scale_weight', 'scale_bias'):
-                state[prefix + name] = getattr(new, name).detach()
-            if prefix + 'weight' in state:
-                state[prefix + 'weight'] = state[prefix + 'weight'] / new.scale_bias.detach().sigmoid()
-        super()._load_from_state_dict(state, prefix, *args)
+    def _take_over(self, state, prefix, errors) -> None:
+        if kind_of(state, prefix) != 'BN':
+            return
+        new = {name: torch.full((self.num_features,), value) for name, value in _START.items()}
+        state.update((prefix + name, value) for name, value in new.items())
+        if prefix + 'weight' in state:
+            state[prefix + 'weight'] = state[prefix + 'weight'] / new['scale_bias'].sigmoid()
 
 
 @torch.fx.wrap  # symbolic tracing, as conv-BN fusion does it, cannot look into dtypes
@@ -101,20 +86,17 @@ def _representative_norm(
     center_weight: Tensor,
     scale_weight: Tensor,
     scale_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    use_batch: bool,
     eps: float,
+    *given: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the mean and biased variance ``(C,)`` that x' was normalized with."""
+    """y, and the mean and biased variance ``(C,)`` that x' was normalized with: of x' itself unless some are given."""
     dtype = statistics_dtype(x)
-    vectors = (weight, bias, center_weight, scale_weight, scale_bias, running_mean, running_var)
-    gamma, beta, w_m, w_v, w_b, mean, var = (vector.to(dtype) for vector in vectors)
+    learned = (weight, bias, center_weight, scale_weight, scale_bias)
+    gamma, beta, w_m, w_v, w_b = (vector.to(dtype) for vector in learned)
     wide = x.to(dtype)
     of_instance, var_of_instance = instance_moments(wide)
     centre = (1 + w_m) * of_instance  # mean of x' in each instance, whose variance is that of x
-    if use_batch:
-        mean, var = (statistic.squeeze(0) for statistic in pooled(centre, var_of_instance, 0))
+    mean, var = (t.to(dtype) for t in given) if given else moments_of_groups(centre, var_of_instance, None)
     inverse = torch.rsqrt(var + eps)
     gate = torch.sigmoid(w_v * (centre - mean) * inverse + w_b)
     y = (wide - per_channel(mean - w_m * of_instance)) * per_channel(gamma * gate * inverse) + per_channel(beta)

@@ -5,17 +5,17 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ._args import check_batch_norm, check_map, reject_unknown
+from ..kernels.groups import moments_of_groups
+from ._args import check_map, reject_unknown
+from ._batch_and_instance import BatchAndInstance
 from ._contract import Contract
-from ._loading import check_kind, kind_of
-from ._numerics import per_channel, pooled, statistics_dtype
-from ._recompute import in_backward
-from ._with_batch_norm import WithBatchNorm
+from ._loading import kind_of
+from ._numerics import instance_moments, per_channel, pooled, statistics_dtype
 
 _ALL_ON_BN = (0.0, 0.0, 110.0)  # of softmax, in fp32: 0, 0, 1
 
 
-class SN(WithBatchNorm):
+class SN(BatchAndInstance):
     r"""Switchable norm.
 
     .. math::
@@ -61,11 +61,8 @@ class SN(WithBatchNorm):
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, **unknown):
         reject_unknown(type(self), unknown)
-        check_batch_norm(type(self), eps, momentum)
-        super().__init__(num_features, nn.BatchNorm2d(num_features, eps=eps, momentum=momentum, affine=False))
+        super().__init__(num_features, eps, momentum)
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
         self.mean_weight = nn.Parameter(torch.ones(3))
         self.var_weight = nn.Parameter(torch.ones(3))
 
@@ -73,14 +70,11 @@ class SN(WithBatchNorm):
         check_map(self, self.num_features, x)
         bn = self.bn
         use_batch = bn.training and x.numel() > 0
-        learned = (self.weight, self.bias, self.mean_weight, self.var_weight)
-        result = _switch_norm(x, *learned, bn.running_mean, bn.running_var, use_batch, self.eps)
-        if use_batch and not in_backward():
-            self._update(result[1].detach().flatten(), result[2].detach().flatten())
-        return result[0]
-
-    def extra_repr(self) -> str:
-        return f'{self.num_features}, eps={self.eps}, momentum={self.bn.momentum}'
+        given = () if use_batch else (bn.running_mean, bn.running_var)
+        y, mean, var = _switch_norm(x, self.weight, self.bias, self.mean_weight, self.var_weight, self.eps, *given)
+        if use_batch:
+            self._update(mean, var)
+        return y
 
     def mix_evenly(self) -> None:
         """Weight instance, layer and batch statistics alike, as a new layer does."""
@@ -88,8 +82,7 @@ class SN(WithBatchNorm):
             self.mean_weight.fill_(1)
             self.var_weight.fill_(1)
 
-    def _load_from_state_dict(self, state, prefix, *args):
-        check_kind(self, state, prefix)
+    def _take_over(self, state, prefix, errors) -> None:
         if kind_of(state, prefix) == 'BN':
             for name in ('mean_weight', 'var_weight'):
                 state[prefix + name] = self.mean_weight.new_tensor(_ALL_ON_BN)
@@ -103,41 +96,26 @@ class SN(WithBatchNorm):
             value = state.get(prefix + name)
             if value is not None and value.dim() > 1 and value.numel() == self.num_features:
                 state[prefix + name] = value.flatten()
-        super()._load_from_state_dict(state, prefix, *args)
 
 
 @torch.fx.wrap  # symbolic tracing, as conv-BN fusion does it, cannot look into dtypes
 def _switch_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean_weight: Tensor,
-    var_weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    use_batch: bool,
-    eps: float,
+    x: Tensor, weight: Tensor, bias: Tensor, mean_weight: Tensor, var_weight: Tensor, eps: float, *given: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the mean and variance that were used as BN's."""
+    """y, and the mean and biased variance ``(C,)`` of the batch: those of x unless some are given."""
     dtype = statistics_dtype(x)
     wide = x.to(dtype)
-    # LN's and BN's statistics follow from IN's.
-    if x.numel():
-        var_in, mean_in = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
-    else:
-        var_in = mean_in = wide.sum((2, 3), keepdim=True)  # empty too; var_mean would warn
+    mean_in, var_in = instance_moments(wide)  # from which LN's and BN's follow
     mean_ln, var_ln = pooled(mean_in, var_in, 1)
-    if use_batch:
-        mean_bn, var_bn = pooled(mean_in, var_in, 0)
-    else:
-        mean_bn, var_bn = (per_channel(statistic.to(dtype)) for statistic in (running_mean, running_var))
+    mean_bn, var_bn = (t.to(dtype) for t in given) if given else moments_of_groups(mean_in, var_in, None)
     mean = _mix(mean_weight.to(dtype), mean_in, mean_ln, mean_bn)
     var = _mix(var_weight.to(dtype), var_in, var_ln, var_bn)
-    scale = per_channel(weight.to(dtype)) * torch.rsqrt(var + eps)
-    y = (wide - mean) * scale + per_channel(bias.to(dtype))
+    scale = weight.to(dtype) * torch.rsqrt(var + eps)
+    y = (wide - per_channel(mean)) * per_channel(scale) + per_channel(bias.to(dtype))
     return y.to(x.dtype), mean_bn, var_bn
 
 
 def _mix(logits: Tensor, *statistics: Tensor) -> Tensor:
+    """``(N, C)``."""
     weights = torch.softmax(logits, 0)
     return sum(weight * statistic for weight, statistic in zip(weights, statistics))
