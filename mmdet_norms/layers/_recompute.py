@@ -14,18 +14,18 @@ from ._replay import in_backward, once
 
 
 @contextmanager
-def statistics_kept(norm: _BatchNorm) -> Iterator[None]:
-    """Inside, ``norm`` updates copies of its running statistics and batch counter, which are then dropped.
+def statistics_kept(norm: _BatchNorm) -> Iterator[dict[str, Tensor]]:
+    """Inside, ``norm`` updates copies of its running statistics and batch counter, which are given here.
 
     Copies, because checkpointing compares what both forwards save for the backward pass: without running statistics,
     batch norm saves fewer tensors.
     """
-    buffers = dict(norm._buffers)
-    norm._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
+    own, copies = dict(norm._buffers), copied_statistics(norm)
+    norm._buffers.update(copies)
     try:
-        yield
+        yield copies
     finally:  # also when checkpointing stops a recomputation early, by an exception
-        norm._buffers.update(buffers)
+        norm._buffers.update(own)
 
 
 @torch.no_grad()
@@ -59,16 +59,12 @@ def copied_statistics(norm: _BatchNorm) -> dict[str, Tensor]:
 def _run_guarded(norm: _BatchNorm, x: Tensor) -> Tensor:
     """``norm(x)``, whose statistics stay if they would become inf or nan."""
     # Copies are updated: autograd remembers them, and would object to a write after the forward.
-    copies = copied_statistics(norm)
     if is_compiling():  # it does not follow a module that gets another buffer
+        copies = copied_statistics(norm)
         y = torch.func.functional_call(norm, copies, (x,))
     else:
-        kept = dict(norm._buffers)
-        norm._buffers.update(copies)
-        try:
+        with statistics_kept(norm) as copies:
             y = norm(x)
-        finally:
-            norm._buffers.update(kept)
     take_if_finite(norm, **copies)
     return y
 
