@@ -243,14 +243,6 @@ def checkpointed_regions() -> Iterator[tuple[object, Hashable]]:
 # ------------------------------------------------------------------------------------------------------ kernels of aten
 
 
-def convolution_weight_gradient(grad: Tensor, conv: Convolution) -> Tensor:
-    """Gradient of ``conv.weight``, of which only the shape is used, for the gradient ``grad`` of the result.
-
-    Nothing here is private.
-    """
-    return torch.nn.grad.conv2d_weight(conv.input, conv.weight.shape, grad, *conv[2:])
-
-
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance ``(C,)`` of a map, in fp32 or better.
 

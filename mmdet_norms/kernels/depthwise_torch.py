@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..compat.torch_internals import Convolution, convolution_weight_gradient
 from .double_backward import bnet_gradients_of, is_wanted
 from .layouts import is_channels_last, layout, like, per_channel
 
@@ -130,9 +129,8 @@ def _centred_and_kernel_gradient(grad: Tensor, x: Tensor, mean: Tensor, weight: 
     parts = []
     for first, columns in _column_groups(size):
         moved = like(padded[..., first : first + w + columns - 1], grad)
-        part = weight[..., :columns]  # of which the shape is used
-        conv = Convolution(moved, part, (1, 1), (half, 0), (1, 1), len(part))
-        parts.append(convolution_weight_gradient(grad, conv))
+        shape = (*weight.shape[:3], columns)
+        parts.append(torch.nn.grad.conv2d_weight(moved, shape, grad, 1, (half, 0), 1, len(weight)))
     return centred, torch.cat(parts, 3) if len(parts) > 1 else parts[0]
 
 

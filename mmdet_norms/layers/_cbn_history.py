@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..compat.torch_internals import Convolution, convolution_weight_gradient
+from ..compat.torch_internals import Convolution
 from ..kernels import map_ops
 from ._numerics import all_finite, is_channels_last, statistics_dtype
 
@@ -164,5 +164,5 @@ def variance_gradient(conv: Convolution, x: Tensor, mean: Tensor, var: Tensor) -
     positions = x.numel() // x.shape[1]
     std = (var + 1e-12).sqrt()
     upstream = map_ops.affine(x, mean, positions**-0.75 / std, torch.zeros_like(mean))
-    grad = convolution_weight_gradient(upstream, conv)
+    grad = torch.nn.grad.conv2d_weight(conv.input, conv.weight.shape, upstream, *conv[2:])
     return grad.to(mean.dtype).flatten(1) * (2 * positions**-0.25 * std).unsqueeze(1)

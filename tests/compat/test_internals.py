@@ -50,7 +50,7 @@ def spread(vector):
 def test_every_function_says_what_is_private_and_what_happens_without_it():
     own = Path(__file__).read_text(encoding='utf-8')
     for name, function in FUNCTIONS.items():
-        if name not in ('or_plain', 'convolution_weight_gradient'):  # which use none
+        if name != 'or_plain':  # which uses none
             assert re.search(r'Private: .*\.\s+Without\s+it: ', function.__doc__, re.DOTALL), name
         assert name.startswith('_') or f'internals.{name}' in own, f'{name} has no canary'
 
@@ -276,12 +276,12 @@ def test_torch_without_its_hooks_on_top(monkeypatch):
 
 
 @pytest.mark.parametrize('groups', [1, 2])
-def test_the_gradient_of_a_convolution(groups):
+def test_a_convolution_is_saved_as_its_gradient_needs_it(groups):
     conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups)
     y = conv(torch.randn(2, 4, 6, 5))
     grad, call = torch.randn_like(y), internals.saved_convolution(y.grad_fn)
     expected = torch.autograd.grad(y, conv.weight, grad)[0]
-    torch.testing.assert_close(internals.convolution_weight_gradient(grad, call), expected)
+    torch.testing.assert_close(torch.nn.grad.conv2d_weight(call.input, call.weight.shape, grad, *call[2:]), expected)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
