@@ -26,7 +26,7 @@ from mmdet_norms.benchmark.layers import named_layers, norm_cfg_of
 from mmdet_norms.cli import benchmark, train
 from mmdet_norms.cli import fuse as fuse_command
 from mmdet_norms.errors import UserError
-from mmdet_norms.layers import NORMS
+from mmdet_norms.layers import NORMS, contract_of
 from mmdet_norms.norms import _by_name, register_norm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,3 +138,18 @@ def test_wrong_calls_are_answered(module):
         register_norm(module.GainBN(4), name='gain')
     register_norm(module.GainBN, name='gain', placement='heads')  # again, as when its module is imported anew
     assert not PLACEMENTS['gain'].backbone and mmdet_norms.register_norm is register_norm
+
+
+class Signed(nn.BatchNorm2d):
+    """A user's own batch norm, whose contract is another thing."""
+
+    def contract(self):
+        return 'signed'
+
+
+def test_what_else_is_called_a_contract_makes_no_norm_of_ours():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Signed(4)).eval()
+    assert contract_of(model[1]) is contract_of(nn.BatchNorm2d)
+    model.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(fuse(model)(x), model(x))

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..layers._contract import STOCK, is_norm_class
+from ..layers._contract import STOCK, contract_of, is_norm_class
 from ..layers._fold import CannotFoldError, InferenceOnly, fold_batch_norm
 
 _PLAIN_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -42,7 +42,7 @@ def _why_not(norm: nn.Module) -> str:
     owner = next(cls for cls in type(norm).__mro__ if 'forward' in vars(cls))
     if owner is _InstanceNorm and norm.running_mean is not None:
         return 'it has running statistics, but training does not use them, and instance norms are left as they are'
-    contract = vars(owner).get('contract') or STOCK.get(owner)
+    contract = contract_of(owner) if 'contract' in vars(owner) else STOCK.get(owner)
     if contract and contract.stays:
         return contract.stays
     return f'a {type(norm).__name__} has no fold_into(conv), which would say how it folds'

@@ -61,7 +61,7 @@ STOCK: dict[type[nn.Module], Contract] = {
 def contract_of(norm: nn.Module | type) -> Contract:
     """The contract of a norm, or of a class of norms; an empty one of anything else."""
     cls = norm if isinstance(norm, type) else type(norm)
-    if hasattr(norm, 'contract'):
+    if isinstance(getattr(norm, 'contract', None), Contract):
         return norm.contract
     return next((STOCK[base] for base in cls.__mro__ if base in STOCK), Contract(cls.__name__))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..compat.torch_internals import has_load_hook, on_load
-from ._contract import NORMS, contract_of
+from ._contract import NORMS, Contract, contract_of
 
 # Kinds of states that are of no single norm, and keys that show them; the first counts, after the marks of each norm.
 _SHARED = {
@@ -162,7 +162,7 @@ def _abbreviations() -> list[str]:
 
 
 def _is_norm_of_ours(cls: type) -> bool:
-    return hasattr(cls, 'contract')
+    return isinstance(getattr(cls, 'contract', None), Contract)
 
 
 def _watch(host: nn.Module, name: str, child: nn.Module | None) -> None:
