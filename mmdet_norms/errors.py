@@ -24,6 +24,12 @@ def some(names: Sequence[str], count: int = 4) -> str:
 
 def did_you_mean(name: object, valid: Iterable[str]) -> str:
     """`` (did you mean 'mish'?)``, or nothing where no valid name is close."""
+    close = closest(name, valid)
+    return '' if close is None else f' (did you mean {close!r}?)'
+
+
+def closest(name: object, valid: Iterable[str]) -> str | None:
+    """The valid name that is meant, perhaps; None where none is close."""
     by_lower = {key.lower(): key for key in valid}
     close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
-    return f' (did you mean {by_lower[close[0]]!r}?)' if close else ''
+    return by_lower[close[0]] if close else None

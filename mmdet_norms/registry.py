@@ -1,6 +1,5 @@
 """Names of norm layers: where ``norm_cfg=dict(type=...)`` is resolved, and what a wrong name is told."""
 
-import difflib
 import inspect
 from contextlib import contextmanager
 
@@ -12,6 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import layers
 from .compat.patches import put
+from .errors import closest
 from .layers._args import ConfigError
 from .layers._contract import STOCK, is_norm_class
 from .layers._conv_in_front import PLAIN_CONVS
@@ -66,9 +66,8 @@ def norm_names() -> list[str]:
 def explain_unknown(name: str) -> UnknownNormError:
     """The error for a ``norm_cfg.type`` that nobody registered, with the closest name and all names."""
     names = norm_names()
-    by_lower = {valid.lower(): valid for valid in names}
-    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
-    hint = f'did you mean {by_lower[close[0]]!r}? ' if close else ''
+    close = closest(name, names)
+    hint = '' if close is None else f'did you mean {close!r}? '
     return UnknownNormError(
         f'norm_cfg.type={name!r} is not a registered norm layer; {hint}choose one of: {", ".join(names)}'
     )

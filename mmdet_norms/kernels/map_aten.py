@@ -26,8 +26,7 @@ def second_moment(x: Tensor, groups: int | None = None) -> Tensor:
         mean, var = moments(x, groups)
         return mean.square() + var
     squares = torch.linalg.vector_norm(x, 2, 3 if size > _PIECE else (2, 3)).square()
-    of_images = squares.view(*x.shape[:2], -1).sum(2)
-    return sums_of_groups(of_images, groups) / (len(x) // (groups or 1) * size)
+    return sums_of_groups(squares.view(*x.shape[:2], -1).sum(2), groups) / (len(x) // (groups or 1) * size)
 
 
 @or_plain(map_formula.moments)
