@@ -11,10 +11,12 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from helpers.small_configs import shrink
 from mmdet_norms import PLACEMENTS
 from mmdet_norms.cli.common import load_config
 from mmdet_norms.cli.train import parse_args
 from mmdet_norms.datasets import shapes
+from mmdet_norms.entries import mappings
 
 PHOTOS = Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'coco_mini'
 FAMILIES = {
@@ -51,20 +53,11 @@ def load(family, root, norm):
     return cfg
 
 
-def narrow(node):
-    if isinstance(node, (list, tuple)):
-        for entry in node:
-            narrow(entry)
-    elif isinstance(node, dict):
-        sizes = dict(fc_out_channels=32, nms_pre=50, max_per_img=20, nms_post=20, max_num=20)
-        sizes |= dict.fromkeys(('out_channels', 'feat_channels', 'conv_out_channels'), WIDTH)
-        node.update({key: size for key, size in sizes.items() if key in node})
-        if node.get('in_channels') == 256:
-            node['in_channels'] = WIDTH
-        if node.get('type') == 'RandomSampler':
-            node['num'] = 16
-        for value in node.values():
-            narrow(value)
+def narrow(model):
+    shrink(model, out_channels=WIDTH, feat_channels=WIDTH, conv_out_channels=WIDTH)
+    for _, part in mappings(model):
+        if part.get('in_channels') == 256:
+            part['in_channels'] = WIDTH
 
 
 @cache

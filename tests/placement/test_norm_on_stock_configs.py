@@ -11,8 +11,10 @@ from mmengine.registry import init_default_scope
 from mmengine.utils import get_installed_path
 from torch import nn
 
+from helpers import small_configs
 from mmdet_norms.cli.common import load_config
 from mmdet_norms.cli.train import parse_args
+from mmdet_norms.entries import mappings
 from mmdet_norms.layers import BNET
 
 # Number of residual blocks of the backbone, all of which end in the new norm.
@@ -60,20 +62,12 @@ def command_config(path, norm='bnet5'):
     return cfg
 
 
-def shrink(node):
+def shrink(model):
     """No downloads, fewer proposals and narrower fc layers; nothing that the backbone could notice."""
-    if isinstance(node, (list, tuple)):
-        for entry in node:
-            shrink(entry)
-    elif isinstance(node, dict):
-        sizes = dict(fc_out_channels=32, nms_pre=50, max_per_img=20, nms_post=20, max_num=20)
-        node.update({key: size for key, size in sizes.items() if key in node})
-        if node.get('type') == 'RandomSampler':
-            node['num'] = 16
-        if (node.get('init_cfg') or {}).get('type') == 'Pretrained':
-            node['init_cfg'] = None
-        for value in node.values():
-            shrink(value)
+    small_configs.shrink(model)
+    for _, part in mappings(model):
+        if (part.get('init_cfg') or {}).get('type') == 'Pretrained':
+            part['init_cfg'] = None
 
 
 def bnets(model):
