@@ -13,6 +13,7 @@ from mmcv.cnn import is_norm as mmcv_is_norm
 from mmengine.model import constant_init
 from mmengine.optim import build_optim_wrapper
 from torch import nn
+from torch.utils.data import DataLoader
 
 import mmdet_norms
 from helpers.tiny import write_config
@@ -25,6 +26,7 @@ from mmdet_norms import PLACEMENTS, apply_norm, convert_norms, fuse, registry
 from mmdet_norms.benchmark.layers import named_layers, norm_cfg_of
 from mmdet_norms.cli import benchmark, train
 from mmdet_norms.cli import fuse as fuse_command
+from mmdet_norms.engine.norms import require_whole_groups
 from mmdet_norms.errors import UserError
 from mmdet_norms.layers import NORMS, contract_of
 from mmdet_norms.norms import _by_name, register_norm
@@ -140,16 +142,23 @@ def test_wrong_calls_are_answered(module):
     assert not PLACEMENTS['gain'].backbone and mmdet_norms.register_norm is register_norm
 
 
-class Signed(nn.BatchNorm2d):
-    """A user's own batch norm, whose contract is another thing."""
+class Odd(nn.BatchNorm2d):
+    """A user's own batch norm, to which our names are those of other things."""
+
+    folded, fold_into, centred_weight = True, None, False
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.norm_batch = nn.Identity()
 
     def contract(self):
         return 'signed'
 
 
-def test_what_else_is_called_a_contract_makes_no_norm_of_ours():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), Signed(4)).eval()
+def test_what_else_is_called_as_we_call_things_makes_no_norm_of_ours():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Odd(4)).eval()
     assert contract_of(model[1]) is contract_of(nn.BatchNorm2d)
     model.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(fuse(model)(x), model(x))
+    require_whole_groups(model, DataLoader([x, x], batch_size=2))

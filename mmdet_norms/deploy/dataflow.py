@@ -29,12 +29,17 @@ def fold(norm: nn.Module, conv: nn.Module) -> nn.Module | None:
     Raises:
         CannotFoldError: nothing was changed.
     """
-    return norm.fold_into(conv) if hasattr(norm, 'fold_into') else fold_batch_norm(conv, norm)
+    return norm.fold_into(conv) if can(norm, 'fold_into') else fold_batch_norm(conv, norm)
+
+
+def can(norm: nn.Module, method: str) -> bool:
+    """Whether it has such a method; an attribute of that name, such as a flag of the user's, is another thing."""
+    return callable(getattr(norm, method, None))
 
 
 def may_fold(norm: nn.Module) -> bool:
     """Whether norms of this type can be folded into a convolution."""
-    return hasattr(norm, 'fold_into') or _is_batch_norm(norm)
+    return can(norm, 'fold_into') or _is_batch_norm(norm)
 
 
 def _why_not(norm: nn.Module) -> str:
@@ -54,7 +59,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     known = is_norm_class(type(module)) or type(module).__name__ in _BATCH_NORM_NAMES
-    return known or hasattr(module, 'fold_into') or hasattr(module, 'folded')
+    return known or can(module, 'fold_into') or can(module, 'folded')
 
 
 def is_observed(module: nn.Module, norm: nn.Module | None = None) -> bool:
@@ -302,7 +307,7 @@ def _unregistered(module: nn.Module) -> Iterator[nn.Module]:
 
 def _is_known(conv: nn.Module, norm: nn.Module) -> bool:
     """Whether both are of types whose forward is known to be a convolution and an affine map."""
-    known_norm = hasattr(norm, 'fold_into') or type(norm) in _PLAIN_BATCH_NORMS
+    known_norm = can(norm, 'fold_into') or type(norm) in _PLAIN_BATCH_NORMS
     return known_norm and (type(conv) in _PLAIN_CONVS or hasattr(conv, 'to_conv2d'))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..layers._fold import CannotFoldError, Folded
-from .dataflow import Dataflow, fold, is_observed
+from .dataflow import Dataflow, can, fold, is_observed
 from .residual import join_ends
 
 
@@ -130,7 +130,7 @@ def _sizes(model: nn.Module) -> tuple[int, int]:
 def _fold(norm: nn.Module, name: str, dataflow: Dataflow, report: FuseReport) -> None:
     report.types[name] = type(norm).__name__
     try:
-        if hasattr(norm, 'folded'):
+        if can(norm, 'folded'):
             rest = _fold_alone(norm, dataflow)
         else:
             conv = dataflow.conv_of(norm)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import UserError
 from ..layers import CBN, contract_of, link_convs, warn_if_uncentred
+from ..layers._args import is_count
 from ..layers._averaging import AveragesOnRequest
 
 
@@ -58,7 +59,8 @@ def require_whole_groups(model: nn.Module, loader: DataLoader) -> None:
     The layers say so themselves, but of the last batch of an epoch only when it comes. Those of a head are left to do
     so (its batch may be regions), and those that ``norm_eval`` and ``frozen_stages`` keep from using the batch.
     """
-    grouped = [layer for layer in getattr(model, 'backbone', model).modules() if getattr(layer, 'norm_batch', None)]
+    layers = getattr(model, 'backbone', model).modules()
+    grouped = [layer for layer in layers if is_count(getattr(layer, 'norm_batch', None))]
     if not grouped:
         return
     model.train()  # as the loop will: only then is it seen which layers a backbone keeps in eval mode
