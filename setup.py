@@ -135,6 +135,8 @@ setup(
             'triton; platform_system == "Linux"',
             *onnx,
             *optional['optim'],
+            *optional['slurm'],
+            *optional['tensorboard'],
         ],
         'onnx': onnx,
     },

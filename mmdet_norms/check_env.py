@@ -331,7 +331,7 @@ def _less_than_could_be(facts: Facts) -> list[Problem]:
         if version is None or facts.error('torch'):
             continue
         if not fits(version, versions):
-            what = f'{name} is {version}, and the optimizers that mmdet_norms takes from it need {versions}'
+            what = f'{name} is {version}, and what mmdet_norms takes from it needs {versions}'
             found.append(Problem(what, [facts.install(name + versions)], fatal=False))
         elif error:
             what = f'{name} {version} is installed and cannot be imported: {error}'

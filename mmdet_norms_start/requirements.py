@@ -16,12 +16,20 @@ NEEDED = {
     'pillow': '',
     'pycocotools': '',
     'rich': '',
+    # the comparison page
+    'jinja2': '',
+    'pandas': '',
+    'scipy': '',
 }
 
-# What some configs need: an extra of setup.py each. pytorch-optimizer is no hard requirement, because it asks for
-# numpy>1.24.4: pip would replace an older numpy by numpy 2, which a torch of that time cannot read.
+# What some configs and options need: an extra of setup.py each. pytorch-optimizer is no hard requirement, because it
+# asks for numpy>1.24.4: pip would replace an older numpy by numpy 2, which a torch of that time cannot read.
 OPTIONAL = {
     'optim': {'pytorch-optimizer': '>=4.1'},
+    'slurm': {'submitit': '>=1.5'},
+    'tensorboard': {'tensorboard': ''},
+    'wandb': {'wandb': ''},
+    'mlflow': {'mlflow': ''},
 }
 
 # The mm* packages come in three sets, of which an environment can have one: the extras of setup.py. No set is a hard

@@ -22,7 +22,7 @@ DISTRIBUTIONS = {
 # By the extras of setup.py, of which one is chosen; cv2 comes with each mmcv.
 STACK = {'mmengine', 'mmcv', 'mmdet', 'cv2'}
 # Used where they are there.
-OPTIONAL = {'triton', 'onnx', 'onnxscript', 'onnxruntime', 'torchvision', 'pytorch_optimizer'}
+OPTIONAL = {'triton', 'onnx', 'onnxscript', 'onnxruntime', 'torchvision', 'pytorch_optimizer', 'submitit'}
 
 
 def imported(folder):
