@@ -2,7 +2,7 @@
 
 * ``choose.py``: which operations exist, and who computes them.
 * ``map_ops.py``: statistics of a map, affine steps, their gradients; ``map_formula.py`` in torch, ``map_aten.py`` by
-  kernels of torch's batch norm. ``instance_affine.py`` is made of them.
+  kernels of torch's batch norm. ``image_groups.py`` is made of them.
 * ``depthwise.py``: BNET; ``depthwise_torch.py`` in torch, ``depthwise_compiled.py`` by the C library (``csrc/``,
   ``compiled.py``).
 * ``gpu/``: both by Triton.

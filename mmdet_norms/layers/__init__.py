@@ -3,7 +3,7 @@
 from ._contract import NORMS, Contract, contract_of
 from ._fold import batch_norm_affine, fold_affine, fold_batch_norm
 from ._loading import AnotherFunctionError, AnotherFunctionWarning, another_function_allowed
-from ._recompute import run_batch_norm
+from ._running_statistics import run_batch_norm
 from ._with_batch_norm import WithBatchNorm
 from .an import AN
 from .batch_instance_norm import BIN

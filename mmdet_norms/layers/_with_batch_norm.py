@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..compat.torch_internals import on_state_dict
 from ._loading import check_kind
-from ._recompute import running_statistics, take_if_finite
 from ._replay import in_backward
+from ._running_statistics import running_statistics, take_if_finite
 
 
 class WithBatchNorm(nn.Module):

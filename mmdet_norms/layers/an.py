@@ -1,9 +1,6 @@
 """AN: attentive normalization, a mixture of affine transforms weighted per instance.
 
-The method in 40 lines: ``reference/an.py``; here exact, fast and resumable.
-
-Li, Sun, Wu, "Attentive Normalization", ECCV 2020, https://arxiv.org/abs/1908.01259.
-Independent implementation from the paper's maths.
+The method in 40 lines: ``reference/an.py``; here exact, fast and resumable. Independent, from the paper's maths.
 """
 
 import torch
@@ -11,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.groups import moments_of_groups
-from ..kernels.instance_affine import ImageGroups, is_supported
+from ..kernels.image_groups import ImageGroups, is_supported
 from ._args import ConfigError, check_batch_norm, check_map, is_count, reject_unknown
 from ._contract import Contract
 from ._numerics import no_autocast, statistics_dtype
-from ._recompute import run_batch_norm
+from ._running_statistics import run_batch_norm
 from ._watched import is_watched
 from ._with_batch_norm import WithBatchNorm
 from .an_folded import DESCRIPTOR_EPS, FoldedAN, group_statistics
@@ -120,7 +117,7 @@ class AN(WithBatchNorm):
             input that is not ``(N, C, H, W)``.
         TypeError: an unknown key.
 
-    Source: Li, Sun, Wu, arXiv:1908.01259, section 3.
+    Source: Li, Sun, Wu, "Attentive Normalization", ECCV 2020, section 3, https://arxiv.org/abs/1908.01259.
     """
 
     _abbr_ = 'bn'  # mmcv names the attribute after it: bn2 in a Bottleneck, as in the published checkpoints

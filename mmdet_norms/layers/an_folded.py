@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.instance_affine import ImageGroups
+from ..kernels.image_groups import ImageGroups
 from ._args import check_map
 from ._fold import InferenceOnly, batch_norm_affine, float64
 from ._numerics import no_autocast, pooled

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.torch_versions import is_compiling
-from ..kernels.instance_affine import ImageGroups
+from ..kernels.image_groups import ImageGroups
 from ._args import check_at_least, check_batch_norm, check_count, check_map, reject_unknown
 from ._batch_renorm_compiled import brn_call, handle_of
 from ._contract import Contract

@@ -12,7 +12,7 @@ from ..kernels.depthwise import inference, normalize_and_convolve
 from ._args import ConfigError, check_batch_norm, check_map, check_residual, is_count, reject_unknown
 from ._contract import Contract
 from ._fold import InferenceOnly, fold_batch_norm
-from ._recompute import run_batch_norm
+from ._running_statistics import run_batch_norm
 from ._watched import is_watched
 from ._with_batch_norm import WithBatchNorm
 from .depthwise_conv import DepthwiseConv, centred_kernels

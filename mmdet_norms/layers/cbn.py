@@ -23,8 +23,8 @@ from ._conv_in_front import link_convs as link_convs
 from ._fold import batch_norm_affine, float64, fold_affine
 from ._loading import check_kind
 from ._numerics import no_autocast, statistics_dtype
-from ._recompute import take_if_finite
 from ._replay import Calls, in_backward
+from ._running_statistics import take_if_finite
 
 
 class CBN(BehindConv, AveragesOnRequest):

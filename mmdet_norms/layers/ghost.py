@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.instance_affine import ImageGroups
+from ..kernels.image_groups import ImageGroups
 from ._args import check_batch_norm, check_map, reject_unknown
 from ._contract import Contract
 from ._fold import fold_batch_norm

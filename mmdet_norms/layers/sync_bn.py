@@ -15,7 +15,7 @@ from ._contract import Contract
 from ._fold import fold_batch_norm
 from ._loading import check_kind
 from ._numerics import statistics_dtype
-from ._recompute import copied_statistics, go_back_if_not_finite, in_backward, statistics_kept, take_if_finite
+from ._running_statistics import copied_statistics, go_back_if_not_finite, in_backward, statistics_kept, take_if_finite
 from ._sync import batch_norm_of_all
 
 _LOG = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..layers import NORMS as OWN_NORMS
 from ..layers import contract_of
 from ..layers._args import ConfigError
-from ..layers._recompute import run_batch_norm
+from ..layers._running_statistics import run_batch_norm
 from ..registry import MODELS
 from .aog_grammar import AND, TERMINAL, Grammar, Node, build_grammar
 

@@ -48,8 +48,7 @@ class ReferenceMABN(nn.Module):
         weight, bias = self.weight[:, None, None], self.bias[:, None, None]
         if not self.training:
             return weight * (x / (self.running_var + self.eps).sqrt()) + bias
-        self.iters += 1
-        t = int(self.iters)  # waits for the GPU
+        t = int(self.iters.add_(1))  # waits for the GPU
         v = self.average(self.buffer_x2, x.detach().square(), t)
         r = self.renorm(v, t)
         self.running_var = self.momentum * self.running_var + (1 - self.momentum) * v

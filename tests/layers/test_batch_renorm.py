@@ -8,7 +8,7 @@ import torch
 from mmcv.cnn import build_norm_layer
 from torch import nn
 
-from mmdet_norms.kernels import instance_affine
+from mmdet_norms.kernels import image_groups
 from mmdet_norms.layers._args import ConfigError
 from mmdet_norms.layers.batch_renorm import BRN
 
@@ -173,7 +173,7 @@ class TestNormBatch:
         self, r_max, d_max, layout, way, monkeypatch
     ):
         if way == 'operators':  # what compiled code and other devices get
-            monkeypatch.setattr(instance_affine, 'is_supported', lambda x: False)
+            monkeypatch.setattr(image_groups, 'is_supported', lambda x: False)
         layer = random_brn(r_max=r_max, d_max=d_max, momentum=0.1, eps=1e-3, norm_batch=2)
         for step in range(3):
             x = (torch.randn(6, 3, 4, 5, dtype=torch.float64) * 3 + step).contiguous(memory_format=layout)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdet_norms import fuse
 from mmdet_norms.cli.config_checks import norm_problems
-from mmdet_norms.kernels import instance_affine
+from mmdet_norms.kernels import image_groups
 from mmdet_norms.layers import GN, GhostBN
 from mmdet_norms.layers._args import ConfigError
 
@@ -31,7 +31,7 @@ def ghost_bn(channels=4, norm_batch=2, **kwargs):
 def way(request, monkeypatch):
     """Eager code on a CPU, and what compiled code and other devices get."""
     if request.param == 'operators':
-        monkeypatch.setattr(instance_affine, 'is_supported', lambda x: False)
+        monkeypatch.setattr(image_groups, 'is_supported', lambda x: False)
 
 
 class TestMaths:

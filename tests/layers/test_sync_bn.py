@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch import nn
 
 from mmdet_norms.layers import sync_bn
-from mmdet_norms.layers._recompute import run_batch_norm
+from mmdet_norms.layers._running_statistics import run_batch_norm
 from mmdet_norms.layers.sync_bn import SyncBN
 
 
