@@ -140,6 +140,7 @@ def train_config(args: argparse.Namespace) -> Config:
     _watch_for_nonfinite(cfg, args.on_nonfinite)
     add_hook(cfg, 'RandomStateHook')
     add_hook(cfg, 'PendingValidationHook')
+    add_hook(cfg, 'CostHook')
     if args.tune_mode:
         add_hook(cfg, 'TuneModeHook')
     if args.seed is not None or args.deterministic:

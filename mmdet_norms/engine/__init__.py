@@ -1,6 +1,7 @@
 """What the package adds to mmengine's runner: results, progress, CPU processes, memory format, tune mode."""
 
 from .coco_detections import DumpCocoDetections
+from .cost import CostHook
 from .dist import CPUAmpOptimWrapper, end_processes, start_cpu_processes
 from .freeze_bnet import FreezeBNETHook
 from .fuse import FuseHook
@@ -27,6 +28,7 @@ __all__ = [
     'AdaHessian',
     'CPUAmpOptimWrapper',
     'ChannelsLastHook',
+    'CostHook',
     'DumpCocoDetections',
     'DumpPredictions',
     'FreezeBNETHook',

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import remove_unfinished, require_writable, write_text
+from .cost import COST
 from .results import kept_results
 from .safe_checkpoints import LAST, CheckpointFolder
 
@@ -87,7 +88,7 @@ def require_replaceable(folder: CheckpointFolder, needed: dict[str, str]) -> Non
 
 def remove_earlier_run(folder: CheckpointFolder) -> list[Path]:
     """Delete the checkpoints of an earlier run and what says how good they were; returns them. Nothing else goes."""
-    notes = [folder.work_dir / name for name in (LAST, RESULTS, FINISHED)]
+    notes = [folder.work_dir / name for name in (LAST, RESULTS, FINISHED, COST)]
     removed = folder.all() + [path for path in notes if path.is_file()] + kept_results(folder.work_dir)
     for path in removed:
         path.unlink(missing_ok=True)

@@ -1,0 +1,142 @@
+"""What a training costs: ``cost.json`` in its work dir."""
+
+import math
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from mmengine.device import get_device
+from mmengine.dist import all_reduce, get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from .results import write_json
+
+try:
+    import resource
+except ImportError:  # not a Unix
+    resource = None
+
+COST = 'cost.json'
+
+_STATE = 'cost'  # in the message hub, whose content a checkpoint holds
+_WARM_UP = 10  # iterations of a process that are slower than those that follow
+_KEPT = 1000  # iterations, the latest, that the median is taken of
+
+
+@HOOKS.register_module()
+class CostHook(Hook):
+    """Write what the training costs to ``cost.json``, after each validation and at its end. ``tools/train.py`` adds it.
+
+    ``seconds_per_iteration`` is the median of the latest thousand, from the end of one to the end of the next, without
+    evaluations, the first iteration of an epoch and the first ten of a process. ``seconds`` is all the time from the
+    first iteration on, evaluations included; of a run that was resumed, that up to its checkpoint is added.
+    ``peak_memory_mb`` is what tensors took on a GPU, else the resident memory of the process; of several processes,
+    that of the one with the most. All of it changes nothing in the training.
+    """
+
+    def __init__(self) -> None:
+        self._state = dict(seconds=0.0, peak_memory_mb=0.0, times=[])
+        self._before = self._seen = 0  # seconds of earlier parts; iterations of this one
+        self._first: list[float] = []
+        self._start = self._mark = self._begin = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Go on from what the checkpoint says."""
+        saved = runner.message_hub.runtime_info.get(_STATE)
+        self._state.update({key: saved[key] for key in self._state if isinstance(saved, dict) and key in saved})
+        self._state['times'] = list(self._state['times'])
+        self._before, self._start = self._state['seconds'], time.monotonic()
+        # the same dict for good: whoever saves a checkpoint saves what it holds then
+        runner.message_hub.update_info(_STATE, self._state)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """The first iteration of an epoch waits for the data loader to start."""
+        self._mark = None
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
+        """Start the clock where nothing else has."""
+        self._begin = time.monotonic()
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
+    ) -> None:
+        """Take the time."""
+        now, state = time.monotonic(), self._state
+        self._seen += 1
+        if self._seen <= _WARM_UP:
+            self._first.append(now - self._begin)
+        elif self._mark is not None:
+            state['times'].append(now - self._mark)
+            if len(state['times']) >= 2 * _KEPT:
+                del state['times'][:-_KEPT]
+        self._mark = now
+        state['seconds'] = self._before + now - self._start
+        # now, since mmengine forgets the peak with each line that it logs
+        state['peak_memory_mb'] = max(state['peak_memory_mb'], _peak_memory_mb())
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Write what it has cost so far."""
+        self._mark = None
+        if self._start is not None:  # a training
+            self._state['seconds'] = self._before + time.monotonic() - self._start
+            self._write(runner)
+
+    def after_train(self, runner: Runner) -> None:
+        """Write what it has cost."""
+        self._write(runner)
+
+    def _write(self, runner: Runner) -> None:
+        peak = torch.tensor([self._state['peak_memory_mb']], dtype=torch.float64)
+        all_reduce(peak, 'max')
+        if is_main_process():
+            write_json(Path(runner.work_dir) / COST, self._cost(runner, peak.item()))
+
+    def _cost(self, runner: Runner, peak: float) -> dict:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        # of few iterations, all are among the first; the very first is the slowest
+        times = self._state['times'][-_KEPT:] or self._first[1:] or self._first
+        batch = _batch_size(runner)
+        each = median(times) if times else None
+        return dict(
+            parameters=_count(model),
+            trainable_parameters=_count(model, trained=True),
+            batch_size=batch,
+            processes=get_world_size(),
+            device=torch.cuda.get_device_name() if _on_gpu() else get_device(),
+            iterations=runner.iter,
+            seconds_per_iteration=each,
+            images_per_second=batch / each if batch and each else None,
+            seconds=self._state['seconds'],
+            peak_memory_mb=round(peak, 1) or None,
+            peak_memory_of='GPU' if _on_gpu() else 'process',
+        )
+
+
+def _count(model: nn.Module, trained: bool = False) -> int:
+    return sum(math.prod(p.shape) for p in model.parameters() if p.requires_grad or not trained)
+
+
+def _batch_size(runner: Runner) -> int | None:
+    """Images of an iteration, of all processes together."""
+    loader = runner.train_dataloader
+    size = getattr(loader, 'batch_size', None) or getattr(getattr(loader, 'batch_sampler', None), 'batch_size', None)
+    return size * get_world_size() if isinstance(size, int) else None
+
+
+def _on_gpu() -> bool:
+    return get_device() == 'cuda'
+
+
+def _peak_memory_mb() -> float:
+    if _on_gpu():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if resource is None:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (20 if sys.platform == 'darwin' else 10)
