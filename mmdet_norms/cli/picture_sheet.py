@@ -23,6 +23,7 @@ from mmdet_norms.engine.picture import (
     class_colours,
     draw_sheet,
     is_sheet,
+    objects_of,
     read_image,
     save_sheet,
     to_mask,
@@ -99,24 +100,11 @@ def make_pairs(truth: dict, results: list[dict], colours: Colours, num: int, sco
         pairs.append(
             Pair(
                 image,
-                _truth(info, colours, image.shape),
+                objects_of(info, colours, image.shape),
                 _detections(result['pred_instances'], colours, image.shape, score_thr),
             )
         )
     return pairs
-
-
-def _truth(info: dict, colours: Colours, shape: tuple) -> list[Instance]:
-    return [
-        Instance(
-            box=item['bbox'],
-            name=colours[item['bbox_label']][0],
-            colour=colours[item['bbox_label']][1],
-            mask=to_mask(item.get('mask'), *shape[:2]),
-            ignored=bool(item.get('ignore_flag', 0)),
-        )
-        for item in info.get('instances', [])
-    ]
 
 
 def _detections(predicted: dict, colours: Colours, shape: tuple, score_thr: float) -> list[Instance]:

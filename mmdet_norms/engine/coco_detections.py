@@ -30,6 +30,8 @@ class DumpCocoDetections(BaseMetric):
         collect_device: as for :class:`mmengine.evaluator.BaseMetric`.
     """
 
+    default_prefix = 'detections'  # of nothing; without one mmengine warns
+
     def __init__(self, out: str | Path, category_ids: Sequence[int], collect_device: str = 'cpu'):
         super().__init__(collect_device=collect_device)
         self.out = Path(out)
@@ -57,21 +59,7 @@ class DumpCocoDetections(BaseMetric):
 
     def compute_metrics(self, results: list[dict]) -> dict:
         """Write the file in one step."""
-        entries, not_finite = [], 0
-        for image in results:
-            for i, box in enumerate(image['boxes']):
-                if not all(map(math.isfinite, [*box, image['scores'][i]])):
-                    not_finite += 1
-                    continue
-                entry = dict(
-                    image_id=image['img_id'],
-                    category_id=self.category_ids[image['labels'][i]],
-                    bbox=[round(value, 2) for value in box],
-                    score=round(image['scores'][i], 6),
-                )
-                if image['masks'] is not None:
-                    entry['segmentation'] = _plain(image['masks'][i])
-                entries.append(entry)
+        entries, not_finite = coco_entries(results, self.category_ids, digits=(2, 6))
         with replacing(self.out) as part:
             part.write_text(json.dumps(entries), encoding='utf-8')
         logger = MMLogger.get_current_instance()
@@ -79,6 +67,35 @@ class DumpCocoDetections(BaseMetric):
         if not_finite:
             logger.warning(f'{not_finite} detections have NaN or infinite boxes or scores and are not in {self.out}')
         return {}
+
+
+def coco_entries(
+    results: Sequence[dict], category_ids: Sequence[int], digits: tuple[int, int] | None = None
+) -> tuple[list[dict], int]:
+    """What :meth:`DumpCocoDetections.process` has kept, as COCO's format has it; and how many are not finite.
+
+    Args:
+        results: an entry per image.
+        category_ids: the annotation file's id of each label.
+        digits: of boxes and of scores after the point; all of them by default.
+    """
+    entries, not_finite = [], 0
+    for image in results:
+        for i, box in enumerate(image['boxes']):
+            score = image['scores'][i]
+            if not all(map(math.isfinite, [*box, score])):
+                not_finite += 1
+                continue
+            entry = dict(
+                image_id=image['img_id'],
+                category_id=category_ids[image['labels'][i]],
+                bbox=[round(value, digits[0]) for value in box] if digits else list(box),
+                score=round(score, digits[1]) if digits else score,
+            )
+            if image['masks'] is not None:
+                entry['segmentation'] = _plain(image['masks'][i])
+            entries.append(entry)
+    return entries, not_finite
 
 
 def category_ids(dataset: object, out: str | Path) -> list[int]:

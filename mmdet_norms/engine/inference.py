@@ -103,10 +103,10 @@ class Inference:
         found = self.model.test_step(pseudo_collate([image.prepared for image in images]))
         if any('pred_instances' not in sample for sample in found):
             raise UserError('the model predicts no instances with boxes or masks, which is all that is shown here')
-        return [_with_boxes(sample) for sample in found]
+        return [with_boxes(sample) for sample in found]
 
 
-def _with_boxes(sample: DetDataSample) -> DetDataSample:
+def with_boxes(sample: DetDataSample) -> DetDataSample:
     """Of models that predict masks alone (SOLO), boxes around them."""
     instances = sample.pred_instances
     masks = instances.get('masks')

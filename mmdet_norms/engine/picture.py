@@ -1,7 +1,7 @@
 """Pictures of what is in images: sheets of ground truth next to detections or alone, and single images."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,6 +117,59 @@ def draw_gallery(
         top += row_height + _HEADER + _GAP
     _draw_legend(draw, legend_lines, top)
     return sheet
+
+
+def draw_columns(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[tuple[np.ndarray, Sequence[Instance]]]],
+    title: str,
+    legend: Colours,
+) -> Image.Image:
+    """A sheet of the same images in several ways: a title, a row of panels for each image, then colours.
+
+    Args:
+        headers: what is above the columns.
+        rows: of each image, for every column the image and what is in it.
+    """
+    title = _shortened(title, 16, max(len(headers), 2) * PANEL, bold=True)
+    width = max(len(headers) * (PANEL + _GAP) + 3 * _GAP, round(_font(16, bold=True).getlength(title)) + 4 * _GAP)
+    heights = [max(_panel_size(image)[1] for image, _ in row) for row in rows]
+    legend_lines = _wrap_legend(legend, width - 4 * _GAP)
+    height = 2 * _HEADER + 2 * _GAP + sum(heights) + _GAP * len(rows) + len(legend_lines) * _HEADER + _GAP
+    sheet = Image.new('RGB', (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((2 * _GAP, _GAP), title, _TEXT, font=_font(16, bold=True))
+    lefts = [2 * _GAP + column * (PANEL + _GAP) for column in range(len(headers))]
+    top = _HEADER + _GAP
+    for left, header in zip(lefts, headers):
+        draw.text((left, top), _shortened(header, 13, PANEL), _TEXT, font=_font(13))
+    top += _HEADER
+    for row, row_height in zip(rows, heights):
+        for left, (image, instances) in zip(lefts, row):
+            sheet.paste(draw_panel(image, instances, 'nothing'), (left, top))
+        top += row_height + _GAP
+    _draw_legend(draw, legend_lines, top)
+    return sheet
+
+
+def objects_of(info: Mapping, colours: Colours, shape: Sequence[int]) -> list[Instance]:
+    """The ground truth of an image, as mmdet's data sets have it, to be drawn.
+
+    Args:
+        info: what ``get_data_info`` of the data set says.
+        colours: name and colour of each label.
+        shape: height and width of the image.
+    """
+    return [
+        Instance(
+            box=item['bbox'],
+            name=colours[item['bbox_label']][0],
+            colour=colours[item['bbox_label']][1],
+            mask=to_mask(item.get('mask'), *shape[:2]),
+            ignored=bool(item.get('ignore_flag', 0)),
+        )
+        for item in info.get('instances', [])
+    ]
 
 
 def draw_panel(
