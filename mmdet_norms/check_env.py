@@ -27,16 +27,13 @@ from .version import __version__
 _SECONDS = 180  # of one import: the first one of torch after an installation reads a gigabyte
 _ROOT = Path(__file__).resolve().parents[1]
 _OPENCV = ('opencv-python', 'opencv-python-headless', 'opencv-contrib-python', 'opencv-contrib-python-headless')
-_SHOWN = ('torch', 'torchvision', 'triton', 'numpy', 'pycocotools', 'matplotlib', 'pillow', 'rich', 'setuptools')
+_SHOWN = ('torch', 'torchvision', 'triton', *(name for name in NEEDED if name != 'torch'), 'setuptools')
 _ONNX = ('onnx', 'onnxscript', 'onnxruntime')
 _PROBES = {  # what is asked of a process, and the distribution without which there is nothing to ask
     'torch': 'torch',
     'numpy': 'numpy',
     'cv2': None,
-    'matplotlib': 'matplotlib',
-    'pillow': 'pillow',
-    'pycocotools': 'pycocotools',
-    'rich': 'rich',
+    **{name: name for name in NEEDED if name not in ('torch', 'numpy')},
     'torchvision': 'torchvision',
     'pytorch-optimizer': 'pytorch-optimizer',
     'mmengine': None,
