@@ -27,12 +27,12 @@ CHECKPOINTS = 5
 """How many a training writes at least."""
 
 # What of a scheduler is a point in time or a length.
-_TIMES = ('begin', 'end', 'T_max', 'step_size', 'total_steps')
+TIMES = ('begin', 'end', 'T_max', 'step_size', 'total_steps')
 _LISTS = ('milestones', 'periods')
 # Of hooks that act at an epoch.
 _OF_HOOKS = ('num_last_epochs', 'switch_epoch', 'begin_epoch')
 # Values that are learning rates, not parts of one.
-_RATES = ('eta_min', 'eta_max', 'min_value')
+RATES = ('eta_min', 'eta_max', 'min_value')
 _SCALED = ('train_cfg', 'param_scheduler', 'default_hooks', 'optim_wrapper')
 
 
@@ -49,8 +49,8 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         '--lr',
         type=float,
         metavar='LR',
-        help='the learning rate that the schedule starts from; with --auto-scale-lr the one for '
-        'auto_scale_lr.base_batch_size',
+        help='the learning rate that the schedule starts from; with --auto-scale-lr or --batch-size the '
+        'one for auto_scale_lr.base_batch_size',
     )
 
 
@@ -88,7 +88,7 @@ def apply_schedule_options(cfg: Config, args: argparse.Namespace) -> list[str]:
 def require_order(cfg: Config) -> None:
     """Raise if a scheduler would end before it begins, as one without an end does that begins after the training."""
     loop = cfg.get('train_cfg') or {}
-    for i, entry in enumerate(_schedulers(cfg.get('param_scheduler'))):
+    for i, entry in enumerate(schedulers(cfg.get('param_scheduler'))):
         epochs = _counts_epochs(entry)
         begin, end = entry.get('begin', 0), entry.get('end', loop.get('max_epochs' if epochs else 'max_iters'))
         if isinstance(begin, (int, float)) and isinstance(end, (int, float)) and end <= begin:
@@ -138,10 +138,10 @@ class _Scaling:
                 (max(1, round(start * self.factor)), _interval(interval * self.factor))
                 for start, interval in loop['dynamic_intervals']
             ]
-        schedulers = list(_schedulers(self.cfg.get('param_scheduler')))
-        for entry in schedulers:
+        entries = list(schedulers(self.cfg.get('param_scheduler')))
+        for entry in entries:
             self._shorten_warm_up(entry)
-        for entry in schedulers:
+        for entry in entries:
             self._scale(entry)
         checkpoint = (self.cfg.get('default_hooks') or {}).get('checkpoint') or {}
         counts_iters = not checkpoint.get('by_epoch', True)
@@ -156,7 +156,7 @@ class _Scaling:
         now = f'{new} iterations' if by_iter else f'{new} epochs'
         return [
             f'--epochs {epochs}: the schedule of {old:g} {unit}, made to take {now}: '
-            + ('; '.join(map(_described, schedulers)) or 'the learning rate stays the same throughout')
+            + ('; '.join(map(_described, entries)) or 'the learning rate stays the same throughout')
             + f'; validation every {loop.get("val_interval", 1)} {unit}'
         ]
 
@@ -164,7 +164,7 @@ class _Scaling:
     def length(self) -> int:
         """Iterations of an epoch, of the data as the run reads them."""
         if self._length is None:
-            self._length = _epoch_length(self.cfg, self.launcher)
+            self._length = epoch_length(self.cfg, self.launcher)
         return self._length
 
     def _shorten_warm_up(self, entry: dict) -> None:
@@ -176,7 +176,7 @@ class _Scaling:
     def _scale(self, entry: dict) -> None:
         if not _counts_epochs(entry) and entry.get('end') in self.warm_up.values() and _is_warm_up(entry):
             return
-        times = {key: entry[key] for key in _TIMES if isinstance(entry.get(key), (int, float))}
+        times = {key: entry[key] for key in TIMES if isinstance(entry.get(key), (int, float))}
         lists = {key: list(entry[key]) for key in _LISTS if isinstance(entry.get(key), (list, tuple))}
         whole_length = times.get('T_max') == times.get('end', 0) - times.get('begin', 0)
         times = {key: value * self.factor for key, value in times.items()}
@@ -223,9 +223,9 @@ def set_learning_rate(cfg: Config, lr: float) -> list[str]:
     old = optimizer.get('lr', getattr(parameter_of(optimizer, 'lr', OPTIMIZERS), 'default', None))
     optimizer['lr'] = lr
     old = old if isinstance(old, (int, float)) and old > 0 else None
-    for entry in _schedulers(cfg.get('param_scheduler')) if old else ():
+    for entry in schedulers(cfg.get('param_scheduler')) if old else ():
         if 'Momentum' not in getattr(class_of(entry, PARAM_SCHEDULERS), '__name__', ''):
-            entry.update({key: entry[key] * lr / old for key in _RATES if isinstance(entry.get(key), (int, float))})
+            entry.update({key: entry[key] * lr / old for key in RATES if isinstance(entry.get(key), (int, float))})
     return [f'--lr {lr}: the learning rate' + (f' (the config has {old:g})' if old else '')]
 
 
@@ -245,12 +245,12 @@ def _once(option: str, options: Mapping, where: str, keys: tuple[str, ...]) -> N
             raise UserError(f'{option}: --cfg-options {where}.{key} says something else; give one of the two')
 
 
-def _schedulers(node: Any) -> list[dict]:
+def schedulers(node: Any) -> list[dict]:
     """The entries of a ``param_scheduler``: one, several, or several for each optimizer."""
     if isinstance(node, (list, tuple)):
         return [entry for entry in node if isinstance(entry, dict)]
     if isinstance(node, dict) and node.get('type') is None:
-        return [entry for part in node.values() for entry in _schedulers(part)]
+        return [entry for part in node.values() for entry in schedulers(part)]
     return [node] if isinstance(node, dict) else []
 
 
@@ -284,7 +284,7 @@ def _described(entry: Mapping) -> str:
     return f'{name} {", ".join([*([end] if end else []), *times])} {unit}'
 
 
-def _epoch_length(cfg: Config, launcher: str) -> int:
+def epoch_length(cfg: Config, launcher: str) -> int:
     """Iterations of an epoch: the data set is built, since filters and wrappers decide how many images it has."""
     loader = cfg.train_dataloader
     scope = cfg.get('default_scope') or 'mmdet'

@@ -30,6 +30,7 @@ from mmdet_norms.engine.work_dir import (
 from mmdet_norms.entries import class_of, is_a, name_of
 from mmdet_norms.files import require_room
 
+from . import batch_size
 from .check import check_data
 from .common import (
     UserError,
@@ -110,6 +111,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_seed_argument(parser, None, 'seed of the run')
     parser.add_argument('--deterministic', action='store_true', help='deterministic algorithms, slower')
     add_schedule_arguments(parser)
+    batch_size.add_batch_size_arguments(parser)
     add_partial_argument(parser, 'start')
     add_common_arguments(parser)
     add_check_argument(parser)
@@ -130,7 +132,9 @@ def train_config(args: argparse.Namespace) -> Config:
         _use_mixed_precision(cfg)
     if args.auto_scale_lr:
         _scale_learning_rate(cfg)
+    batch_size.begin(cfg, args)
     said = apply_schedule_options(cfg, args)
+    said += batch_size.apply(cfg, args)
     require_order(cfg)
     _set_on_hook(cfg, 'ScheduleHook', 'options', args.schedule_options)
     _resume(cfg, args)

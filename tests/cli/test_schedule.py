@@ -27,7 +27,7 @@ COSINE = dict(type='CosineAnnealingLR', begin=0, end=12, T_max=12, eta_min=0)
 @pytest.fixture(autouse=True)
 def length(monkeypatch):
     """Of the epochs; no data set is built."""
-    monkeypatch.setattr(schedule, '_epoch_length', lambda cfg, launcher: LENGTH)
+    monkeypatch.setattr(schedule, 'epoch_length', lambda cfg, launcher: LENGTH)
 
 
 def config(*schedulers, epochs=12, iters=None, **more):
@@ -134,7 +134,7 @@ KNOWN = (
 
 def test_all_of_mmdets_schedules_come_through(monkeypatch):
     monkeypatch.setattr('test_schedule.LENGTH', 7330)
-    monkeypatch.setattr(schedule, '_epoch_length', lambda cfg, launcher: LENGTH)
+    monkeypatch.setattr(schedule, 'epoch_length', lambda cfg, launcher: LENGTH)
     files = [*CONFIGS.rglob('*.py'), *OURS.rglob('*.py')]
     seen, said = {}, set()
     for file in files:
