@@ -200,9 +200,18 @@ class CBN(BehindConv, AveragesOnRequest):
                 stacklevel=2,
             )
             return 0
+        return self._window(self._count)
+
+    def _window(self, count: int) -> int:
         if self.two_stage:
-            return self.buffer_num if self._count > self.burnin_iters else 0
-        return int(self.buffer_num * min(self._count / self.burnin_iters, 1))
+            return self.buffer_num if count > self.burnin_iters else 0
+        return int(self.buffer_num * min(count / self.burnin_iters, 1))
+
+    def coming_window(self) -> int:
+        """How many earlier iterations the next training forward will look back on."""
+        if self.burnin_iters == 0:
+            return self.buffer_num
+        return 0 if self.burnin_iters is None else self._window(int(self.iter_count) + 1)
 
     # ------------------------------------------------------------------------------------------------ inference
 
