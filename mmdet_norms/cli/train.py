@@ -108,6 +108,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=['stop', 'skip'],
         help='at a loss, gradient or running statistic that is NaN or infinite: stop (default), or skip the step',
     )
+    parser.add_argument(
+        '--norm-stats',
+        type=int,
+        metavar='N',
+        help='record what norm layers see every N iterations: batch statistics, those of the backward pass, and a '
+        "method's own (docs/analyze.md)",
+    )
+    parser.add_argument(
+        '--norm-stats-layers',
+        nargs='+',
+        metavar='NAME',
+        help="with --norm-stats: of these layers, such as 'backbone.layer?.0.bn1'; default: eight, evenly spread",
+    )
     add_seed_argument(parser, None, 'seed of the run')
     parser.add_argument('--deterministic', action='store_true', help='deterministic algorithms, slower')
     add_schedule_arguments(parser)
@@ -142,6 +155,7 @@ def train_config(args: argparse.Namespace) -> Config:
     require_shared_memory(cfg, ('train_dataloader', 'val_dataloader'))
     args.notes = [*said, *args.notes]
     _watch_for_nonfinite(cfg, args.on_nonfinite)
+    _record_norms(cfg, args)
     add_hook(cfg, 'RandomStateHook')
     add_hook(cfg, 'PendingValidationHook')
     add_hook(cfg, 'CostHook')
@@ -184,6 +198,17 @@ def _watch_for_nonfinite(cfg: Config, asked: str | None) -> None:
     add_hook(cfg, 'NonFiniteHook')
     if asked is not None:
         _set_on_hook(cfg, 'NonFiniteHook', 'on_nonfinite', asked)
+
+
+def _record_norms(cfg: Config, args: argparse.Namespace) -> None:
+    if args.norm_stats is not None:
+        if args.norm_stats < 1:
+            raise UserError(f'--norm-stats {args.norm_stats}: must be a number of iterations, at least 1')
+        _set_on_hook(cfg, 'NormStatsHook', 'interval', args.norm_stats)
+        if args.norm_stats_layers:
+            _set_on_hook(cfg, 'NormStatsHook', 'layers', args.norm_stats_layers)
+    elif args.norm_stats_layers:
+        raise UserError('--norm-stats-layers says of which layers, and --norm-stats N how often: give that, too')
 
 
 def _set_on_hook(cfg: Config, name: str, key: str, value: Any) -> None:

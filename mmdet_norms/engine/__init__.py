@@ -7,6 +7,7 @@ from .freeze_bnet import FreezeBNETHook
 from .fuse import FuseHook
 from .memory_format import ChannelsLastHook
 from .nonfinite import NonFiniteError, NonFiniteHook
+from .norm_stats import NormStatsHook
 from .norms import NormHook
 from .optim import NormOptimWrapperConstructor
 from .optimizers import AdaHessian, Ralamb, Ranger, RangerLars
@@ -37,6 +38,7 @@ __all__ = [
     'NonFiniteHook',
     'NormHook',
     'NormOptimWrapperConstructor',
+    'NormStatsHook',
     'PendingValidationHook',
     'PerClassCocoMetric',
     'PicturesHook',
