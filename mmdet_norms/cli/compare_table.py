@@ -65,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, of, result in rows:
         if not coco_kinds(result) and not accuracies(result) and not _others(result):
             console.print(as_text(f'{name}: the evaluation gave no results{f" ({of})" if of else ""}'))
+        precise = result.get('precise_bn')
+        if precise:
+            images = precise.get('images', '?') if isinstance(precise, dict) else '?'
+            console.print(as_text(f'{name}: --precise-bn, running statistics over {images} images ({of})'))
         partial = result.get('partial_checkpoint')
         if partial:
             anew, weights = (partial.get(key, '?') if isinstance(partial, dict) else '?' for key in _PARTIAL)

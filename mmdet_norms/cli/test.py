@@ -14,6 +14,7 @@ from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
 
 from mmdet_norms.commands import typed
+from mmdet_norms.deploy import is_fused
 from mmdet_norms.engine.coco_detections import DumpCocoDetections, category_ids, is_detections
 from mmdet_norms.engine.predictions import DumpPredictions, is_predictions
 from mmdet_norms.engine.shared_memory import require_shared_memory
@@ -36,6 +37,7 @@ from .common import (
     use_threads,
 )
 from .config_checks import KINDS, config_problems, predicts_masks, require_none
+from .precise_bn import add_precise_bn_argument, use_precise_bn
 from .weights import add_partial_argument, check_test
 
 _DETECTIONS = ('.json', '.pkl', '.pickle')
@@ -73,11 +75,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--fuse', action='store_true', help='fold the norms into the convolutions first: the model as it is deployed'
     )
+    add_precise_bn_argument(parser, 'the evaluation')
     add_partial_argument(parser, 'evaluate')
     add_common_arguments(parser)
     add_check_argument(parser)
-    parser.set_defaults(reads=('test',))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.reads = ('test',) if args.precise_bn is None else ('train', 'test')
+    return args
 
 
 def test_config(args: argparse.Namespace) -> Config:
@@ -111,9 +115,17 @@ def test_config(args: argparse.Namespace) -> Config:
     if args.show_dir is not None:
         _draw_into(cfg, args.show_dir)
     _add_fuse_hook(cfg, args.fuse)
-    require_annotations(cfg, 'test_dataloader')
-    check_data(cfg, ('test',), args.allow_data_faults)
-    require_shared_memory(cfg, ('test_dataloader',))
+    use_precise_bn(cfg, args.precise_bn, at_test=True)
+    if args.precise_bn is not None and is_fused(Path(args.checkpoint).expanduser()):
+        raise UserError(
+            f'--precise-bn {args.precise_bn}: {args.checkpoint} is of a fused model, which has no norms; '
+            'name the checkpoint that it was made from'
+        )
+    loaders = tuple(f'{split}_dataloader' for split in args.reads)
+    for loader in loaders:
+        require_annotations(cfg, loader)
+    check_data(cfg, args.reads, args.allow_data_faults)
+    require_shared_memory(cfg, loaders)
     return cfg
 
 

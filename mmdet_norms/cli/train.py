@@ -48,6 +48,7 @@ from .common import (
     use_threads,
 )
 from .config_checks import require_none, training_problems
+from .precise_bn import add_precise_bn_argument, use_precise_bn
 from .schedule import add_schedule_arguments, apply_schedule_options, require_order
 from .weights import add_partial_argument, check_training, fused_refusal, pretrained_files
 
@@ -125,6 +126,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--deterministic', action='store_true', help='deterministic algorithms, slower')
     add_schedule_arguments(parser)
     batch_size.add_batch_size_arguments(parser)
+    add_precise_bn_argument(parser, 'every evaluation and checkpoint')
     add_partial_argument(parser, 'start')
     add_common_arguments(parser)
     add_check_argument(parser)
@@ -159,6 +161,7 @@ def train_config(args: argparse.Namespace) -> Config:
     add_hook(cfg, 'RandomStateHook')
     add_hook(cfg, 'PendingValidationHook')
     add_hook(cfg, 'CostHook')
+    use_precise_bn(cfg, args.precise_bn)
     if args.tune_mode:
         add_hook(cfg, 'TuneModeHook')
     if args.seed is not None or args.deterministic:

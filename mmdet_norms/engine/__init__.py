@@ -12,6 +12,7 @@ from .norms import NormHook
 from .optim import NormOptimWrapperConstructor
 from .optimizers import AdaHessian, Ralamb, Ranger, RangerLars
 from .pictures import PicturesHook
+from .precise_bn import PreciseBNHook
 from .predictions import DumpPredictions
 from .progress import TimedLoggerHook
 from .results import PerClassCocoMetric, ResultsHook
@@ -42,6 +43,7 @@ __all__ = [
     'PendingValidationHook',
     'PerClassCocoMetric',
     'PicturesHook',
+    'PreciseBNHook',
     'Ralamb',
     'RandomStateHook',
     'Ranger',

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from ..console import as_text, plain_console
 from ..files import replacing, write_bytes
+from .precise_bn import PreciseBNHook
 from .start import StartHook
 
 KINDS = ('bbox', 'segm')
@@ -197,7 +198,8 @@ def _identity(result: dict) -> tuple:
     """Two tests with the same one are the same test; two validations, of the same point of a run."""
     checkpoint = result.get('checkpoint')
     checkpoint = checkpoint if checkpoint is None or '://' in str(checkpoint) else os.path.realpath(str(checkpoint))
-    return checkpoint, *(result.get(key) for key in ('split', 'config', 'epoch', 'iter', 'partial_checkpoint'))
+    keys = ('split', 'config', 'epoch', 'iter', 'partial_checkpoint', 'precise_bn')
+    return checkpoint, *(result.get(key) for key in keys)
 
 
 def results_table(results: dict[str, float | None], title: str = '') -> str:
@@ -291,6 +293,11 @@ def _origin(runner: Runner, split: str) -> dict:
     partial = next((hook.partial for hook in runner.hooks if isinstance(hook, StartHook)), None)
     if partial:
         origin['partial_checkpoint'] = dict(partial)
+    hooks = [hook for hook in runner.hooks if isinstance(hook, PreciseBNHook)]
+    hooks += [hook for hook in runner.hooks if isinstance(hook, StartHook) and split == 'test']
+    precise = next((hook.precise for hook in hooks if hook.precise), None)
+    if precise:
+        origin['precise_bn'] = dict(precise)
     return origin
 
 

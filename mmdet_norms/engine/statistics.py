@@ -45,7 +45,7 @@ def recompute_statistics(
         model = model.module
     modes = {module: module.training for module in model.modules()}
     model.train()
-    norms = _updated(model)
+    norms = updated_norms(model)
     before = {name: {key: value.clone() for key, value in _buffers(norm).items()} for name, norm in norms.items()}
     momenta = {name: _batch_norm(norm).momentum for name, norm in norms.items()}
     done, failed = [], True
@@ -79,7 +79,7 @@ def recompute_statistics(
     return done
 
 
-def _updated(model: nn.Module) -> dict[str, nn.Module]:
+def updated_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The norms whose running statistics a training forward moves, by name."""
     return {
         name: module

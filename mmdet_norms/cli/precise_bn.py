@@ -1,0 +1,39 @@
+"""``--precise-bn N`` of training and testing: running statistics computed anew over N training images."""
+
+import argparse
+
+from mmdet.registry import HOOKS
+from mmengine.config import Config
+
+from mmdet_norms.entries import is_a
+from mmdet_norms.errors import UserError
+
+
+def add_precise_bn_argument(parser: argparse.ArgumentParser, when: str) -> None:
+    """``--precise-bn N``.
+
+    Args:
+        when: before what the statistics are computed.
+    """
+    parser.add_argument(
+        '--precise-bn',
+        type=int,
+        metavar='N',
+        help=f'compute running statistics anew over N training images before {when} (docs/train.md)',
+    )
+
+
+def use_precise_bn(cfg: Config, images: int | None, at_test: bool = False) -> None:
+    """Add the hook, or change the number of the config's own."""
+    if images is None:
+        return
+    if images < 1:
+        raise UserError(f'--precise-bn {images}: must be a number of training images, 1 or more, such as 1000')
+    if not isinstance(cfg.get('train_dataloader'), dict):
+        raise UserError(
+            f'--precise-bn {images}: the config has no train_dataloader, whose images the statistics would be of'
+        )
+    hooks = [dict(hook) for hook in cfg.get('custom_hooks') or []]
+    ours = [hook for hook in hooks if is_a(hook, 'PreciseBNHook', HOOKS)] or [dict(type='PreciseBNHook')]
+    ours[0].update(num_images=images, at_test=at_test)
+    cfg.custom_hooks = [hook for hook in hooks if hook not in ours] + ours[:1]
