@@ -146,6 +146,7 @@ def test_existing_imports_and_hooks_are_kept(config):
         'NonFiniteHook',
         'RandomStateHook',
         'PendingValidationHook',
+        'CostHook',
     ]
 
 
@@ -158,6 +159,7 @@ def test_processes_share_their_running_statistics_before_they_are_judged(config)
         'NonFiniteHook',
         'RandomStateHook',
         'PendingValidationHook',
+        'CostHook',
         'SyncBuffersHook',
     ]
     hooks = options_of(train, config).custom_hooks
@@ -168,6 +170,7 @@ def test_processes_share_their_running_statistics_before_they_are_judged(config)
         'NonFiniteHook',
         'RandomStateHook',
         'PendingValidationHook',
+        'CostHook',
     ]
 
 
