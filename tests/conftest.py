@@ -7,12 +7,15 @@ import pickle
 import random
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 # One thread here and in every process that a test starts: tiny tensors gain nothing from more, and sums in another
 # order would not resume bit for bit. Before torch is imported, which reads it once.
 os.environ['OMP_NUM_THREADS'] = '1'
 
 import mmengine.config.config as mmengine_config
+import mmengine.config.utils as config_utils
+import mmengine.dataset.base_dataset as base_dataset
 import numpy as np
 import pytest
 import torch
@@ -33,19 +36,19 @@ settings.register_profile('long', max_examples=2000, deadline=None, print_blob=T
 settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'short'))
 
 
-def _once_per_text(format_code):
-    known = {}
-
-    def format_once(text, **style):
-        if text not in known:
-            known[text] = format_code(text, **style)
-        return known[text]
-
-    return format_once
+def _only_checked(text, style_config):
+    """A run formats its config some five times, which takes longer than training a tiny detector."""
+    compile(text, 'config', 'exec')
+    return text, False
 
 
-# A run formats its config some five times, which takes longer than training a tiny detector.
-mmengine_config.FormatCode = _once_per_text(mmengine_config.FormatCode)
+mmengine_config.FormatCode = _only_checked
+# mmengine collects garbage for every data set, which took a third of a tiny run's time; loads pkg_resources anew for
+# every config that has a base; reads a hundred metafiles to find it; and asks the disk for every file that is written.
+base_dataset.gc = SimpleNamespace(collect=lambda: 0)
+mmengine_config.is_installed = functools.cache(mmengine_config.is_installed)
+config_utils.load = functools.cache(config_utils.load)
+os.fsync = lambda handle: None
 
 
 def _once_per_file(file2dict):
@@ -75,7 +78,7 @@ def _once_per_file(file2dict):
 mmengine_config.Config._file2dict = staticmethod(_once_per_file(mmengine_config.Config._file2dict))
 
 
-# What imports have made stays. mmengine collects garbage for every data set, which took a third of a tiny run's time.
+# What imports have made stays.
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()
@@ -95,7 +98,8 @@ def pytest_runtest_setup():
     # Runs are told apart by config and second: one within a second of another would write into the other's log.
     MMLogger._instance_dict.clear()
     Visualizer._instance_dict.clear()  # hooks take the newest, which need not be that of their run
-    torch.use_deterministic_algorithms(False)  # as a run with --deterministic in this process leaves it
+    if torch.are_deterministic_algorithms_enabled():  # as a run with --deterministic in this process leaves it
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
