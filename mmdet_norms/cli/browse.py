@@ -3,7 +3,6 @@
 import argparse
 import os
 import traceback
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,14 +14,15 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import BaseBoxes
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
-from mmengine.structures import InstanceData
+from mmengine.structures import BaseDataElement, InstanceData
 
 from mmdet_norms.commands import typed
 from mmdet_norms.console import as_text
+from mmdet_norms.datasets.counts import count
 from mmdet_norms.datasets.sources import SPLITS
 from mmdet_norms.engine.inference import displayable
 from mmdet_norms.engine.picture import Colours, Instance, class_colours, draw_gallery, save_sheet
-from mmdet_norms.entries import is_a, mappings
+from mmdet_norms.entries import is_a, is_classifier, mappings
 
 from .check import check_data
 from .common import (
@@ -34,13 +34,11 @@ from .common import (
     move_and_merge,
     read_config,
     require_annotations,
-    require_detector,
 )
 from .options import add_option_arguments
 from .picture_sheet import check_sheet
 
 Picture = tuple[str, np.ndarray, list[Instance]]
-_SHOWN_CLASSES = 20  # in the line of statistics
 
 
 @command
@@ -50,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out = args.out or f'work_dirs/browse-{args.split}.png'
     check_sheet(args, '--number', args.number, (args.config,))
     cfg = read_config(args.config)
-    require_detector(cfg, args.config, 'browse')
     loader = f'{args.split}_dataloader'
     with TemporaryDirectory() as folder:  # for changed copies of the annotations, which building reads as a whole
         args.copies = folder
@@ -67,10 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     if os.path.realpath(args.out) in {os.path.realpath(path) for info in infos for path in _paths(info)}:
         raise UserError(f'--out {args.out}: is an image of the data set; choose another name')
-    print(statistics(args.split, infos, colours))
+    print(count(infos, dataset.metainfo.get('classes') or ()).line(args.split))
     pictures = list(_pictures(dataset, cfg[loader].dataset, args, colours))
     title = as_text(f'{Path(args.config).stem}, {args.split}: {len(pictures)} of {len(infos)} images')
-    save_sheet(draw_gallery(pictures, title, colours), Path(args.out))
+    classified = is_classifier(cfg.get('model'))
+    legend, if_empty = ((), '') if classified else (colours, 'no objects')
+    save_sheet(draw_gallery(pictures, title, legend, if_empty), Path(args.out))
     print(f'Picture sheet written to {args.out}')
 
 
@@ -78,8 +77,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog=typed('browse'),
-        description='Draw images of a data set with boxes, masks and class names as the pipeline of the config gives '
-        'them, after all augmentations, and count its images and objects.',
+        description='Draw images of a data set with boxes, masks and class names (of a classifier, with the class) as '
+        'the pipeline of the config gives them, after all augmentations, and count its images and objects.',
     )
     parser.add_argument('config', help='config file, or PACKAGE::path, e.g. mmdet::retinanet/...')
     parser.add_argument('--split', choices=SPLITS, default='train', help='whose data (default: train)')
@@ -93,36 +92,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.reads = (args.split,)
     return args
-
-
-def statistics(split: str, infos: Sequence[Mapping], colours: Colours) -> str:
-    """One line: the images of a data set and the objects of each class, the most frequent first.
-
-    Args:
-        split: its name.
-        infos: what the data set says of each image.
-        colours: name and colour of each label.
-    """
-    objects, ignored = Counter(), 0
-    for info in infos:
-        for instance in info.get('instances', []):
-            if instance.get('ignore_flag'):
-                ignored += 1
-            else:
-                objects[int(instance['bbox_label'])] += 1
-    empty = sum(all(i.get('ignore_flag') for i in info.get('instances', [])) for info in infos)
-    different = len({path for info in infos for path in _paths(info)})
-    repeated = f' ({different} different ones)' if 0 < different < len(infos) else ''
-    names = [f'{_name(label, colours)} {count}' for label, count in objects.most_common(_SHOWN_CLASSES)]
-    more = len(objects) - len(names)
-    names += [f'{more} more classes'] if more else []
-    absent = [name for label, (name, _) in enumerate(colours) if not objects[label]]
-    line = f'{split}: {len(infos)} images{repeated}, {empty} without objects; {sum(objects.values())} objects'
-    line += f': {", ".join(names)}' if names else ''
-    line += f'; {ignored} ignored (crowds)' if ignored else ''
-    if absent:
-        line += f'; none of {", ".join(absent[:_SHOWN_CLASSES])}{", ..." * (len(absent) > _SHOWN_CLASSES)}'
-    return line
 
 
 def _pictures(dataset: object, entry: Mapping, args: argparse.Namespace, colours: Colours) -> Iterator[Picture]:
@@ -143,7 +112,8 @@ def _pictures(dataset: object, entry: Mapping, args: argparse.Namespace, colours
         for branch, inputs, sample in _branches(item, args.split):
             path = sample.metainfo.get('img_path')
             name = os.path.basename(path) if isinstance(path, str) else f'image {index}'
-            yield as_text(f'{name}{branch}'), _image(inputs, normalized), _instances(sample, colours)
+            named = f': {_name(int(sample.gt_label), colours)}' if 'gt_label' in sample else ''
+            yield as_text(f'{name}{branch}{named}'), _image(inputs, normalized), _instances(sample, colours)
 
 
 def _raised_in(error: BaseException) -> str:
@@ -156,21 +126,22 @@ def _raised_in(error: BaseException) -> str:
     return f' (in {steps[0]})' if steps else ''
 
 
-def _branches(item: object, split: str) -> Iterator[tuple[str, torch.Tensor, DetDataSample]]:
+def _branches(item: object, split: str) -> Iterator[tuple[str, torch.Tensor, BaseDataElement]]:
     """The images in what a data set gives: one, or one for each branch of a semi-supervised pipeline."""
     inputs, sample = (item.get('inputs'), item.get('data_samples')) if isinstance(item, Mapping) else (None, None)
     several = inputs if isinstance(inputs, Mapping) else {None: inputs}
     samples = sample if isinstance(inputs, Mapping) and isinstance(sample, Mapping) else {None: sample}
     there = [(name, value, samples.get(name)) for name, value in several.items() if value is not None]
     for name, value, of_it in there:
-        if not isinstance(value, torch.Tensor) or value.dim() != 3 or not isinstance(of_it, DetDataSample):
+        known = isinstance(of_it, DetDataSample) or (isinstance(of_it, BaseDataElement) and 'gt_label' in of_it)
+        if not isinstance(value, torch.Tensor) or value.dim() != 3 or not known:
             there = []
             break
         yield (f' ({name})' if name else ''), value, of_it
     if not there:
         raise UserError(
-            f'--split {split}: the pipeline does not end in PackDetInputs, so that it is not known where image, boxes '
-            'and masks are in what it gives'
+            f'--split {split}: the pipeline does not end in PackDetInputs (PackClsInputs for a classifier), so that it '
+            'is not known where image, boxes and masks are in what it gives'
         )
 
 
@@ -189,7 +160,7 @@ def _normalizations(node: object) -> Iterator[Mapping]:
     return (entry for _, entry in mappings(node) if is_a(entry, 'Normalize', TRANSFORMS) and 'mean' in entry)
 
 
-def _instances(sample: DetDataSample, colours: Colours) -> list[Instance]:
+def _instances(sample: BaseDataElement, colours: Colours) -> list[Instance]:
     groups = [(sample.get('gt_instances'), False), (sample.get('ignored_instances'), True)]
     return [one for group, ignored in groups if group is not None for one in _of_group(group, ignored, colours)]
 

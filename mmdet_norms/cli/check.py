@@ -135,7 +135,7 @@ def _read_completed(cfg: Config, report: Report, speaks: bool, folder: str | Non
     for path, notes in report.completed.items():
         copy = write_copy(read_annotations(path), path, folder or copies_folder(cfg.work_dir))
         if speaks:
-            print(f'{path}: filled in {"; ".join(notes)}; the run reads {copy}')
+            print(without_folder(f'{path}: filled in {"; ".join(notes)}; the run reads {copy}', folder))
         for split in SPLITS:
             for _, metric, file in evaluated_files(cfg, split):
                 if os.path.realpath(file) == os.path.realpath(path):

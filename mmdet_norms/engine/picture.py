@@ -95,7 +95,10 @@ def draw_sheet(pairs: Sequence[Pair], title: str, score_thr: float, legend: Colo
 
 
 def draw_gallery(
-    pictures: Sequence[tuple[str, np.ndarray, Sequence[Instance]]], title: str, legend: Colours
+    pictures: Sequence[tuple[str, np.ndarray, Sequence[Instance]]],
+    title: str,
+    legend: Colours,
+    if_empty: str = 'no objects',
 ) -> Image.Image:
     """A sheet of (caption, image, what is in it): a title, then rows of panels under their captions, then colours."""
     rows = [pictures[i : i + _PICTURES_PER_ROW] for i in range(0, len(pictures), _PICTURES_PER_ROW)]
@@ -113,7 +116,7 @@ def draw_gallery(
         for column, (caption, image, instances) in enumerate(row):
             left = 2 * _GAP + column * (PANEL + 2 * _GAP)
             draw.text((left, top), _shortened(caption, 13, PANEL), _TEXT, font=_font(13))
-            sheet.paste(draw_panel(image, instances, 'no objects'), (left, top + _HEADER))
+            sheet.paste(draw_panel(image, instances, if_empty), (left, top + _HEADER))
         top += row_height + _HEADER + _GAP
     _draw_legend(draw, legend_lines, top)
     return sheet

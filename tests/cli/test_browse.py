@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from helpers import tiny
+from helpers import tiny, tiny_cls
 from mmdet_norms.cli import browse
 from mmdet_norms.engine import picture
 from mmdet_norms.engine.picture import is_sheet
@@ -156,6 +156,20 @@ def test_another_folder_of_data(tmp_path, drawn, capsys):
 def test_a_mistake_is_one_message(tmp_path, capsys, monkeypatch, arguments, more, said):
     monkeypatch.chdir(tmp_path)
     assert said in fails(capsys, tmp_path, *arguments, more=more)
+
+
+def test_the_images_of_a_classifier_are_named_by_their_class(tmp_path, drawn, capsys):
+    more = "train_dataloader['dataset']['pipeline'] = [dict(type='LoadImageFromFile'), dict(type='PackClsInputs')]\n"
+    config = tiny_cls.write_config(tmp_path, more)
+    (tmp_path / 'data/train/box/3.png').unlink()
+    browse.main([str(config), '--out', str(tmp_path / 'sheet.png'), '--number', '20'])
+    assert '\ntrain: 11 images: disc 4, ring 4, box 3\n' in '\n' + capsys.readouterr().out
+    assert is_sheet(tmp_path / 'sheet.png') and len(drawn) == 11
+    assert {caption.split(': ')[1] for caption, *_ in drawn} == {'disc', 'ring', 'box'}
+    for caption, image, instances in drawn:
+        name, cls = caption.split(': ')
+        stored = [cv2.imread(str(path)) for path in (tmp_path / f'data/train/{cls}').glob(name)]
+        assert not instances and np.array_equal(image, stored[0][..., ::-1])
 
 
 def test_captions_keep_their_end(tmp_path):

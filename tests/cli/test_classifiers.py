@@ -17,7 +17,7 @@ import mmdet_norms  # noqa: F401
 from helpers import tiny, tiny_cls
 from helpers.commands import run_tool
 from mmdet_norms.classification.image_folder import images_of_entry
-from mmdet_norms.cli import browse, check, compare, convert_checkpoint, fuse, infer, picture_sheet, replay, test, train
+from mmdet_norms.cli import check, compare, convert_checkpoint, fuse, infer, picture_sheet, replay, test, train
 
 SORTED = sorted(tiny_cls.CLASSES)  # labels
 
@@ -141,7 +141,6 @@ def test_what_only_detectors_have_is_one_error(trained, fails, tmp_path):
     images = trained / 'data' / 'val'
     for said in (
         fails(infer.main, config, checkpoint, images, '--out', tmp_path / 'found'),
-        fails(browse.main, config, '--out', tmp_path / 'sheet.png'),
         fails(picture_sheet.main, config, tmp_path / 'found.json', '--out', tmp_path / 'sheet.png'),
     ):
         assert re.search(is_for, said)
