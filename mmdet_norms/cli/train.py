@@ -48,6 +48,7 @@ from .common import (
     use_threads,
 )
 from .config_checks import require_none, training_problems
+from .dry_run import add_dry_run_arguments, dry_run, nothing_kept
 from .precise_bn import add_precise_bn_argument, use_precise_bn
 from .schedule import add_schedule_arguments, apply_schedule_options, require_order
 from .weights import add_partial_argument, check_training, fused_refusal, pretrained_files
@@ -57,11 +58,15 @@ from .weights import add_partial_argument, check_training, fused_refusal, pretra
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     args = parse_args(argv)
-    cfg = train_config(args)
-    if args.finished:
-        print(f'nothing to do: {args.finished}')
-        return
-    check_training(cfg, args)
+    with nothing_kept(args):
+        cfg = train_config(args)
+        if args.finished:
+            print(f'nothing to do: {args.finished}')
+            return
+        check_training(cfg, args)
+        if args.dry_run:
+            guard_work_dir(cfg, args)
+            return dry_run(cfg, args)
     first = is_first_process(args)
     with claimed(cfg.work_dir) if first else nullcontext():
         if first:
@@ -130,6 +135,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_partial_argument(parser, 'start')
     add_common_arguments(parser)
     add_check_argument(parser)
+    add_dry_run_arguments(parser)
     parser.set_defaults(reads=('train', 'val'))
     return parser.parse_args(argv)
 
@@ -142,7 +148,7 @@ def train_config(args: argparse.Namespace) -> Config:
     require_none(training_problems(cfg, ('val',)))
     for dataloader in ('train_dataloader', 'val_dataloader'):
         require_annotations(cfg, dataloader)
-    check_data(cfg, ('train', 'val'), args.allow_data_faults)
+    check_data(cfg, ('train', 'val'), args.allow_data_faults, folder=getattr(args, 'copies', None))
     if args.amp:
         _use_mixed_precision(cfg)
     if args.auto_scale_lr:

@@ -1,0 +1,215 @@
+"""A few iterations of a real training, timed, which then ends: nothing of it is kept."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from mmengine.device import get_device
+from mmengine.dist import broadcast, get_rank
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from .course import Rates, checkpoints, learning_rates, validations
+
+try:
+    import resource
+except ImportError:  # not a Unix
+    resource = None
+
+_ITERATIONS = 8  # that are timed, in as much time as there is
+_SECONDS = 20.0
+_BATCHES = 4  # of the validation
+
+
+class DryRunEnds(Exception):
+    """What ends the training of a dry run."""
+
+
+@dataclass
+class Course:
+    """What a training will do, from where it starts.
+
+    Args:
+        epoch, iteration: where it starts.
+        rates: learning rates of each optimizer.
+        validations: epochs, or iterations in a loop of iterations, after which it validates.
+        checkpoints: unit and steps of each checkpoint hook, and how many it keeps (0 or less: all).
+    """
+
+    epoch: int
+    iteration: int
+    rates: list[Rates]
+    validations: list[int]
+    checkpoints: list[tuple[str, list[int], int]]
+
+
+@dataclass
+class Timing:
+    """What :class:`DryRunHook` measured, in seconds.
+
+    Args:
+        iterations: of each timed iteration, from the end of the one before.
+        data: the part of each in which it waited for its batch.
+        settled: no norm was in its warm-up any more (CBN's burn-in, MABN's window).
+        peak: the most bytes held, and of what: 'GPU', or 'process' without one.
+    """
+
+    iterations: list[float] = field(default_factory=list)
+    data: list[float] = field(default_factory=list)
+    settled: bool = True
+    peak: int = 0
+    peak_of: str = 'process'
+
+
+class DryRunHook(Hook):
+    """Note what a training will do, time some iterations of it, and end it by :class:`DryRunEnds`.
+
+    Everything is the real thing: loader, augmentations, hooks, optimizer, processes. Nothing is saved or validated.
+    All processes end at the same iteration.
+
+    Args:
+        settle: called with the model after the first iteration: ends warm-ups of norms, after which they cost what
+            they cost in most of the training. Returns how many more iterations it takes until they do.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self, settle: Callable[[nn.Module], int] = lambda model: 0):
+        self.settle = settle
+        self.course: Course | None = None
+        self.timing = Timing()
+        self._done, self._warm_up = 0, 1
+        self._begun = self._ended = self._fetched = 0.0
+
+    def before_train(self, runner: Runner) -> None:
+        """Called when all is built and the checkpoint is loaded."""
+        loop = runner.train_loop
+        hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+        self.course = Course(
+            loop.epoch,
+            loop.iter,
+            learning_rates(runner),
+            validations(loop),
+            [
+                ('epochs' if hook.by_epoch else 'iterations', checkpoints(hook, loop), hook.max_keep_ckpts)
+                for hook in hooks
+            ],
+        )
+        loop.val_begin = float('inf')
+        for hook in hooks:
+            hook.interval, hook.save_last = -1, False
+        self._begun = time.monotonic()
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
+        """The batch is there."""
+        self._fetched = time.monotonic()
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
+    ) -> None:
+        """Note the time; end the training if that was the last one."""
+        if get_device() == 'cuda':
+            torch.cuda.synchronize()
+        now, timing = time.monotonic(), self.timing
+        peak, timing.peak_of = peak_memory()
+        timing.peak = max(timing.peak, peak)  # mmengine forgets it with each line that it logs
+        if self._done >= self._warm_up and batch_idx:  # not the start of a loader's workers
+            timing.iterations.append(now - self._ended)
+            timing.data.append(self._fetched - self._ended)
+        if not self._done:
+            self._warm_up += self.settle(runner.model.module if is_model_wrapper(runner.model) else runner.model)
+        self._done += 1
+        timing.settled = self._done > self._warm_up
+        enough = len(timing.iterations) >= _ITERATIONS or self._done >= self._warm_up + 2 * _ITERATIONS
+        late = now - self._begun > _SECONDS and self._done >= 2
+        last, self._ended = self._ended or self._begun, now
+        if _first_process_says(enough or late):
+            self._end(last)
+
+    def after_train(self, runner: Runner) -> None:
+        """A training shorter than what was to be timed."""
+        self._end(self._begun)
+
+    def _end(self, last: float) -> None:
+        if not self.timing.iterations and self._done:  # the warm-up was not over, or an epoch has one iteration
+            self.timing.iterations, self.timing.data = [self._ended - last], [max(0.0, self._fetched - last)]
+        raise DryRunEnds
+
+
+def time_validation(runner: Runner) -> list[float]:
+    """Seconds of each of some batches of the validation, without the first, which starts the loader, if there are more.
+
+    The metrics are not computed.
+    """
+    loop = runner.val_loop
+    if loop is None:
+        return []
+    times = []
+    runner.model.eval()
+    begun = last = time.monotonic()
+    with torch.no_grad(), torch.autocast(_device_type(runner), enabled=bool(getattr(loop, 'fp16', False))):
+        for i, batch in enumerate(loop.dataloader):
+            runner.model.val_step(batch)
+            if get_device() == 'cuda':
+                torch.cuda.synchronize()
+            now = time.monotonic()
+            times.append(now - last)
+            last = now
+            if i + 1 >= _BATCHES or now - begun > _SECONDS:
+                break
+    return times[1:] or times
+
+
+def peak_memory() -> tuple[int, str]:
+    """The most bytes that this process has held so far, and of what: of the GPU, or else of the whole process."""
+    if get_device() == 'cuda':
+        return torch.cuda.max_memory_allocated(), 'GPU'
+    if resource is None:
+        return 0, 'process'
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else peak * 1024, 'process'
+
+
+@contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Turn torch's errors about too little memory into one of :class:`MemoryError`."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise MemoryError(str(error).partition('. ')[0]) from error
+    except RuntimeError as error:
+        if 'allocate memory' not in str(error):
+            raise
+        raise MemoryError(str(error).splitlines()[0]) from error
+
+
+def state_bytes(runner: Runner) -> int:
+    """About the size of a checkpoint: weights, buffers, and the state of the optimizers after a step."""
+    states = [runner.model.state_dict(), runner.optim_wrapper.state_dict()]
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in _tensors(states)}.values())
+
+
+def _tensors(node: object) -> Iterator[torch.Tensor]:
+    if isinstance(node, torch.Tensor):
+        yield node
+    elif isinstance(node, (dict, list, tuple)):
+        for value in node.values() if isinstance(node, dict) else node:
+            yield from _tensors(value)
+
+
+def _device_type(runner: Runner) -> str:
+    return next(runner.model.parameters()).device.type
+
+
+def _first_process_says(end: bool) -> bool:
+    """The clock of one process decides for all; the others would wait for it."""
+    flag = torch.tensor(int(end and get_rank() == 0))
+    if get_device() == 'cuda':
+        flag = flag.cuda()
+    broadcast(flag)
+    return bool(flag)
