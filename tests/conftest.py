@@ -19,12 +19,14 @@ import mmengine.dataset.base_dataset as base_dataset
 import numpy as np
 import pytest
 import torch
+import torch.utils.data._utils as torch_data
 from hypothesis import settings
 from mmengine.logging import MMLogger
 from mmengine.utils import get_installed_path
 from mmengine.visualization import Visualizer
 
 import mmdet_norms  # noqa: F401  (before any test imports mmdet's models, which need mmcv's ops)
+from helpers import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 # Numbers recorded from the published layers: a small copy in the repository, the full set beside the checkout.
@@ -76,6 +78,13 @@ def _once_per_file(file2dict):
 
 
 mmengine_config.Config._file2dict = staticmethod(_once_per_file(mmengine_config.Config._file2dict))
+
+
+# A loader that garbage collection ends has told its workers nothing, and waits so many seconds for each of them.
+torch_data.MP_STATUS_CHECK_INTERVAL = 0.1
+
+# While this process has one thread.
+warm.start()
 
 
 # What imports have made stays.
