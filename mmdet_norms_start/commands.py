@@ -49,7 +49,9 @@ COMMANDS = {
     'train': Command('train.py', 'mmdet_norms.cli.train', 'train a detector'),
     'test': Command('test.py', 'mmdet_norms.cli.test', 'evaluate a checkpoint'),
     'infer': Command('infer.py', 'mmdet_norms.cli.infer', 'detect objects in images, folders and videos'),
-    'compare': Command('compare.py', 'mmdet_norms.cli.compare', 'the results of several runs in one table'),
+    'compare': Command(
+        'compare.py', 'mmdet_norms.cli.compare', 'the results of several runs in one table, or on one page'
+    ),
     'pictures': Command('picture_sheet.py', 'mmdet_norms.cli.picture_sheet', 'draw detections beside ground truth'),
     'browse': Command('browse.py', 'mmdet_norms.cli.browse', 'draw a data set as training sees it'),
     'check': Command('check.py', 'mmdet_norms.cli.check', 'find what is wrong with config and data'),

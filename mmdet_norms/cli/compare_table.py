@@ -19,8 +19,10 @@ from mmdet_norms.engine.results import (
     format_ap,
     is_accuracy,
     kept_results,
+    read_json,
 )
 from mmdet_norms.engine.work_dir import RESULTS
+from mmdet_norms.experiments.runs import is_report
 
 from .common import UserError, command
 
@@ -80,7 +82,8 @@ def _rows(name: str) -> Iterator[Row]:
     path = Path(name)
     inside = []
     if path.is_dir() and not (path / RESULTS).exists():
-        inside = sorted(str(found.parent) for found in path.rglob(RESULTS))
+        found = sorted(path.rglob(RESULTS))
+        inside = [str(results.parent) for results in found if not is_report(read_json(results))]
     for run in inside or [name]:
         result = read(run)
         yield Row(run, describe(result), result)

@@ -39,6 +39,11 @@ class Effect:
         p = self.p if self.adjusted is None else self.adjusted
         return p is not None and p < ALPHA
 
+    @property
+    def is_likely(self) -> bool:
+        """Whether there would be one, had nothing else been compared."""
+        return self.p is not None and self.p < ALPHA and not self.is_seen
+
     def times(self, scale: float) -> 'Effect':
         """The same in another unit."""
         low, high = (None if end is None else end * scale for end in (self.low, self.high))
@@ -91,12 +96,13 @@ def in_words(found: Effect, digits: int = 1) -> str:
     said = signed(found.difference, digits)
     if found.p is None:
         return f'{said}, one seed: no interval'
+    if found.is_likely:
+        alone = p_value(replace(found, adjusted=None))
+        several = p_value(found).removeprefix('p ').removeprefix('= ')
+        said = f'not certain: {said}, {interval(found, digits)}, {alone} by itself, {several} among all comparisons'
+        return f'{said}, {seeds(found)}'
     details = f'{interval(found, digits)}, {p_value(found)}, {seeds(found)}'
-    if found.is_seen:
-        return f'{said}, {details}'
-    if found.p < ALPHA:
-        return f'no difference seen beyond what so many comparisons give by chance: {said}, {details}'
-    return f'no difference seen: {said}, {details}'
+    return f'{said}, {details}' if found.is_seen else f'no difference seen: {said}, {details}'
 
 
 def interval(found: Effect, digits: int = 1) -> str:

@@ -92,6 +92,11 @@ def find(folders: Sequence[str | os.PathLike]) -> tuple[list[Run], list[dict]]:
     return runs, grids
 
 
+def is_report(results: Mapping) -> bool:
+    """Whether a results.json is that of many runs, which ``compare report`` writes."""
+    return isinstance(results.get('settings'), list)
+
+
 def read(folder: str | os.PathLike, cell: Mapping | None = None) -> Run:
     """A work dir.
 
@@ -154,12 +159,16 @@ def _in_folder(folder: Path, grids: list[dict]) -> tuple[dict[Path, dict], list[
 
 
 def _is_run(folder: Path, files: Sequence[str]) -> bool:
-    return any(name in files for name in (RESULTS, FINISHED, CELL)) or any(folder.glob(_SCALARS))
+    if any(name in files for name in (FINISHED, CELL)) or any(folder.glob(_SCALARS)):
+        return True
+    return RESULTS in files and not is_report(read_json(folder / RESULTS))
 
 
 def _config(folder: Path) -> Mapping:
     """What the last of its processes was started with."""
-    for path in sorted(folder.glob('*/vis_data/config.py'), reverse=True) or sorted(folder.glob('*.py')):
+    written = sorted(folder.glob('*/vis_data/config.py'), reverse=True)
+    trained = [path for path in written if path.with_name('scalars.json').is_file()]  # the others are of tests
+    for path in [*trained, *written] or sorted(folder.glob('*.py')):
         try:
             return Config.fromfile(path, import_custom_modules=False).to_dict()
         except Exception:  # whatever Python can raise: it is a file of code
@@ -351,7 +360,8 @@ def _cost(folder: Path, trained: Mapping[int, dict], cfg: Mapping) -> dict:
 
 def _tell_apart(runs: Sequence[Run]) -> None:
     """Where runs have the same labels, what else differs becomes one: the config, else the folder."""
-    for key, value in (('config', lambda run: Path(run.config).stem), ('run', lambda run: Path(run.folder).name)):
+    told = (('config', lambda run: Path(run.config).stem), ('run', lambda run: Path(run.folder).name))
+    for key, value in (*told, ('run', lambda run: run.folder)):  # folders of two grids may have the same name
         same: dict[str, list[Run]] = {}
         for run in runs:
             same.setdefault(json.dumps(run.labels, sort_keys=True, default=str), []).append(run)

@@ -66,7 +66,10 @@ def test_words_of_what_is_seen_and_what_is_not():
     sure = effects.Effect(4.1, 2.9, 5.3, 0.0004, 3, True)
     assert in_words(sure) == '+4.1, 95 % interval 2.9 to 5.3, p < 0.001, 3 seeds'
     by_chance = effects.Effect(1.2, 0.1, 2.3, 0.04, 3, True, adjusted=0.2)
-    assert in_words(by_chance).startswith('no difference seen beyond what so many comparisons give by chance: +1.2')
+    assert in_words(by_chance) == (
+        'not certain: +1.2, 95 % interval 0.1 to 2.3, p = 0.04 by itself, 0.2 among all comparisons, 3 seeds'
+    )
+    assert by_chance.is_likely and not by_chance.is_seen and not sure.is_likely and not noise.is_likely
     assert effects.signed(-0.01) == '0.0' and effects.number(-0.01) == '0.0'
 
 

@@ -1,0 +1,63 @@
+"""The page and the Markdown, from the templates beside this file."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jinja2
+from jinja2.utils import markupsafe
+
+from ...version import __version__
+
+_TEMPLATES = Path(__file__).with_name('templates')
+_MINUS = re.compile(r'(?<![\w.)-])-(?=\d)')
+
+
+def page(view: Mapping) -> str:
+    """``index.html``: everything inside, nothing asked for from outside."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters['typeset'] = _typeset
+    style, script = ((_TEMPLATES / name).read_text(encoding='utf-8') for name in ('style.css', 'sort.js'))
+    template = environment.get_template('page.html.jinja')
+    return template.render(
+        **view, style=markupsafe.Markup(style), script=markupsafe.Markup(script), version=__version__
+    )
+
+
+def markdown(view: Mapping) -> str:
+    """``report.md``: the same without the figures."""
+    lines = [f'# {_line(view["verdict"])}', '', _line(view['over']), '']
+    for paragraph in view['answer']:
+        lines += [_line(paragraph), '']
+    for bullets in (view['notes'], [f'{name}: {text}' for name, text in view['facts']]):
+        lines += [*(f'* {_line(text)}' for text in bullets), '']
+    if view['failed']:
+        lines += ['## Failed', '']
+        lines += [f'* {_line(run.folder)}: {_line(run.error or "no word of why")}' for run in view['failed']] + ['']
+    for table in view['tables']:
+        lines += [f'## {_line(table.title)}', '', _line(table.caption), '', _row(table.columns)]
+        lines += [_row(':---' if table.is_words(i) else '---:' for i in range(len(table.columns)))]
+        lines += [
+            _row(f'**{cell.text}**' if cell.kind == 'best' else _line(cell.text) for cell in row) for row in table.rows
+        ]
+        lines += ['']
+    return '\n'.join(line for i, line in enumerate(lines) if line or (i and lines[i - 1]))
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f'| {" | ".join(cells)} |'
+
+
+def _typeset(text: str) -> markupsafe.Markup:
+    """With minus signs, and without line breaks inside ``p < 0.05`` and ``95 %``."""
+    text = _MINUS.sub('\N{MINUS SIGN}', str(text))
+    return markupsafe.escape(
+        re.sub(r'(?<=\bp) ([<=]) |(?<=\d) (%)', lambda m: f'\xa0{m[1]}\xa0' if m[1] else '\xa0%', text)
+    )
+
+
+def _line(text: str) -> str:
+    """One line in which nothing is markup."""
+    return re.sub(r'([\\`*_<>|\[\]])', r'\\\1', ' '.join(str(text).split()))

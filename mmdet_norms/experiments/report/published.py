@@ -1,0 +1,57 @@
+"""Published rows beside ours: of the config that a run was started with, where it still is that config."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.fileio import load
+
+from mmdet_norms_start import own_configs
+
+from ..runs import Run, norm_of
+
+_NAMES = {
+    **{f'{kind} {ap}': (short, key) for kind, short in (('box', 'bbox'), ('mask', 'segm'))
+       for ap, key in (('AP', 'mAP'), ('AP50', 'mAP_50'), ('AP75', 'mAP_75'),
+                       ('APs', 'mAP_s'), ('APm', 'mAP_m'), ('APl', 'mAP_l'))},
+}  # fmt: skip
+_TOP = {'Top 1 Accuracy': 'accuracy/top1', 'Top 5 Accuracy': 'accuracy/top5'}
+
+
+def published(run: Run) -> dict | None:
+    """What the metafile says of the run's config: name, results in the unit of results.json, data and iterations.
+
+    None where there is no such row, or the run has other norms or another data set than its config.
+    """
+    entry = _rows().get(Path(run.config).stem)
+    if entry is None or not run.cfg:
+        return None
+    model, path = entry
+    theirs = Config.fromfile(path, import_custom_modules=False)
+    if norm_of(theirs.model.to_dict()) != norm_of(run.cfg.get('model') or {}) or _data(theirs) != _data(run.cfg):
+        return None
+    results, data = {}, set()
+    for result in model.get('Results') or ():
+        data.add(result.get('Dataset', ''))
+        for name, value in (result.get('Metrics') or {}).items():
+            if name in _NAMES:
+                results['_'.join(_NAMES[name])] = value / 100
+            elif name in _TOP:
+                results[_TOP[name]] = value / 100
+    return dict(name=model['Name'], data=', '.join(sorted(data)), results=results) if results else None
+
+
+@functools.cache
+def _rows() -> dict[str, tuple[dict, Path]]:
+    """Name of a config -> its entry in a metafile of this package, and its file."""
+    folder = own_configs.folder()
+    index = load(str(folder / 'model-index.yml'))
+    models = (model for path in index['Import'] for model in load(str(folder / path))['Models'])
+    return {Path(model['Config']).stem: (model, folder / model['Config']) for model in models}
+
+
+def _data(cfg: Mapping) -> tuple:
+    """What tells COCO from somebody's own images in its place: the classes, by the annotation file where none are."""
+    dataset = (cfg.get('val_dataloader') or cfg.get('train_dataloader') or {}).get('dataset') or {}
+    return dataset.get('type'), (dataset.get('metainfo') or {}).get('classes'), Path(str(dataset.get('ann_file'))).name

@@ -1,0 +1,319 @@
+"""The comparison page: what it says of runs, and that it is a page."""
+
+import csv
+import functools
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+
+from helpers.work_dirs import coco, dump, top_k, write_run
+from mmdet_norms.cli import compare
+from mmdet_norms.errors import UserError
+from mmdet_norms.experiments import report, runs
+from mmdet_norms.experiments.report import figures, metrics, pictures, published
+from mmdet_norms.experiments.report.answer import answer, verdict
+from mmdet_norms.experiments.report.content import Content
+from mmdet_norms.experiments.runs import Run
+
+CLASSES = ('disc', 'a "b" <i>')
+NOISE = (-0.002, 0.001, 0.002)  # of a seed, whatever the norm
+OWN_NOISE = dict(bn=(0, 0, 0), mabn=(0.004, -0.003, 0.001), bnet5=(-0.003, 0.002, 0.0015))
+LEVELS = {'bn': {2: 0.25, 16: 0.34}, 'mabn': {2: 0.33, 16: 0.345}, 'bnet5': {2: 0.253, 16: 0.341}}
+
+
+def run_of(norm, batch_size, seed, value, cost=None, status='finished', metric='bbox_mAP', **labels):
+    results = {metric: value} if value is not None else {}
+    labels = dict(norm=norm, batch_size=batch_size, seed=seed, **labels)
+    return Run(f'{norm}-{batch_size}-{seed}', labels, status, results, cost=cost or {})
+
+
+def grid(levels=LEVELS, seeds=3):
+    """Runs whose seeds have some of their noise in common."""
+    return [
+        run_of(norm, size, seed, round(ap + NOISE[seed] + OWN_NOISE[norm][seed], 4), cost(norm, size))
+        for norm, sizes in levels.items()
+        for size, ap in sizes.items()
+        for seed in range(seeds)
+    ]
+
+
+def cost(norm, size):
+    times = dict(bn=1.0, mabn=1.5, bnet5=1.005)[norm]
+    return dict(
+        seconds_per_iteration=0.1 * size * times, peak_memory_mb=1000 * times, parameters=4e6, peak_memory_of='GPU'
+    )
+
+
+def said(found):
+    return ' '.join(answer(found))
+
+
+class TestAnswer:
+    def test_names_norm_batch_size_gap_cost_and_how_sure(self):
+        found = Content(grid())
+        assert verdict(found).startswith('MABN ahead of BN at batch size 2; ')
+        first = answer(found)[0]
+        assert re.match(r'At batch size 2, MABN has the highest box AP, 33\.\d: 8\.\d above BN \(95 % interval ', first)
+        assert (
+            '3 seeds, p ' in first and 'MABN takes 1.50 times the time per iteration and 1.50 times the memory' in first
+        )
+        assert 'BN loses 9.' in said(found) and "Holm's correction for the 2 comparisons" in said(found)
+
+    def test_noise_is_said_to_be_noise(self):
+        found = Content(grid({'bn': {2: 0.3}, 'bnet5': {2: 0.3002}}))
+        assert verdict(found) == 'No difference seen from BN'
+        words = r'but against BN there is no difference seen: 0\.0, 95 % interval -0\.\d to 0\.\d, p = 0\.\d+, 3 seeds'
+        assert re.search(words, said(found))
+
+    def test_what_is_seen_only_alone_is_not_certain(self):
+        found = Content(grid({'bn': {2: 0.3}, 'mabn': {2: 0.3105}, 'bnet5': {2: 0.3}}))
+        assert verdict(found) == 'MABN perhaps ahead of BN'
+        words = r'Against BN that is not certain: \+1\.1, 95 % interval 0\.\d to 2\.\d, p = 0\.0\d+ by itself, 0\.\d'
+        assert re.search(words, said(found))
+
+    def test_the_baseline_may_be_best(self):
+        found = Content(grid({'bn': {2: 0.4}, 'mabn': {2: 0.3}, 'bnet5': {2: 0.2}}))
+        assert verdict(found) == 'BN ahead of MABN and BNET-5'
+        assert 'the next is MABN, -9.9, 95 % interval' in said(found)
+
+    def test_one_seed_is_no_proof(self):
+        found = Content(grid(seeds=1))
+        assert 'of one seed: how sure that is cannot be said' in said(found)
+        assert 'MABN has the highest value, of one seed' in verdict(found)
+        assert any('Every setting has one seed' in note for note in found.notes)
+
+    def test_what_did_not_finish_is_in_no_mean(self):
+        broken = run_of('mabn', 2, 9, 0.001, status='unfinished')
+        failed = run_of('gn', 2, 0, None, status='failed')
+        found = Content([*grid(), broken, failed])
+        assert found.values(found.best(2)[0]).keys() == {0, 1, 2}
+        assert found.notes[:2] == [
+            '1 of 20 runs is unfinished, and counted in no mean.',
+            '1 of 20 runs failed, and counted in no mean.',
+        ]
+        assert 'GN' in [method.name for method in found.methods]  # as one of which nothing is known
+        with pytest.raises(UserError, match=r'no run has come to its end.*1 unfinished, 1 failed'):
+            Content([broken, failed])
+
+    def test_costs_nobody_measured_are_not_mentioned(self):
+        assert 'takes' not in said(Content([run_of(r.labels['norm'], 2, r.labels['seed'], 0.3) for r in grid()[:6]]))
+
+    def test_other_norms_and_further_labels_have_baselines_of_their_own(self):
+        several = [
+            run_of(norm, 2, seed, 0.3 + (norm != 'bn') * 0.1 * rho + NOISE[seed], rho=rho)
+            for norm in ('bn', 'mine')
+            for rho in (0, 1)
+            for seed in range(3)
+        ]
+        found = Content(several)
+        pairs = [(d.setting.method.name, d.baseline.method.name) for d in found.differences]
+        assert pairs == [('mine (rho 0)', 'BN (rho 0)'), ('mine (rho 1)', 'BN (rho 1)')]
+        by_label = Content(several, baseline='rho=0')
+        assert by_label.baseline_name == 'rho 0' and len(by_label.differences) == 2
+        assert Content(several, baseline='mine').baseline_name == 'mine'
+
+    def test_batch_size_is_compared_with_that_of_the_baseline(self):
+        found = Content(grid())
+        fall = next(fall for fall in found.falls if fall.small.method.name == 'MABN')
+        assert fall.effect.difference == pytest.approx(-0.015) and fall.more.difference == pytest.approx(0.075)
+        assert found.falls[0].more is None
+
+    @pytest.mark.parametrize(
+        ('options', 'said'),
+        [
+            (dict(metric='bbox_mAP_5'), r"--metric bbox_mAP_5: .*did you mean 'bbox_mAP'\?.*choose one of: bbox_mAP"),
+            (dict(baseline='mabm'), r"--baseline mabm: .*did you mean 'mabn'\?.*the runs have bn, mabn, bnet5"),
+            (dict(baseline='lr=1'), r'--baseline lr=1: no run has it; the runs have the labels norm'),
+        ],
+    )
+    def test_wrong_options(self, options, said):
+        with pytest.raises(UserError, match=said):
+            Content(grid(), **options)
+
+
+class TestMetrics:
+    def test_detectors_and_classifiers_are_two_reports(self):
+        ones = [run_of('bn', 2, 0, 0.9, metric='accuracy/top1')]
+        found = Content([*grid(), *ones])
+        assert found.metric.key == 'bbox_mAP' and found.others == ones
+        assert '--metric accuracy/top1 makes a report of them' in ' '.join(found.notes)
+        top = Content([*grid(), *ones], metric='accuracy/top1')
+        assert said(top).startswith('At batch size 2, BN has the highest top-1 accuracy, 90.0 %, and is the only one')
+
+    def test_classes_are_no_metrics(self):
+        results = coco('bbox', 0.3, CLASSES) | coco('segm', 0.2, CLASSES) | {'pascal_voc/mAP': 0.5}
+        found = metrics.metrics([results])
+        assert [m.name for m in found[:3]] == ['box AP', 'box AP50', 'box AP75'] and found[-1].key == 'pascal_voc/mAP'
+        assert len(found) == 13
+        assert metrics.of_classes(results, found[0]) == {'disc': 0.27, 'a "b" <i>': 0.29}
+        top = metrics.metrics([top_k(0.5, CLASSES)])
+        assert [m.name for m in top] == ['top-1 accuracy', 'top-5 accuracy']
+        assert list(metrics.of_classes(top_k(0.5, CLASSES), top[0])) == list(CLASSES)
+
+    def test_a_published_row_is_beside_the_config_that_it_is_of(self):
+        config = 'configs/mabn/mask-rcnn_r50-scratch_fpn_mabn_180k_coco.py'
+        model, path = published._rows()['mask-rcnn_r50-scratch_fpn_mabn_180k_coco']
+        cfg = runs.Config.fromfile(path).to_dict()
+        theirs = published.published(Run('', {}, 'finished', config=config, cfg=cfg))
+        assert theirs['results']['bbox_mAP'] == model['Results'][0]['Metrics']['box AP'] / 100
+        assert theirs['data'] == 'COCO'
+        cfg['model']['neck']['norm_cfg'] = dict(type='GN')
+        assert published.published(Run('', {}, 'finished', config=config, cfg=cfg)) is None
+        assert published.published(Run('', {}, 'finished', config='own.py', cfg=cfg)) is None
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A grid of work dirs with a failed cell, and its report."""
+    root = tmp_path_factory.mktemp('grid')
+    cells = [dict(name='planted', labels=dict(norm='gn', batch_size=2, seed=0), status='failed', error='<b>no & no')]
+    for run in grid():
+        ap = run.results['bbox_mAP']
+        results = coco('bbox', ap, CLASSES) | coco('segm', ap - 0.05, CLASSES)
+        write_run(root / 'runs' / run.folder, results, run.labels, cost=run.cost, seed=run.labels['seed'])
+        cells.append(dict(name=run.folder, labels=run.labels, status='finished'))
+    dump(root / 'runs' / 'grid.json', dict(command='compare run x.py', machine='a small one', cells=cells))
+    report.write([root / 'runs'], root / 'runs' / 'report')
+    return root / 'runs'
+
+
+class TestFiles:
+    def test_page_has_everything_and_asks_for_nothing(self, folder):
+        html = (folder / 'report' / 'index.html').read_text()
+        assert set(re.findall(r'<section id="([\w-]+)"', html)) == {
+            *(f'figure-{name}' for name in ('batch-size', 'differences', 'progress', 'loss', 'cost', 'classes')),
+            *(f'table-{name}' for name in ('results', 'differences-bbox_mAP', 'differences-segm_mAP')),
+            *('table-falls', 'table-costs', 'table-runs', 'failed'),
+        }
+        assert "default-src 'none'" in html
+        assert not re.findall(r'https?:|//\w|@import|<link|<iframe|\bsrc=(?!"data:)|url\((?!#)', html)
+        assert '<b>no' not in html and '&lt;b&gt;no &amp; no' in html and '<i>' not in html
+        assert not re.findall(r'#fe[0-9a-f]{4}', html)  # what stands in for the colours of the page
+        assert html.count('<svg class="figure"') == 2 + 2 + 2 + 2 + 4 + 2
+
+    def test_command_gives_the_same_bytes(self, folder, tmp_path, capsys):
+        """Also where the first report lies among the runs by then."""
+        compare.main(['report', str(folder), '--out', str(tmp_path)])
+        for name in report.FILES:
+            assert (tmp_path / name).read_bytes() == (folder / 'report' / name).read_bytes()
+        out = capsys.readouterr().out
+        assert out.startswith('MABN ahead of BN') and str(tmp_path / 'index.html') in out
+        for wrong, why in ((['--images', '-1'], 'must be at least 0'), (['--metric', 'x'], 'choose one of')):
+            with pytest.raises(SystemExit) as stop:
+                compare.main(['report', str(folder), '--out', str(tmp_path), *wrong])
+            assert stop.value.code == 2 and why in capsys.readouterr().err
+
+    def test_numbers(self, folder):
+        rows = list(csv.DictReader((folder / 'report' / 'results.csv').read_text().splitlines()))
+        assert len(rows) == 19
+        assert (rows[0]['norm'], rows[0]['status'], rows[0]['error']) == ('gn', 'failed', '<b>no & no')
+        assert float(rows[1]['bbox_mAP']) == 0.248 and float(rows[1]['seconds_per_iteration']) == 0.2
+        content = json.loads((folder / 'report' / 'results.json').read_text())
+        mabn = next(s for s in content['settings'] if s['labels'] == {'norm': 'mabn'} and s['batch_size'] == 2)
+        values = mabn['results']['bbox_mAP']
+        assert values['mean'] == pytest.approx(np.mean(list(values['seeds'].values())))
+        assert values['std'] == pytest.approx(np.std(list(values['seeds'].values()), ddof=1))
+        effects = [d for d in content['differences'] if d['labels'] == {'norm': 'mabn'} and d['batch_size'] == 2]
+        assert [d['metric'] for d in effects] == ['bbox_mAP', 'segm_mAP'] and effects[0]['seen']
+        assert effects[0]['interval'][0] < effects[0]['difference'] < effects[0]['interval'][1]
+
+    def test_text(self, folder):
+        text = (folder / 'report' / 'report.md').read_text()
+        assert text.startswith('# MABN ahead of BN at batch size 2; ')
+        assert '* compare run x.py' not in text and '* command: compare run x.py' in text
+        assert re.search(r'\n\| MABN \| 2 \| 3 \| \*\*33\.\d ± 0\.\d\*\* \|', text)
+        assert re.search(r'\* .*planted: \\<b\\>no & no\n', text)
+
+    def test_pictures_are_in_the_page(self, folder, tmp_path, monkeypatch):
+        from mmdet_norms.experiments import detections
+
+        asked = {}
+
+        def side_by_side(chosen, labels, number):
+            asked.update(runs=chosen, labels=labels, number=number)
+            return np.zeros((20, 30, 3), np.uint8)
+
+        monkeypatch.setattr(detections, 'side_by_side', side_by_side)
+        shown = pictures.pictures(Content(*runs.find([folder])), 3)
+        assert asked['labels'] == ['BN', 'MABN', 'BNET-5'] and asked['number'] == 3
+        assert [name.rpartition('/')[2] for name in asked['runs']] == ['bn-2-0', 'mabn-2-0', 'bnet5-2-0']
+        assert shown.source.startswith('data:image/jpeg;base64,') and 'batch size 2, seed 0' in shown.caption
+
+    def test_the_table_of_runs_is_without_the_report(self, folder, capsys):
+        compare.main([str(folder)])
+        assert 'gave no results' not in capsys.readouterr().out
+
+
+def test_labels_are_moved_apart_and_stay_inside():
+    places = figures._apart([0.1, 0.11, 0.5, 0.98, 0.99], 0.1, 0, 1)
+    assert np.diff(places).min() >= 0.1 - 1e-9 and places[-1] <= 1 and places[2] == pytest.approx(0.5, abs=0.1)
+    assert figures._apart([0.3], 0.1, 0, 1) == [0.3]
+
+
+PROBE = """<!doctype html><body><iframe src="index.html" style="border:0;width:390px;height:900px"></iframe><script>
+onload = () => {
+  const page = document.querySelector('iframe').contentDocument, table = page.querySelector('#table-results table');
+  const all = [...page.querySelectorAll('main *:not(.scroll *):not(svg *)')];
+  const wide = all.filter(e => e.getBoundingClientRect().right > 391).map(e => e.outerHTML.slice(0, 99));
+  const first = () => table.tBodies[0].rows[0].cells[3].textContent;
+  const button = table.tHead.rows[0].cells[3].firstChild, seen = [first()];
+  button.click(); seen.push(first()); button.click(); seen.push(first());
+  const style = page.defaultView.getComputedStyle.bind(page.defaultView);
+  const figures = [...page.querySelectorAll('svg.figure')];
+  const empty = figures.filter(figure => figure.getBoundingClientRect().height < 80).length;
+  const {color, backgroundColor} = style(page.body), text = style(figures[0].querySelector('text')).fill;
+  const scroll = page.documentElement.scrollWidth;
+  document.title = JSON.stringify({wide, scroll, seen, color, backgroundColor, text, empty});
+};
+</script>"""
+
+
+@pytest.mark.slow
+def test_page_in_a_browser(folder, tmp_path):
+    """On a phone, in both colour schemes, and without a word to any other place."""
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if chromium is None:
+        pytest.skip('there is no Chromium')
+    shutil.copy(folder / 'report' / 'index.html', tmp_path)
+    (tmp_path / 'probe.html').write_text(PROBE)
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, text, *args):
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Handler, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        pages = [_in_browser(chromium, f'http://127.0.0.1:{server.server_port}/probe.html', dark) for dark in (0, 1)]
+    finally:
+        server.shutdown()
+    assert set(asked) <= {'/probe.html', '/index.html', '/favicon.ico'}
+    for page in pages:
+        assert page['scroll'] <= 390 and page['wide'] == [] and page['empty'] == 0
+        values = [float(text.split()[0]) for text in page['seen']]
+        assert values[1] == max(values) and values[2] == min(values)
+    light, dark = pages
+    assert _brightness(light['backgroundColor']) > 200 > 100 > _brightness(light['color'])
+    assert _brightness(dark['color']) > 200 > 100 > _brightness(dark['backgroundColor'])
+    assert light['text'] != dark['text']
+
+
+def _in_browser(chromium, address, dark):
+    options = ['--headless', '--no-sandbox', '--disable-gpu', '--window-size=600,1000', '--dump-dom']
+    options += [f'--blink-settings=preferredColorScheme={1 - dark}']
+    options += ['--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1']
+    done = subprocess.run([chromium, *options, address], capture_output=True, text=True, timeout=60)
+    title = re.search('<title>(.*?)</title>', done.stdout)
+    assert title, done.stderr[-2000:]
+    return json.loads(title[1].replace('&lt;', '<').replace('&gt;', '>').replace('&amp;', '&'))
+
+
+def _brightness(colour):
+    return np.mean([float(part) for part in re.findall(r'[\d.]+', colour)[:3]])
