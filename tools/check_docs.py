@@ -404,7 +404,7 @@ def _stopped(root: Path, tool: str, arguments: tuple[str, ...]):
 
     def parse_args(self, args=None, namespace=None):
         seen.append(self)
-        raise _ParsedError(original(self, list(arguments), namespace))
+        raise _ParsedError(original(self, args, namespace))
 
     argparse.ArgumentParser.parse_args = parse_args
     try:

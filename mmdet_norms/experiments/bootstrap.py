@@ -106,7 +106,7 @@ class Matches:
                 evaluation.params.catIds = list(categories)
             evaluation.evaluate()
         params = evaluation.params
-        self.images, self.categories = list(params.imgIds), list(params.catIds)
+        self.images, self.categories = ([_as_given(i) for i in ids] for ids in (params.imgIds, params.catIds))
         self.thresholds, self._recalls = np.asarray(params.iouThrs), np.asarray(params.recThrs)
         count = len(self.images)
         groups = [evaluation.evalImgs[i : i + count] for i in range(0, len(evaluation.evalImgs), count or 1)]
@@ -163,8 +163,8 @@ class Matches:
             pairs = [pair for pair, counts in zip(zip(result['gtIds'], result['gtMatches'][t]), counts) if counts]
             wrong = (result['dtMatches'][t] == 0) & ~result['dtIgnore'][t].astype(bool)
             yield Outcome(
-                image=result['image_id'],
-                category=result['category_id'],
+                image=_as_given(result['image_id']),
+                category=_as_given(result['category_id']),
                 objects=tuple(object_id for object_id, _ in pairs),
                 found={object_id: scores[int(match)] for object_id, match in pairs if match > 0},
                 false=tuple(score for score, is_wrong in zip(result['dtScores'], wrong) if is_wrong),
@@ -216,6 +216,11 @@ def accuracy_difference(right_a: np.ndarray, right_b: np.ndarray, weights: np.nd
     only_a, only_b = (right_a & ~right_b).sum(), (right_b & ~right_a).sum()
     p = stats.binomtest(int(only_b), int(only_a + only_b)).pvalue if only_a + only_b else 1.0
     return Difference(found.a, found.b, found.difference, found.low, found.high, float(p))
+
+
+def _as_given(value: object) -> object:
+    """An id, of which COCOeval's np.unique makes a number of numpy's."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _loaded(truth: COCO, entries: list[dict]) -> COCO:

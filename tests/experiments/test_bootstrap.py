@@ -48,7 +48,7 @@ def scene(seed, kind):
             e['score'] = float(score + 1) / 25
     for annotation in annotations:
         x, y, w, h = annotation['bbox']
-        annotation.update(area=w * h, segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]])
+        annotation.update(area=w * h / 2, segmentation=[[x, y, x + w, y, x + w, y + h]])
     for e in entries if kind == 'segm' else ():
         e['segmentation'] = rle(e['bbox'])
     return annotations, entries
@@ -61,7 +61,7 @@ def entry(image, category, box, rng):
 def rle(box):
     x, y, w, h = box
     coco = truth([], 1)
-    return coco.annToRLE(dict(image_id=1, segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]]))
+    return coco.annToRLE(dict(image_id=1, segmentation=[[x, y, x + w, y, x + w, y + h]]))  # half of the box
 
 
 def truth(annotations, images=IMAGES):
