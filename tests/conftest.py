@@ -87,6 +87,13 @@ torch_data.MP_STATUS_CHECK_INTERVAL = 0.1
 warm.start()
 
 
+def pytest_collection_modifyitems(config, items):
+    if os.environ.get('MMDET_NORMS_TESTS') != 'all':
+        further = [item for item in items if item.get_closest_marker('full')]
+        config.hook.pytest_deselected(items=further)
+        items[:] = [item for item in items if not item.get_closest_marker('full')]
+
+
 # What imports have made stays.
 def pytest_collection_finish():
     gc.collect()
