@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import pytest
 import torch
 
 import mmdet_norms  # noqa: F401
-from helpers import tiny, tiny_cls
-from helpers.commands import run_tool
+from helpers import tiny, tiny_cls, warm
+from helpers.commands import run_tool_in_two
 from mmdet_norms.classification.image_folder import images_of_entry
 from mmdet_norms.cli import check, compare, convert_checkpoint, fuse, infer, picture_sheet, replay, test, train
 
@@ -202,10 +201,10 @@ def test_every_image_counts_once_with_two_processes(tmp_path):
     config = tiny_cls.write_config(tmp_path)
     (tmp_path / 'data' / 'val' / 'box' / '0.png').unlink()  # 11 images: one is shown twice
     arguments = ['--epochs', '1', '--norm', 'syncbn']
-    run_tool('dist_train.sh', config, 2, '--work-dir', tmp_path / 'run', *arguments)
+    run_tool_in_two('train', config, '--work-dir', tmp_path / 'run', *arguments)
     checkpoint = tmp_path / 'run' / 'epoch_1.pth'
     out = tmp_path / 'found.json'
-    run_tool('dist_test.sh', config, checkpoint, 2, '--norm', 'syncbn', '--work-dir', tmp_path / 'two', '--out', out)
+    run_tool_in_two('test', config, checkpoint, '--norm', 'syncbn', '--work-dir', tmp_path / 'two', '--out', out)
     run(test.main, config, checkpoint, '--norm', 'syncbn', '--work-dir', tmp_path / 'one', '--threads', '1')
     assert len(json.loads(out.read_text())) == 11
     assert accuracy(tmp_path / 'run') == accuracy(tmp_path / 'two') == accuracy(tmp_path / 'one')
@@ -216,7 +215,7 @@ def test_mmdets_own_tools_run_the_dumped_config(trained, tmp_path):
     tools = Path(mmdet.__file__).parent / '.mim' / 'tools'
     command = [sys.executable, '-m', 'mmdet_norms', tools / 'test.py', trained / 'run' / 'tiny_cls.py']
     command += [trained / 'run' / 'epoch_2.pth', '--work-dir', tmp_path / 'w']
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = warm.run([*map(str, command)], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert accuracy(tmp_path / 'w') == accuracy(trained / 'run')
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as torch_dist
 
 from helpers import tiny
-from helpers.commands import run_tool
+from helpers.commands import run_tool, run_tool_in_two
 from helpers.processes import run_in_two
 from mmdet_norms.cli.common import command
 
@@ -33,7 +33,7 @@ def test_two_cpu_processes_train_together_and_test_what_they_trained(tmp_path):
     state = torch.load(checkpoint, weights_only=True)['state_dict']
     assert state['neck.fpn_convs.0.bn.num_batches_tracked'] == 8
     options = ['--eval', 'bbox', 'segm', '--norm', 'syncbn', '--work-dir', tmp_path / 'tested']
-    run_tool('dist_test.sh', config, checkpoint, 2, *options)
+    run_tool_in_two('test', config, checkpoint, *options)
     tested = json.loads((tmp_path / 'tested' / 'results.json').read_text())
     aps = [key for key in trained if '_mAP' in key]
     assert trained['bbox_mAP_50'] > 0
@@ -72,6 +72,20 @@ def test_a_tool_without_arguments_shows_its_usage(tool):
     done = subprocess.run([str(ROOT / 'tools' / tool)], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
     assert 'usage:' in done.stderr
+
+
+@pytest.mark.parametrize('tool, files', [('dist_train', ['a config.py']), ('dist_test', ['a config.py', 'a file.pth'])])
+def test_torchrun_starts_so_many_processes_of_the_command(tool, files, tmp_path):
+    """With a stand-in for Python that prints what it is asked to do."""
+    (tmp_path / 'python').write_text('#!/usr/bin/env bash\n[ "$1" = -c ] && echo 29512 || printf "%s\\n" "$@"\n')
+    (tmp_path / 'python').chmod(0o755)
+    env = dict(os.environ, PYTHON=str(tmp_path / 'python'), OMP_NUM_THREADS='1')
+    command = [str(ROOT / 'tools' / f'{tool}.sh'), *files, '3', '--work-dir', 'a b']
+    said = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    assert Path(said[0]) == ROOT / 'tools' / 'launch.py' and '--nproc_per_node=3' in said
+    assert {'--nnodes=1', '--node_rank=0', '--master_addr=127.0.0.1', '--master_port=29512'} <= set(said)
+    script = said.index(str(ROOT / 'tools' / f'{tool.removeprefix("dist_")}.py'))
+    assert said[script + 1 :] == [*files, '--work-dir', 'a b', '--launcher', 'pytorch']
 
 
 def test_slurm_starts_torchrun_once_per_node(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import tiny
-from helpers.commands import run_tool
+from helpers.commands import run_tool_in_two
 from mmdet_norms.cli import train
 
 MORE = """
@@ -75,7 +75,7 @@ def test_going_on_reads_the_checkpoint_once(tmp_path, monkeypatch):
 def test_so_is_one_of_two_processes(tmp_path):
     config = tiny.write_config(tmp_path, MORE + "train_dataloader['num_workers'] = 1\n")
     options = ['--norm', 'cbn', '--cfg-options', 'train_cfg.max_epochs=3', 'train_cfg.val_interval=1']
-    run_tool('dist_train.sh', config, 2, '--work-dir', tmp_path / 'whole', *options)
+    run_tool_in_two('train', config, '--work-dir', tmp_path / 'whole', *options)
     arguments = ['--work-dir', tmp_path / 'rest', '--resume', tmp_path / 'whole' / 'epoch_2.pth']
-    run_tool('dist_train.sh', config, 2, *arguments, *options)
+    run_tool_in_two('train', config, *arguments, *options)
     assert not differing(tmp_path / 'rest' / 'epoch_3.pth', tmp_path / 'whole' / 'epoch_3.pth')

@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 import mmdet_norms  # noqa: F401
-from helpers import tiny
+from helpers import tiny, warm
 from mmdet_norms.cli import test, train
 from mmdet_norms.engine import shared_memory
 from mmdet_norms.engine.work_dir import TRAINING
@@ -140,7 +140,7 @@ def test_a_training_and_a_test_in_one_work_dir(copied, capsys):
     assert json.loads((work_dir / 'results.json').read_text())['split'] == 'test'
     code = 'import sys, time; from mmdet_norms.engine.work_dir import claimed\nwith claimed(sys.argv[1]):\n'
     code += '    print(flush=True)\n    time.sleep(100)'
-    with subprocess.Popen([sys.executable, '-c', code, str(work_dir)], stdout=subprocess.PIPE) as holder:
+    with warm.Popen([sys.executable, '-c', code, str(work_dir)], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         for function, arguments in (
             (test.main, [str(config), checkpoint, '--work-dir', str(work_dir)]),
@@ -241,7 +241,7 @@ def test_a_command_beside_another_and_after_it_is_killed(trained, tmp_path, caps
     arguments = [trained / 'tiny.py', tmp_path / 'run', '--resume']
     command = [sys.executable, tool, arguments[0], '--work-dir', *arguments[1:]]
     command += ['--cfg-options', 'train_cfg.max_epochs=1000', 'train_cfg.val_interval=1000']
-    with subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL) as first:
+    with warm.Popen([*map(str, command)], stdout=subprocess.DEVNULL) as first:
         end = time.monotonic() + 120
         while not (tmp_path / 'run' / 'last_checkpoint').exists() and time.monotonic() < end:
             time.sleep(0.2)

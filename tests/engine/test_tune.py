@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from helpers import tiny
+from helpers import tiny, warm
 from mmdet_norms import fuse
 from mmdet_norms.benchmark.detectors import Detectors
 from mmdet_norms.benchmark.groups import Setting
@@ -472,7 +471,7 @@ os._exit(0)
 
 def test_distributed_training_has_the_same_gradients(tmp_path):
     command = [sys.executable, '-c', _DDP, str(Path(__file__).parent), str(tmp_path / 'store')]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = warm.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and 'equal' in done.stdout, done.stderr[-3000:]
 
 

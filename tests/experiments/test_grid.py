@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import warm
 from mmdet_norms.engine.work_dir import claimed
 from mmdet_norms.errors import UserError
 from mmdet_norms.experiments import Cell, grid, run
@@ -128,7 +129,7 @@ from mmdet_norms.experiments import Cell, grid, run
 grid.TRAIN = {grid.TRAIN!r}
 run([Cell('seed60', {str(folder.parent / 'config.py')!r}, ('--seed', '60'))], {str(folder)!r})
 """
-    with subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.DEVNULL) as process:
+    with warm.Popen([sys.executable, '-c', code], stderr=subprocess.DEVNULL) as process:
         end = time.monotonic() + 60
         while not (folder / 'ran').exists() and time.monotonic() < end:
             time.sleep(0.05)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import warm
 from mmdet_norms.cli import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,12 @@ def options_of(module, *arguments):
     """The config that ``train`` or ``test`` makes of its arguments."""
     args = module.parse_args([str(argument) for argument in arguments])
     return module.train_config(args) if module is train else module.test_config(args)
+
+
+def run_tool_in_two(name, *arguments) -> str:
+    """What ``tools/dist_{name}.sh ... 2`` prints, without waiting for torch and mmdet: from warm processes."""
+    command = [sys.executable, str(ROOT / 'tools' / f'{name}.py'), *map(str, arguments), '--launcher', 'pytorch']
+    return warm.run_together(command, env=dict(os.environ, CUDA_VISIBLE_DEVICES=''))
 
 
 def run_tool(name, config, *arguments, **environment) -> str:

@@ -60,6 +60,13 @@ def start() -> None:
             os._exit(1)
     theirs.close()
     _server = ours
+    atexit.register(_stop, ours, pid)
+
+
+def _stop(server: socket.socket, pid: int) -> None:
+    server.close()
+    with contextlib.suppress(ChildProcessError):  # of another process
+        os.waitpid(pid, 0)
 
 
 class Popen(subprocess.Popen):
@@ -80,6 +87,8 @@ class Popen(subprocess.Popen):
                 session=start_new_session,
             )
         )
+        if _server is None:  # no pytest
+            start()
         self._status, status = os.pipe()
         streams = [given if given != -1 else own for own, given in enumerate((p2cread, c2pwrite, errwrite))]
         try:
@@ -249,6 +258,7 @@ def _become_a_plain_python(kept: int) -> None:
     atexit._clear()
     atexit.register(multiprocessing.util._exit_function)
     atexit.register(logging.shutdown)
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__.partition('.')[0] != '_pytest']
     sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
     threading.excepthook = threading.__excepthook__
     spec = importlib.util.find_spec('warnings')  # those of pytest are recorded

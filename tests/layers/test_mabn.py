@@ -13,6 +13,7 @@ from mmengine.model import kaiming_init
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from helpers import warm
 from mmdet_norms.layers import MABN, CenConv2d, warn_if_uncentred
 from mmdet_norms.reference import ReferenceMABN
 
@@ -662,11 +663,9 @@ class TestCompile:
         self.compare(Net(), compiled, model, 1e-4)
 
 
-def _rank(rank, out):
-    torch.set_num_threads(1)
-    if sys.platform == 'linux':
-        os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
-    dist.init_process_group('gloo', init_method=f'file://{out}/store', rank=rank, world_size=2)
+def _rank(out):
+    dist.init_process_group('gloo')
+    rank = dist.get_rank()
     model = nn.Sequential(CenConv2d(3, 4, 3), random_mabn(4, delay=6))
     parallel = nn.parallel.DistributedDataParallel(model)  # broadcasts the buffers before each forward
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -682,7 +681,7 @@ def _rank(rank, out):
 
 @pytest.mark.slow
 def test_distributed_processes_share_parameters_and_keep_their_own_statistics(tmp_path):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    warm.run_together([sys.executable, __file__, str(tmp_path)])
     a, b = (torch.load(tmp_path / f'{rank}.pth') for rank in range(2))
     for key in a:
         assert torch.equal(a[key], b[key]) == (key.split('.')[1] in ('weight', 'bias', 'iters')), key
@@ -771,3 +770,7 @@ class TestBadArguments:
         with pytest.raises(ValueError, match=r'MABN\(4\) got an input of shape .*must be \(N, 4, H, W\)'):
             layer(torch.randn(shape))
         assert layer.iters.item() == 0
+
+
+if __name__ == '__main__':
+    _rank(sys.argv[1])

@@ -3,9 +3,7 @@
 import copy
 import logging
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from helpers import warm
 from mmdet_norms.layers import sync_bn
 from mmdet_norms.layers._running_statistics import run_batch_norm
 from mmdet_norms.layers.sync_bn import SyncBN
@@ -131,11 +130,10 @@ def second_gradients(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> t
     return torch.autograd.grad((gradient[0].sin() * grad).sum(), inputs)
 
 
-def worker(rank: int, store: str) -> None:
+def worker() -> None:
     """Both processes build the same whole batch, take their part, and compare with batch norm on the whole."""
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
-    errors = {}
+    dist.init_process_group('gloo')
+    rank, errors = dist.get_rank(), {}
     for name, (first, second, size) in CASES.items():
         for kwargs in ({}, dict(momentum=None), dict(affine=False)):
             layer, plain = random_pair(**kwargs)
@@ -197,21 +195,8 @@ def worker(rank: int, store: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_on_cpus_equal_batch_norm_on_the_whole_batch(tmp_path):
-    root = str(Path(__file__).resolve().parents[2])
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]))
-    command = [sys.executable, __file__]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / 'store')], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            error = process.communicate(timeout=120)[1]
-            assert process.returncode == 0, error[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+def test_two_processes_on_cpus_equal_batch_norm_on_the_whole_batch():
+    warm.run_together([sys.executable, __file__])
 
 
 @pytest.mark.parametrize('processes', [1, 2])
@@ -230,4 +215,4 @@ def test_a_synchronized_child_is_called_with_one_value_too_as_others_wait_for_it
 
 
 if __name__ == '__main__':
-    worker(int(sys.argv[1]), sys.argv[2])
+    worker()

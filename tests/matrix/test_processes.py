@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers import warm
+
 from .harness import ROOT, batch, build, gradients, loss_of, ready, same, sgd, state, train
 from .norms import NORMS
 from .situation import situation
@@ -23,7 +25,7 @@ def _start(job: str, folder: Path, *args) -> subprocess.Popen:
     path = os.pathsep.join([str(ROOT), str(ROOT / 'tests'), os.environ.get('PYTHONPATH', '')])
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
     command = [sys.executable, '-m', 'matrix.test_processes', job, folder, *args]
-    return subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return warm.Popen(list(map(str, command)), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def _finish(*processes) -> None:
