@@ -103,7 +103,7 @@ setup(
     license_files=['LICENSE'],
     packages=find_packages(include=['mmdet_norms', 'mmdet_norms.*', 'mmdet_norms_start']),
     entry_points={'console_scripts': ['mmdet-norms = mmdet_norms_start.commands:main']},
-    package_data={'mmdet_norms': ['py.typed', 'experiments/report/templates/*', 'experiments/templates/*']},
+    package_data={'mmdet_norms': ['py.typed', 'experiments/report/templates/*']},
     cmdclass={'build_py': Package, 'build_ext': Library, 'bdist_wheel': Wheel},
     # A plain library for ctypes (mmdet_norms/kernels/compiled.py); without a C compiler the package does without it.
     ext_modules=[

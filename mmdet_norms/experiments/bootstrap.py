@@ -16,7 +16,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import stats
 
-LEVEL = 0.95
+from .effects import LEVEL
+
 SAMPLES = 1000
 AREAS = ('all', 'small', 'medium', 'large')
 
@@ -33,7 +34,7 @@ class Difference:
         a: the first one's value; None if there is none, as of a class without objects.
         b: the second one's.
         difference: ``b - a``.
-        low: end of the interval of the difference, at :data:`LEVEL`; None if it is not known.
+        low: end of the interval of the difference, at :data:`.effects.LEVEL`; None if it is not known.
         high: the other end.
         p: of no difference, two-sided.
     """

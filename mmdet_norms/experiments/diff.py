@@ -22,7 +22,6 @@ from ..errors import UserError, some
 from ..version import __version__
 from .bootstrap import (
     AREAS,
-    LEVEL,
     Difference,
     Matches,
     Outcome,
@@ -32,6 +31,7 @@ from .bootstrap import (
     resamples,
 )
 from .detections import EvaluatedRun, detections, predictions, require_same_images
+from .effects import LEVEL
 
 IOU = 0.5
 """At which an object counts as found where images are compared."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.utils import markupsafe
 from PIL import Image
 
 from ..console import as_text
@@ -16,10 +17,13 @@ from ..errors import UserError
 from ..files import write_text
 from .detections import EvaluatedRun, detections, instances, picture_of
 from .diff import BETTER, IOU, KIND_NAMES, WORSE
+from .effects import LEVEL, number, signed
+from .report.page import typeset
 
 JSON, PAGE, MARKDOWN = 'diff.json', 'diff.html', 'diff.md'
 
-_TEMPLATES = Path(__file__).with_name('templates')
+_TEMPLATES = Path(__file__).with_name('report') / 'templates'
+_INTERVAL = f'{100 * LEVEL:.0f} % interval'
 _FEW_IMAGES = 30
 _BAR = 80  # pixels of half a bar
 _QUALITY = 85
@@ -78,7 +82,14 @@ def html(content: dict, groups: Sequence[dict]) -> str:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    return environment.get_template('diff.html').render(
+    environment.filters['typeset'] = typeset
+    style, script = (
+        markupsafe.Markup((_TEMPLATES / name).read_text(encoding='utf-8')) for name in ('style.css', 'sort.js')
+    )
+    return environment.get_template('diff.html.jinja').render(
+        style=style,
+        script=script,
+        made_by=content['made_by'],
         **{side: {key: as_text(content[side][key]) for key in ('name', 'checkpoint')} for side in 'ab'},
         said=sentences(content),
         about=about(content),
@@ -228,7 +239,7 @@ def _table(
                 None if value is None else _BAR + round(value / reach * (_BAR - 5), 1) for value in row['ends']
             )
             row['bar'] = None if at is None else dict(at=at, low=low, high=high)
-    columns = [*first, 'A', 'B', 'B - A', '95 % interval', *more]
+    columns = [*first, 'A', 'B', 'B - A', _INTERVAL, *more]
     return dict(title=title, columns=columns, rows=rows, marked=before + 2, note=note, bars=bars)
 
 
@@ -248,7 +259,7 @@ def _by_chance(rows: Sequence[dict]) -> str:
         return ''
     return (
         f'Of {len(known)} intervals {seen} leave{"s" if seen == 1 else ""} 0 out; chance alone would do so for '
-        f'{0.05 * len(known):.1f}.'
+        f'{(1 - LEVEL) * len(known):.1f}.'
     )
 
 
@@ -260,23 +271,19 @@ def _in_words(found: dict, a: str, b: str, images: int) -> str:
     values = f'{_number(found["a"])} and {_number(found["b"])}'
     if low is None:
         return f'{_signed(difference)} ({values}), no interval: too few images have objects'
-    details = f'95 % interval {_number(low)} to {_number(high)}, {images} images ({values})'
+    details = f'{_INTERVAL} {_number(low)} to {_number(high)}, {images} images ({values})'
     if low <= 0 <= high:
         return f'no difference seen: {_signed(difference)}, {details}'
     return f'{b} is {"better" if low > 0 else "worse"} than {a}: {_signed(difference)}, {details}'
 
 
 def _number(value: float | None) -> str:
-    """In percent, and never ``'-0.0'``."""
-    if value is None:
-        return '-'
-    text = f'{100 * value:.1f}'
-    return text.removeprefix('-') if float(text) == 0 else text
+    """In percent."""
+    return '-' if value is None else number(100 * value)
 
 
 def _signed(value: float | None) -> str:
-    text = _number(value)
-    return f'+{text}' if value is not None and float(text) > 0 else text
+    return '-' if value is None else signed(100 * value)
 
 
 def _p_value(p: float) -> str:

@@ -18,7 +18,7 @@ def page(view: Mapping) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters['typeset'] = _typeset
+    environment.filters['typeset'] = typeset
     style, script = ((_TEMPLATES / name).read_text(encoding='utf-8') for name in ('style.css', 'sort.js'))
     template = environment.get_template('page.html.jinja')
     return template.render(
@@ -50,7 +50,7 @@ def _row(cells: Iterable[str]) -> str:
     return f'| {" | ".join(cells)} |'
 
 
-def _typeset(text: str) -> markupsafe.Markup:
+def typeset(text: str) -> markupsafe.Markup:
     """With minus signs, and without line breaks inside ``p < 0.05`` and ``95 %``."""
     text = _MINUS.sub('\N{MINUS SIGN}', str(text))
     return markupsafe.escape(
