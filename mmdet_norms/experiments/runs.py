@@ -1,5 +1,6 @@
 """What there is to read of trainings: their work dirs, and nothing else."""
 
+import ast
 import json
 import math
 import os
@@ -9,8 +10,6 @@ from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from statistics import median
-
-from mmengine.config import Config
 
 from ..engine.results import describe, kept_results, read_json
 from ..engine.work_dir import FINISHED, RESULTS
@@ -165,15 +164,31 @@ def _is_run(folder: Path, files: Sequence[str]) -> bool:
 
 
 def _config(folder: Path) -> Mapping:
-    """What the last of its processes was started with."""
+    """What the last of its processes was started with, as mmengine wrote it down: literals, of which none is run."""
     written = sorted(folder.glob('*/vis_data/config.py'), reverse=True)
     trained = [path for path in written if path.with_name('scalars.json').is_file()]  # the others are of tests
     for path in [*trained, *written] or sorted(folder.glob('*.py')):
         try:
-            return Config.fromfile(path, import_custom_modules=False).to_dict()
-        except Exception:  # whatever Python can raise: it is a file of code
+            statements = ast.parse(path.read_text(encoding='utf-8')).body
+            return {node.targets[0].id: _value(node.value) for node in statements if isinstance(node, ast.Assign)}
+        except (OSError, ValueError, SyntaxError, AttributeError, RecursionError):
             continue
     return {}
+
+
+def _value(node: ast.expr) -> object:
+    """Of a literal, or of ``dict(key=value)``.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(node, ast.Call) and getattr(node.func, 'id', None) == 'dict' and not node.args:
+        return {keyword.arg: _value(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict):
+        return {ast.literal_eval(key): _value(value) for key, value in zip(node.keys, node.values)}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(entry) for entry in node.elts]
+    return ast.literal_eval(node)
 
 
 def _logged(parts: Sequence[Path]) -> tuple[dict[int, dict], list[tuple[int, int, dict]]]:
@@ -285,11 +300,11 @@ def _came_to_its_end(cfg: Mapping, trained: Mapping, validations: Sequence, desc
 def _labels(folder: Path, cfg: Mapping, given: Mapping) -> dict:
     found = dict(norm=None, batch_size=None, seed=None)
     if any(given.get(key) is None for key in found):
-        loader = cfg.get('train_dataloader') or {}
-        per_process, processes = loader.get('batch_size'), _processes(folder)
+        size = read_json(folder / COST).get('batch_size')
+        per_process = (cfg.get('train_dataloader') or {}).get('batch_size')
         found = dict(
             norm=norm_of(cfg.get('model') or {}) or 'unknown',
-            batch_size=per_process * processes if isinstance(per_process, int) else None,
+            batch_size=size or (per_process * _processes(folder) if isinstance(per_process, int) else None),
             seed=_seed(folder, cfg),
         )
     return {**found, **given}

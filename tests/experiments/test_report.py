@@ -17,7 +17,7 @@ from mmdet_norms.cli import compare
 from mmdet_norms.errors import UserError
 from mmdet_norms.experiments import report, runs
 from mmdet_norms.experiments.report import figures, metrics, pictures, published
-from mmdet_norms.experiments.report.answer import answer, verdict
+from mmdet_norms.experiments.report.answer import answer, method, verdict
 from mmdet_norms.experiments.report.content import Content
 from mmdet_norms.experiments.runs import Run
 
@@ -51,7 +51,7 @@ def cost(norm, size):
 
 
 def said(found):
-    return ' '.join(answer(found))
+    return ' '.join([*answer(found), method(found)])
 
 
 class TestAnswer:
@@ -159,10 +159,13 @@ class TestMetrics:
     def test_a_published_row_is_beside_the_config_that_it_is_of(self):
         config = 'configs/mabn/mask-rcnn_r50-scratch_fpn_mabn_180k_coco.py'
         model, path = published._rows()['mask-rcnn_r50-scratch_fpn_mabn_180k_coco']
-        cfg = runs.Config.fromfile(path).to_dict()
+        cfg = published.Config.fromfile(path).to_dict()
         theirs = published.published(Run('', {}, 'finished', config=config, cfg=cfg))
         assert theirs['results']['bbox_mAP'] == model['Results'][0]['Metrics']['box AP'] / 100
         assert theirs['data'] == 'COCO'
+        cfg['val_dataloader']['dataset']['metainfo'] = dict(classes=['cat'])
+        assert published.published(Run('', {}, 'finished', config=config, cfg=cfg)) is None
+        del cfg['val_dataloader']['dataset']['metainfo']
         cfg['model']['neck']['norm_cfg'] = dict(type='GN')
         assert published.published(Run('', {}, 'finished', config=config, cfg=cfg)) is None
         assert published.published(Run('', {}, 'finished', config='own.py', cfg=cfg)) is None
@@ -248,6 +251,18 @@ class TestFiles:
     def test_the_table_of_runs_is_without_the_report(self, folder, capsys):
         compare.main([str(folder)])
         assert 'gave no results' not in capsys.readouterr().out
+
+
+def test_figures_of_one_batch_size_and_one_seed():
+    found = figures.figures(Content(grid({'bn': {2: 0.3}, 'mabn': {2: 0.4}}, seeds=1)))
+    assert [section.name for section in found] == ['values', 'differences', 'cost']
+
+
+def test_pictures_that_cannot_be_made_cost_no_report(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, 'pictures', lambda content, images: 1 / 0)
+    monkeypatch.setattr('mmdet_norms.experiments.report.files.figures', lambda content: [])
+    report.write([folder], tmp_path)
+    assert 'No pictures: ZeroDivisionError: division by zero.' in (tmp_path / 'report.md').read_text()
 
 
 def test_labels_are_moved_apart_and_stay_inside():

@@ -118,6 +118,15 @@ def test_what_is_alike_is_told_apart(tmp_path):
     assert [run.labels.get('run') for run in runs.find([tmp_path])[0]] == ['a', None, 'c']
 
 
+def test_a_config_is_read_and_not_run(tmp_path):
+    run = write_run(tmp_path / 'run', BN)
+    config = run / '20260101_000000' / 'vis_data' / 'config.py'
+    config.write_text("model = dict(a=[dict(type='GN', c={'x.y': (1, -2.5)})], b=None)\n")
+    assert runs.read(run).cfg == dict(model=dict(a=[dict(type='GN', c={'x.y': [1, -2.5]})], b=None))
+    config.write_text(f'import pathlib\nx = pathlib.Path({str(tmp_path / "made")!r}).mkdir()\n')
+    assert runs.read(run).labels['norm'] == 'unknown' and not (tmp_path / 'made').exists()
+
+
 def test_no_run_is_an_error(tmp_path):
     with pytest.raises(UserError, match='holds no run'):
         runs.find([tmp_path])

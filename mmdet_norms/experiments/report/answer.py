@@ -25,9 +25,14 @@ def verdict(content: Content) -> str:
 
 
 def answer(content: Content) -> list[str]:
-    """Paragraphs: of each batch size, of what it changes, and how sure that is."""
+    """Paragraphs: of each batch size, and of what it changes."""
     paragraphs = [' '.join(_at(content, size)) for size in content.batch_sizes]
-    return [text for text in (*paragraphs, ' '.join(_falls(content)), ' '.join(_how_sure(content))) if text]
+    return [text for text in (*paragraphs, ' '.join(_falls(content))) if text]
+
+
+def method(content: Content) -> str:
+    """What intervals and p values are; empty where there are none."""
+    return ' '.join(_how_sure(content))
 
 
 def value(content: Content, setting: Setting) -> str:

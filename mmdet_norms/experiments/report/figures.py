@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .answer import scaled
-from .content import Content, Setting
+from .content import Content, Method, Setting
 from .metrics import Metric, of_classes
 
 COLOURS = 8
@@ -71,7 +71,7 @@ class Section:
 
 def figures(content: Content) -> list[Section]:
     """Those for which the runs have what they show."""
-    sections = (_by_batch_size, _differences, _progress, _losses, _costs, _classes)
+    sections = (_by_batch_size, _at_one_batch_size, _differences, _progress, _losses, _costs, _classes)
     return [section for make in sections if (section := make(content)) is not None and section.panels]
 
 
@@ -126,6 +126,31 @@ def _size_lines(axis: Axes, content: Content, metric: Metric) -> bool:
     return bool(ends)
 
 
+def _at_one_batch_size(content: Content) -> Section | None:
+    if len(content.batch_sizes) > 1:
+        return None
+
+    def draw(axis: Axes, metric: Metric) -> bool:
+        known = [s for s in content.settings if content.values(s, metric)]
+        for row, setting in enumerate(known):
+            values = [value * metric.scale for value in content.values(setting, metric).values()]
+            i = content.ordered.index(setting.method)
+            axis.plot([min(values), max(values)], [row, row], color=_colour(i), lw=1.4, alpha=0.55)
+            axis.plot(values, [row] * len(values), '.', color=_colour(i), ms=4, alpha=0.8)
+            _dots(axis, [mean(values)], [row], i, 7)
+        _rows(axis, content, [setting.method for setting in known])
+        axis.set_xlabel(_named(metric))
+        axis.set_title(_joined(metric.name, _at(content, content.batch_sizes[0])), loc='left')
+        return bool(known)
+
+    height = 1.15 + 0.3 * len(content.ordered)
+    panels = [
+        _panel(f'{metric.name} of each norm', lambda a, m=metric: draw(a, m), height) for metric in content.headlines
+    ]
+    caption = 'Mean of the seeds; each dot is a run.' if len(content.seeds) > 1 else 'One seed each.'
+    return Section('values', 'Results', caption, [panel for panel in panels if panel])
+
+
 def _differences(content: Content) -> Section | None:
     if not content.differences:
         return None
@@ -140,13 +165,7 @@ def _differences(content: Content) -> Section | None:
                 axis.plot([effect.low, effect.high], [row, row], color=_colour(i), lw=2.2, alpha=solid)
             _dots(axis, [effect.difference], [row], i, 7)
         axis.axvline(0, color=_TEXT, lw=1)
-        axis.set_yticks(range(len(order)), [d.setting.method.name for d in order])
-        for tick, difference in zip(axis.get_yticklabels(), order):
-            tick.set_color(_colour(content.ordered.index(difference.setting.method)))
-        axis.set_ylim(len(order) - 0.4, -0.6)
-        axis.grid(axis='y', visible=False)
-        axis.grid(axis='x', color=_FAINT, lw=0.7)
-        axis.spines['left'].set_visible(False)
+        _rows(axis, content, [d.setting.method for d in order])
         axis.set_xlabel(f'{content.metric.name}, difference from {content.baseline_name}')
         axis.set_title(_at(content, size), loc='left')
         return bool(order)
@@ -323,6 +342,17 @@ def _inline(svg: str, label: str) -> str:
 def _line(axis: Axes, x: Sequence[float], y: Sequence[float], i: int) -> None:
     axis.plot(x, y, color=_colour(i), ls=_dash(i), lw=1.7)
     _dots(axis, x, y, i, 6)
+
+
+def _rows(axis: Axes, content: Content, methods: Sequence[Method]) -> None:
+    """A method in each row, by its name and colour."""
+    axis.set_yticks(range(len(methods)), [method.name for method in methods])
+    for tick, method in zip(axis.get_yticklabels(), methods):
+        tick.set_color(_colour(content.ordered.index(method)))
+    axis.set_ylim(len(methods) - 0.4, -0.6)
+    axis.grid(axis='y', visible=False)
+    axis.grid(axis='x', color=_FAINT, lw=0.7)
+    axis.spines['left'].set_visible(False)
 
 
 def _dots(axis: Axes, x: Sequence[float], y: Sequence[float], i: int, size: float) -> None:

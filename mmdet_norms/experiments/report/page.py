@@ -31,6 +31,7 @@ def markdown(view: Mapping) -> str:
     lines = [f'# {_line(view["verdict"])}', '', _line(view['over']), '']
     for paragraph in view['answer']:
         lines += [_line(paragraph), '']
+    lines += [_line(view['method']), '']
     for bullets in (view['notes'], [f'{name}: {text}' for name, text in view['facts']]):
         lines += [*(f'* {_line(text)}' for text in bullets), '']
     if view['failed']:

@@ -54,4 +54,5 @@ def _rows() -> dict[str, tuple[dict, Path]]:
 def _data(cfg: Mapping) -> tuple:
     """What tells COCO from somebody's own images in its place: the classes, by the annotation file where none are."""
     dataset = (cfg.get('val_dataloader') or cfg.get('train_dataloader') or {}).get('dataset') or {}
-    return dataset.get('type'), (dataset.get('metainfo') or {}).get('classes'), Path(str(dataset.get('ann_file'))).name
+    classes = list((dataset.get('metainfo') or {}).get('classes') or ())
+    return dataset.get('type'), classes, Path(str(dataset.get('ann_file'))).name

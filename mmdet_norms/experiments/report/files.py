@@ -15,7 +15,7 @@ from .. import runs
 from ..effects import Effect, spread
 from ..runs import FAILED, Run
 from . import page, pictures
-from .answer import answer, verdict
+from .answer import answer, method, verdict
 from .content import COSTS, Content, Method, Setting
 from .figures import figures, legend
 from .tables import tables
@@ -58,22 +58,25 @@ def write(
 
 
 def _view(content: Content, images: int) -> dict:
-    said = verdict(content)
+    first = verdict(content)
     config = _common(run.config for run in content.runs)
-    shown, why_not = None, None
+    drawn, shown, why_not = figures(content), None, None
     if images:
         try:
             shown = pictures.pictures(content, images)
-        except UserError as error:
-            why_not = f'No pictures: {error}.'
+        except Exception as error:  # a model that cannot be built here: the numbers are there all the same
+            why = str(error) if isinstance(error, UserError) else f'{type(error).__name__}: {error}'
+            why_not = f'No pictures: {why.rstrip(".")}.'
     return dict(
-        title=f'{said}: comparison of {len(content.runs)} runs',
+        title=f'{first}: comparison of {len(content.runs)} runs',
         over=f'{config}, {content.metric.name}' if config else f'{len(content.runs)} runs, {content.metric.name}',
-        verdict=said,
+        verdict=first,
         answer=answer(content),
+        method=method(content),
         notes=[*content.notes, *([why_not] if why_not else ())],
         facts=_facts(content, config),
-        figures=figures(content),
+        figures=drawn,
+        small=all(len(section.panels) < 3 for section in drawn),
         keys=legend(content),
         pictures=shown,
         failed=[run for run in content.runs if run.status == FAILED],
@@ -127,6 +130,7 @@ def _json(content: Content, view: dict) -> dict:
     return dict(
         verdict=view['verdict'],
         answer=view['answer'],
+        method=view['method'],
         notes=view['notes'],
         metric=content.metric.key,
         baseline=content.baseline_name,
@@ -203,4 +207,5 @@ def _run(run: Run) -> dict:
 def said(paths: Sequence[Path]) -> list[str]:
     """Of what :func:`write` wrote: the verdict, the answer and what to know before believing it."""
     content = read_json(Path(paths[-1]))
-    return [as_text(text) for text in (content['verdict'], *content['answer'], *content['notes'])]
+    texts = (content['verdict'], *content['answer'], content['method'], *content['notes'])
+    return [as_text(text) for text in texts if text]
