@@ -22,7 +22,17 @@ DISTRIBUTIONS = {
 # By the extras of setup.py, of which one is chosen; cv2 comes with each mmcv.
 STACK = {'mmengine', 'mmcv', 'mmdet', 'cv2'}
 # Used where they are there.
-OPTIONAL = {'triton', 'onnx', 'onnxscript', 'onnxruntime', 'torchvision', 'pytorch_optimizer', 'submitit'}
+OPTIONAL = {
+    'triton',
+    'onnx',
+    'onnxscript',
+    'onnxruntime',
+    'torchvision',
+    'pytorch_optimizer',
+    'submitit',
+    'wandb',
+    'mlflow',
+}
 
 
 def imported(folder):

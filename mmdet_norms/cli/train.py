@@ -18,6 +18,7 @@ from mmdet_norms.engine import CPUAmpOptimWrapper
 from mmdet_norms.engine.optim import is_second_order
 from mmdet_norms.engine.safe_checkpoints import LAST, CheckpointFolder
 from mmdet_norms.engine.shared_memory import require_shared_memory
+from mmdet_norms.engine.trackers import start_trackers
 from mmdet_norms.engine.work_dir import (
     claimed,
     is_finished,
@@ -51,6 +52,7 @@ from .config_checks import require_none, training_problems
 from .dry_run import add_dry_run_arguments, dry_run, nothing_kept
 from .precise_bn import add_precise_bn_argument, use_precise_bn
 from .schedule import add_schedule_arguments, apply_schedule_options, require_order
+from .trackers import add_tracker_arguments, use_trackers
 from .weights import add_partial_argument, check_training, fused_refusal, pretrained_files
 
 
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runner = build_runner(cfg, *args.notes, use_threads(args, cfg.get('train_dataloader')))
         if runner.optim_wrapper is not None:  # now, so that a wrong one is answered before an earlier run is deleted
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        start_trackers(runner)
         if first:
             clear_work_dir(runner, cfg, args)
         run_with_checkpoint(runner.train, args)
@@ -132,6 +135,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_schedule_arguments(parser)
     batch_size.add_batch_size_arguments(parser)
     add_precise_bn_argument(parser, 'every evaluation and checkpoint')
+    add_tracker_arguments(parser)
     add_partial_argument(parser, 'start')
     add_common_arguments(parser)
     add_check_argument(parser)
@@ -168,6 +172,7 @@ def train_config(args: argparse.Namespace) -> Config:
     add_hook(cfg, 'PendingValidationHook')
     add_hook(cfg, 'CostHook')
     use_precise_bn(cfg, args.precise_bn)
+    use_trackers(cfg, args)
     if args.tune_mode:
         add_hook(cfg, 'TuneModeHook')
     if args.seed is not None or args.deterministic:

@@ -23,6 +23,7 @@ from .second_order import SecondOrderOptimWrapper
 from .start import StartHook
 from .statistics import recompute_statistics
 from .together import SyncBuffersHook
+from .trackers import MLflowTracker, TensorboardTracker, TrackersHook, WandbTracker
 from .tune import TuneModeHook, TuneReport, tune_mode
 from .tuned_modules import undo_tune_mode
 
@@ -35,6 +36,7 @@ __all__ = [
     'DumpPredictions',
     'FreezeBNETHook',
     'FuseHook',
+    'MLflowTracker',
     'NonFiniteError',
     'NonFiniteHook',
     'NormHook',
@@ -53,9 +55,12 @@ __all__ = [
     'SecondOrderOptimWrapper',
     'StartHook',
     'SyncBuffersHook',
+    'TensorboardTracker',
     'TimedLoggerHook',
+    'TrackersHook',
     'TuneModeHook',
     'TuneReport',
+    'WandbTracker',
     'end_processes',
     'recompute_statistics',
     'start_cpu_processes',

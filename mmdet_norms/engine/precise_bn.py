@@ -113,7 +113,9 @@ class PreciseBNHook(Hook):
     def _compute(self, runner: Runner, model: nn.Module) -> None:
         """``self._fresh``: what the statistics of ``model`` should be, by their names in a state dict."""
         self._fresh = {}
-        twin = copy.deepcopy(model, _shared(model)).train()  # losses and heads have states of their own, in any form
+        # a copy, since losses and heads have states of their own, in any form; what looks into layers is no part of it
+        looking = {id(one): one for one in (runner, *runner.hooks)}
+        twin = copy.deepcopy(model, {**looking, **_shared(model)}).train()
         if not updated_norms(twin):
             runner.logger.info('Precise statistics: no norm of this model has running statistics that training updates')
             return

@@ -44,7 +44,11 @@ def test_training_images_must_be_there_to_test_with_them(tmp_path, capsys):
 def test_a_test_of_the_checkpoint_gives_what_the_validation_gave_and_all_say_so(tmp_path, capsys):
     config = tiny_cls.write_config(tmp_path)
     run = tmp_path / 'run'
-    train.main([str(config), '--work-dir', str(run), '--seed', '0', '--threads', '1', '--precise-bn', '7'])
+    pytest.importorskip('tensorboard')
+    more = ['--threads', '1', '--precise-bn', '7', '--tensorboard']
+    train.main([str(config), '--work-dir', str(run), '--seed', '0', *more])
+    followed = sorted((run / 'tensorboard').iterdir())
+    assert followed
     validated = json.loads((run / 'results.json').read_text())
     checkpoint = (run / 'last_checkpoint').read_text()
     images = validated['precise_bn']['images']
@@ -56,3 +60,4 @@ def test_a_test_of_the_checkpoint_gives_what_the_validation_gave_and_all_say_so(
     capsys.readouterr()
     compare.main([str(tmp_path / 'plain')])
     assert f'--precise-bn, running statistics over {images} images' in capsys.readouterr().out
+    assert sorted((run / 'tensorboard').iterdir()) == followed  # of trainings only

@@ -1,7 +1,9 @@
 """Precise statistics: in evaluations and checkpoints, and nowhere else."""
 
 import random
+import threading
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -70,7 +72,13 @@ class Model(BaseModel):
 
 class Diary(Hook):
     def __init__(self):
-        self.lines = []
+        self.lines, self.lock = [], threading.Lock()  # which cannot be copied
+
+    def before_train(self, runner):
+        getattr(runner.model, 'module', runner.model).layers[0].register_forward_hook(partial(self.look, 'first'))
+
+    def look(self, name, module, inputs, output):
+        pass
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.lines.append((data_batch['i'].tolist(), float(outputs['loss'])))
