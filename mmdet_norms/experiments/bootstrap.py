@@ -23,6 +23,9 @@ AREAS = ('all', 'small', 'medium', 'large')
 
 _MAX_DETECTIONS = 100  # an image, as COCO's AP has it
 _AT_A_TIME = 1 << 22  # numbers in an array
+FEW_IMAGES = 20
+"""With objects: of fewer there is no interval, since resamples of them vary less than other images would."""
+
 _ENOUGH = 0.95  # of the resamples must have objects of a class, or there is no interval for it
 
 
@@ -129,6 +132,17 @@ class Matches:
                 found[part, :, i // len(AREAS), i % len(AREAS)] = self._of_cell(cell, weights[part])
         return found
 
+    def images_with_objects(self, area: int, category: int | None = None) -> int:
+        """How many images have an object of a size, of one class or of any.
+
+        Args:
+            area: its place in :data:`AREAS`.
+            category: the place of the class; None: of any.
+        """
+        cells = self._cells[area :: len(AREAS)]
+        cells = cells if category is None else [cells[category]]
+        return int(np.count_nonzero(sum((cell.objects for cell in cells), np.zeros(len(self.images)))))
+
     def _of_cell(self, cell: _Cell, weights: np.ndarray) -> np.ndarray:
         """Sample x threshold: precision at 101 recalls, of the best point at this recall or above, as COCOeval has it.
 
@@ -184,18 +198,19 @@ def mean_over_classes(precision: np.ndarray) -> np.ndarray:
         return np.where(known, precision, 0).sum(-1) / known.sum(-1)
 
 
-def difference(a: float, b: float, of_a: np.ndarray, of_b: np.ndarray) -> Difference:
+def difference(a: float, b: float, of_a: np.ndarray, of_b: np.ndarray, images: int) -> Difference:
     """Of two values, with the interval that their values in the same resamples give (percentiles).
 
     Args:
         a, b: on the images as they are.
         of_a, of_b: in each resample.
+        images: that the values rest on; of fewer than :data:`FEW_IMAGES` there is no interval.
     """
     if np.isnan(a) or np.isnan(b):
         return Difference(*(None if np.isnan(value) else float(value) for value in (a, b)))
     differences = of_b - of_a
     known = differences[~np.isnan(differences)]
-    if len(known) < max(1, _ENOUGH * len(differences)):
+    if images < FEW_IMAGES or len(known) < max(1, _ENOUGH * len(differences)):
         return Difference(float(a), float(b), float(b - a))
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     tail = min((known <= 0).sum(), (known >= 0).sum())
@@ -213,7 +228,7 @@ def accuracy_difference(right_a: np.ndarray, right_b: np.ndarray, weights: np.nd
     total = weights.sum(1)
     with np.errstate(invalid='ignore'):
         of_a, of_b = (weights @ right / total for right in (right_a, right_b))
-    found = difference(right_a.mean(), right_b.mean(), of_a, of_b)
+    found = difference(right_a.mean(), right_b.mean(), of_a, of_b, len(right_a))
     only_a, only_b = (right_a & ~right_b).sum(), (right_b & ~right_a).sum()
     p = stats.binomtest(int(only_b), int(only_a + only_b)).pvalue if only_a + only_b else 1.0
     return Difference(found.a, found.b, found.difference, found.low, found.high, float(p))

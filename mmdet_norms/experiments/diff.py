@@ -111,7 +111,7 @@ def _detectors(
         precision = [of_run.average_precision(weights) for of_run in matches[kind]]
         found['kinds'][kind] = dict(
             overall={name: asdict(_of_all(precision, name, matches[kind][0])) for name in _COLUMNS},
-            classes=[asdict(_of_class(precision, k)) for k in range(len(categories))],
+            classes=[asdict(_of_class(precision, k, matches[kind][0])) for k in range(len(categories))],
         )
     shown = kinds[0]
     outcomes = [list(of_run.outcomes(IOU)) for of_run in matches[shown]]
@@ -126,7 +126,8 @@ def _detectors(
 def _kinds(run: EvaluatedRun) -> list[str]:
     """What the run's validation evaluates, of what is compared here."""
     entries = [metric for _, metric in metrics(run.cfg, 'val')]
-    given = [m.get('metric') or 'bbox' for m in entries if is_a(m, 'CocoMetric', METRICS)]
+    coco = [m for m in entries if is_a(m, 'CocoMetric', METRICS) and not is_a(m, 'LVISMetric', METRICS)]
+    given = [metric.get('metric') or 'bbox' for metric in coco]
     kinds = {kind for kinds in given for kind in ([kinds] if isinstance(kinds, str) else kinds)} & set(KINDS)
     if not kinds:
         names = ', '.join(name_of(metric, METRICS) for metric in entries) or 'none'
@@ -182,15 +183,21 @@ def _objects(content: dict) -> Counter:
 
 
 def _of_all(precision: Sequence[np.ndarray], name: str, matches: Matches) -> Difference:
-    area, threshold = _COLUMNS[name]
+    size, threshold = _COLUMNS[name]
+    area = AREAS.index(size)
     at = slice(None) if threshold is None else np.isclose(matches.thresholds, threshold)
-    values = [mean_over_classes(of_run[..., AREAS.index(area)][:, at]).mean(1) for of_run in precision]
-    return difference(values[0][0], values[1][0], values[0][1:], values[1][1:])
+    values = [mean_over_classes(of_run[..., area][:, at]).mean(1) for of_run in precision]
+    return _paired_difference(values, matches.images_with_objects(area))
 
 
-def _of_class(precision: Sequence[np.ndarray], k: int) -> Difference:
-    values = [of_run[:, :, k, 0].mean(1) for of_run in precision]
-    return difference(values[0][0], values[1][0], values[0][1:], values[1][1:])
+def _of_class(precision: Sequence[np.ndarray], k: int, matches: Matches) -> Difference:
+    return _paired_difference([of_run[:, :, k, 0].mean(1) for of_run in precision], matches.images_with_objects(0, k))
+
+
+def _paired_difference(values: Sequence[np.ndarray], images: int) -> Difference:
+    """Of values of which the first ones are of the images as they are."""
+    a, b = values
+    return difference(a[0], b[0], a[1:], b[1:], images)
 
 
 def best_threshold(outcomes: Iterable[Outcome]) -> float:

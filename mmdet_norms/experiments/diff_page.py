@@ -15,6 +15,7 @@ from ..engine.picture import Instance, draw_panel, read_image
 from ..engine.results import write_json
 from ..errors import UserError
 from ..files import write_text
+from .bootstrap import FEW_IMAGES
 from .detections import EvaluatedRun, detections, instances, picture_of
 from .diff import BETTER, IOU, KIND_NAMES, WORSE
 from .effects import LEVEL, number, signed
@@ -24,7 +25,6 @@ JSON, PAGE, MARKDOWN = 'diff.json', 'diff.html', 'diff.md'
 
 _TEMPLATES = Path(__file__).with_name('report') / 'templates'
 _INTERVAL = f'{100 * LEVEL:.0f} % interval'
-_FEW_IMAGES = 30
 _BAR = 80  # pixels of half a bar
 _QUALITY = 85
 
@@ -101,14 +101,11 @@ def html(content: dict, groups: Sequence[dict]) -> str:
 
 def about(content: dict) -> str:
     """What the intervals mean, and what they leave out."""
-    text = (
+    return (
         f'Intervals: {content["samples"]} resamples of the {content["images"]} images of the validation set, both '
         'models on the same ones. They say how sure the difference of these two checkpoints is on images like these; '
-        'what another seed would give is not in them.'
+        f'what another seed would give is not in them. Of fewer than {FEW_IMAGES} images with objects there is none.'
     )
-    if content['images'] < _FEW_IMAGES:
-        text += ' So few images make them narrower than they should be.'
-    return text
 
 
 def counted(content: dict) -> str:
@@ -270,7 +267,7 @@ def _in_words(found: dict, a: str, b: str, images: int) -> str:
         return f'not known of {a if found["a"] is None else b}: there is nothing to find'
     values = f'{_number(found["a"])} and {_number(found["b"])}'
     if low is None:
-        return f'{_signed(difference)} ({values}), no interval: too few images have objects'
+        return f'{_signed(difference)} ({values}), no interval: too few images'
     details = f'{_INTERVAL} {_number(low)} to {_number(high)}, {images} images ({values})'
     if low <= 0 <= high:
         return f'no difference seen: {_signed(difference)}, {details}'

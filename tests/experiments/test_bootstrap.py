@@ -173,13 +173,26 @@ def test_mcnemar_is_scipys_and_equal_models_are_no_difference():
     a, b = np.array([1, 1, 1, 0, 0, 0, 0, 1], bool), np.array([1, 0, 1, 1, 1, 1, 1, 1], bool)
     weights = resamples(8, 500)
     assert accuracy_difference(a, b, weights).p == stats.binomtest(4, 5).pvalue
-    assert accuracy_difference(a, a, weights) == Difference(0.5, 0.5, 0.0, 0.0, 0.0, 1.0)
-    assert not accuracy_difference(a, a, weights).is_seen
+    a = np.tile(a, 3)
+    same = accuracy_difference(a, a, resamples(24, 500))
+    assert same == Difference(0.5, 0.5, 0.0, 0.0, 0.0, 1.0) and not same.is_seen
+
+
+def test_few_images_give_no_interval():
+    right = np.arange(19) % 3 > 0
+    found = accuracy_difference(right, ~right, resamples(19, 500))
+    assert found.low is None and not found.is_seen and found.p == stats.binomtest(7, 19).pvalue
+    annotations, entries = scene(0, 'bbox')
+    matches = Matches(truth(annotations), entries, 'bbox')
+    objects = [a for a in annotations if not a['iscrowd']]
+    assert matches.images_with_objects(0) == len({a['image_id'] for a in objects}) == 7
+    discs = [a for a in objects if a['category_id'] == 5 and a['area'] < 32**2]
+    assert matches.images_with_objects(1, 1) == len({a['image_id'] for a in discs}) < 7
 
 
 def test_what_few_resamples_have_gets_no_interval():
     few = np.where(np.arange(100) < 90, 0.5, np.nan)
-    assert difference(0.4, 0.5, few, few) == Difference(0.4, 0.5, pytest.approx(0.1))
-    assert difference(np.nan, 0.5, few, few) == Difference(None, 0.5)
+    assert difference(0.4, 0.5, few, few, 99) == Difference(0.4, 0.5, pytest.approx(0.1))
+    assert difference(np.nan, 0.5, few, few, 99) == Difference(None, 0.5)
     many = np.where(np.arange(100) < 99, 0.5, np.nan)
-    assert difference(0.4, 0.5, many, many + 0.1).is_seen
+    assert difference(0.4, 0.5, many, many + 0.1, 99).is_seen

@@ -46,6 +46,8 @@ def truth(folder, *, leave_out=(), score=0.9):
 def compared(folder, runs, monkeypatch):
     """A finds no box in images 1 and 2 and has a false disc in 4; B finds no disc in image 3."""
 
+    monkeypatch.setattr('mmdet_norms.experiments.bootstrap.FEW_IMAGES', 1)
+
     def of(samples=200, **options):
         false = dict(image_id=4, category_id=1, bbox=[0, 0, 9, 9], score=0.95)
         found = {
@@ -132,6 +134,7 @@ def test_the_command_writes_a_page_that_needs_nothing_else(folder, tmp_path, pai
     shown = [change for change in content['changes'] if change['gain']]
     assert page.count('<figure>') == len(shown) and sum(content['counts'].values()) == content['images']
     assert all(name in page and name in text for name in pair)
+    assert 'no interval: too few images' in printed and ' to ' not in re.search(r'\| (AP|top-1) \|.*', text)[0]
 
 
 def changed(folder, tmp_path, change):
