@@ -148,7 +148,7 @@ def _at_one_batch_size(content: Content) -> Section | None:
         _panel(f'{metric.name} of each norm', lambda a, m=metric: draw(a, m), height) for metric in content.headlines
     ]
     caption = 'Mean of the seeds; each dot is a run.' if len(content.seeds) > 1 else 'One seed each.'
-    return Section('values', 'Results', caption, [panel for panel in panels if panel])
+    return Section('values', 'By norm', caption, [panel for panel in panels if panel])
 
 
 def _differences(content: Content) -> Section | None:

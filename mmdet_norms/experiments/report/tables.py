@@ -59,13 +59,12 @@ def _place(setting: Setting) -> list[Cell]:
 
 def _results(content: Content) -> Table:
     shown = [m for m in content.metrics if m.scale != 1 or m == content.metric or len(content.metrics) < 12]
-    best = {
-        (size, metric.key): max(
-            (_mean(content, s, metric) for s in content.settings if s.batch_size == size), default=0
-        )
-        for size in content.batch_sizes
-        for metric in shown
-    }
+    best = {}
+    for size in content.batch_sizes:
+        for metric in shown:
+            values = [_mean(content, s, metric) for s in content.settings if s.batch_size == size]
+            if len(set(values)) > 1:  # else nothing stands out
+                best[size, metric.key] = max(values)
     rows = []
     for setting in content.settings:
         cells = _place(setting)
@@ -80,8 +79,7 @@ def _results(content: Content) -> Table:
             middle, deviation = mean(of_seeds), spread(of_seeds)
             text = number(middle * metric.scale, metric.digits)
             text += '' if deviation is None else f' ± {number(deviation * metric.scale, metric.digits)}'
-            several = sum(s.batch_size == setting.batch_size for s in content.settings) > 1
-            top = several and middle == best[setting.batch_size, metric.key]
+            top = middle == best.get((setting.batch_size, metric.key))
             cells.append(Cell(text, middle, 'best' if top else ''))
         rows.append(cells)
     several = any(len(content.values(setting)) > 1 for setting in content.settings)
@@ -93,24 +91,22 @@ def _results(content: Content) -> Table:
 def _differences(content: Content) -> list[Table]:
     found = []
     for metric in content.headlines:
+        differences = content.differences_in(metric)
+        sure = any(difference.effect.p is not None for difference in differences)
         rows = []
-        for difference in content.differences_in(metric):
+        for difference in differences:
             effect = difference.effect.times(metric.scale)
             quiet = '' if effect.is_seen or effect.is_likely else 'quiet'
-            rows.append(
-                [
-                    *_place(difference.setting),
-                    Cell(difference.baseline.method.name),
-                    Cell(signed(effect.difference, metric.digits), effect.difference, quiet),
-                    _interval(effect, metric.digits),
-                    _p(effect.p),
-                    _p(effect.adjusted),
-                    Cell(_said(effect)),
-                ]
-            )
-        columns = ['norm', 'batch size', 'against', 'difference', '95 % interval', 'p', 'p (Holm)', 'in words']
+            row = [*_place(difference.setting), Cell(difference.baseline.method.name)]
+            row += [Cell(signed(effect.difference, metric.digits), effect.difference, quiet)]
+            if sure:
+                row += [_interval(effect, metric.digits), _p(effect.p), _p(effect.adjusted), Cell(_said(effect))]
+            rows.append(row)
+        columns = ['norm', 'batch size', 'against', 'difference']
+        columns += ['95 % interval', 'p', 'p (Holm)', 'in words'] if sure else []
         title = f'Difference from {content.baseline_name}, {metric.name}'
         caption = 'Paired over the seeds. Holm corrects p for the comparisons of the same batch size.'
+        caption = caption if sure else 'Of one seed each, so without an interval.'
         found.append(Table(f'differences-{metric.key}', title, caption, columns, rows))
     return found
 
