@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 # Word -> the module in this folder whose ``main(argv)`` does it. A folder of that name is written ./WORD.
-WORDS: dict[str, str] = {'report': 'compare_report', 'diff': 'compare_diff'}
+WORDS: dict[str, str] = {'run': 'compare_run', 'report': 'compare_report', 'diff': 'compare_diff'}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from mmdet_norms.engine.results import write_json
 from mmdet_norms.entries import name_of
 from mmdet_norms.experiments import Outcome, norm_batch, run
 from mmdet_norms.experiments.grid import LOG
+from mmdet_norms.experiments.progress import GridProgress
 from mmdet_norms.files import require_writable, write_text
 
 from .common import UserError, command, read_config
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     cells = list(norm_batch.cells(args.configs, args.batches, args.seeds, args.cfg_options, args.data_root))
     more = ('--threads', str(args.threads))
-    outcomes = run(cells, args.out, args.jobs, more, _Report(len(cells), args.jobs), read_config)
+    with GridProgress(cells, args.out, args.jobs, _in_words) as progress:
+        outcomes = run(cells, args.out, args.jobs, more, progress.ended, read_config, progress.started, progress.look)
     paths = write(outcomes, args.out, f'{runnable("norm-batch")} {args.said}')
     print(paths[1].read_text(encoding='utf-8'))
     print('written:', *map(str, paths))
@@ -165,27 +167,10 @@ def write(outcomes: Sequence[Outcome], folder: str, said: str) -> list[Path]:
     return paths
 
 
-class _Report:
-    """A line for each training that has come to its end, with the time that the others will take."""
-
-    def __init__(self, total: int, jobs: int) -> None:
-        self.total, self.jobs = total, jobs
-        self.done = self.kept = 0
-        self.seconds: list[float] = []
-
-    def __call__(self, outcome: Outcome) -> None:
-        self.done += 1
-        if outcome.error is None and not outcome.seconds:
-            self.kept += 1
-            return
-        said = (
-            f'failed: {outcome.error}' if outcome.error is not None else f'error {norm_batch.error_of(outcome):.1f} %'
-        )
-        self.seconds.append(outcome.seconds)
-        left = (self.total - self.done) * sum(self.seconds) / len(self.seconds) / self.jobs / 60
-        kept = f', {self.kept} of them kept' if self.kept else ''
-        line = f'{self.done}/{self.total}{kept}: {outcome.cell.name}: {said} ({outcome.seconds:.0f} s)'
-        print(as_text(f'{line}; about {left:.0f} min left'), flush=True)
+def _in_words(outcome: Outcome) -> str:
+    if outcome.error is not None:
+        return f'failed: {outcome.error}'
+    return f'error {norm_batch.error_of(outcome):.1f} %'
 
 
 if __name__ == '__main__':

@@ -7,8 +7,8 @@ newest checkpoint, one that failed is tried again.
 import hashlib
 import json
 import os
+import re
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
@@ -20,16 +20,18 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..engine.results import read_json, write_json
-from ..engine.work_dir import FINISHED, RESULTS, claimed, require_unclaimed
+from ..engine.work_dir import FINISHED, RESULTS, claimed
 from ..errors import UserError
+from .executors import LOG, Executor, Job, Processes
 
-CELL, LOG = 'cell.json', 'output.txt'
-"""In the folder of a cell: what it is, and everything that its process printed."""
+CELL = 'cell.json'
+"""In the folder of a cell: what it is."""
 
 TRAIN = (sys.executable, '-m', 'mmdet_norms', 'train')
 
 _LOCK = '.grid'
-_POLL, _GRACE = 0.2, 20  # seconds between two looks; that a process has to end by itself
+_POLL = 0.2  # seconds between two looks
+_TAIL = 1 << 16  # bytes of a log that are looked at
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -42,12 +44,14 @@ class Cell:
         config: as ``train`` takes it.
         options: further arguments of ``train``, such as ``('--seed', '0')``.
         labels: what the cell is in tables and figures, such as ``dict(norm='BN', seed=0)``; not looked at here.
+        processes: of the training, one for each GPU.
     """
 
     name: str
     config: str
     options: tuple[str, ...] = ()
     labels: dict = field(default_factory=dict, compare=False)
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ def run(
     more: Sequence[str] = (),
     on_end: Callable[[Outcome], None] = lambda outcome: None,
     read: Callable[[str], Config] = Config.fromfile,
+    on_start: Callable[[Cell], None] = lambda cell: None,
+    on_look: Callable[[], None] = lambda: None,
+    executor: Executor | None = None,
 ) -> list[Outcome]:
     """Train the cells that are not finished, ``jobs`` at a time. One that fails does not keep the others from going on.
 
@@ -84,6 +91,9 @@ def run(
         more: arguments of ``train`` that change no result, such as ``('--threads', '1')``.
         on_end: told each outcome when it is there; those of finished cells first.
         read: how ``train`` finds a config.
+        on_start: told each cell that is trained from now on, or still.
+        on_look: called again and again while there is nothing to do.
+        executor: where they are trained; default: in processes of this one.
 
     Returns:
         The outcomes in the order of the cells.
@@ -100,13 +110,15 @@ def run(
         for outcome in outcomes.values():
             on_end(outcome)
         waiting = deque(cell for cell in cells if cell.name not in outcomes)
-        with _Processes(folder, descriptions, more) as processes:
-            while waiting or processes.running:
-                _start_some(waiting, processes, jobs)
-                time.sleep(_POLL)
-                for outcome in processes.ended():
+        with _Trainings(folder, descriptions, more, executor or Processes()) as trainings:
+            while waiting or trainings.running:
+                ended = [*_start_some(waiting, trainings, jobs, on_start), *trainings.ended()]
+                for outcome in ended:
                     outcomes[outcome.cell.name] = outcome
                     on_end(outcome)
+                if not ended:
+                    on_look()
+                    time.sleep(_POLL)
     return [outcomes[cell.name] for cell in cells]
 
 
@@ -116,80 +128,93 @@ def finished(folder: str | os.PathLike) -> dict | None:
     return (read_json(folder / RESULTS) or None) if (folder / FINISHED).is_file() else None
 
 
-def _start_some(waiting: deque[Cell], processes: '_Processes', jobs: int) -> None:
-    """Start what there is room for. A cell that a process of a killed grid still trains goes to the end of the line."""
+def _start_some(
+    waiting: deque[Cell], trainings: '_Trainings', jobs: int, on_start: Callable[[Cell], None]
+) -> Iterator[Outcome]:
+    """Start what there is room for, and tell what another grid has finished.
+
+    A cell that is still trained for a grid that was killed goes to the end of the line.
+    """
     for _ in range(len(waiting)):
-        if len(processes.running) >= jobs:
+        if len(trainings.running) >= jobs:
             return
         cell = waiting.popleft()
-        if processes.is_free(cell):
-            processes.start(cell)
-        else:
+        if not trainings.executor.is_free(trainings.folder / cell.name):
+            on_start(cell)
             waiting.append(cell)
+        elif result := finished(trainings.folder / cell.name):
+            yield Outcome(cell, result)
+        else:
+            on_start(cell)
+            trainings.start(cell)
 
 
-class _Processes:
-    """The trainings that are running; leaving the context ends them."""
+class _Trainings:
+    """Those that are running; leaving the context ends them, unless they are to outlive the grid."""
 
-    def __init__(self, folder: Path, descriptions: dict[str, dict], more: Sequence[str]) -> None:
-        self.folder, self.descriptions, self.more = folder, descriptions, tuple(more)
-        self.running: dict[str, tuple[Cell, subprocess.Popen, float]] = {}
+    def __init__(self, folder: Path, descriptions: dict[str, dict], more: Sequence[str], executor: Executor) -> None:
+        self.folder, self.descriptions, self.more, self.executor = folder, descriptions, tuple(more), executor
+        self.running: dict[str, tuple[Cell, Job, float, int]] = {}
 
-    def __enter__(self) -> '_Processes':
+    def __enter__(self) -> '_Trainings':
         return self
 
     def __exit__(self, *_) -> None:
-        for _, process, _ in self.running.values():
-            process.terminate()
-        end = time.monotonic() + _GRACE
-        for _, process, _ in self.running.values():
-            try:
-                process.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-    def is_free(self, cell: Cell) -> bool:
-        try:
-            require_unclaimed(self.folder / cell.name)
-        except UserError:
-            return False
-        return True
+        self.executor.stop([job for _, job, _, _ in self.running.values()])
 
     def start(self, cell: Cell) -> None:
         folder = self.folder / cell.name
         write_json(folder / CELL, self.descriptions[cell.name])
-        arguments = [cell.config, '--work-dir', str(folder), '--resume', *cell.options, *self.more]
+        log = folder / LOG
+        begin = log.stat().st_size if log.exists() else 0
         paths = [str(_ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
-        with open(folder / LOG, 'ab') as log:
-            process = subprocess.Popen(
-                [*TRAIN, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths), 'PYTHONUNBUFFERED': '1'},
-            )
-        self.running[cell.name] = cell, process, time.monotonic()
+        environment = {'PYTHONPATH': os.pathsep.join(paths), 'PYTHONUNBUFFERED': '1'}
+        job = self.executor.start(folder, command_of(cell, folder, self.more), environment)
+        self.running[cell.name] = cell, job, time.monotonic(), begin
 
     def ended(self) -> Iterator[Outcome]:
-        for name, (cell, process, start) in list(self.running.items()):
-            if process.poll() is not None:
+        for name, (cell, job, start, begin) in list(self.running.items()):
+            status = job.status()
+            if status is not None:
                 del self.running[name]
-                result = finished(self.folder / name) if process.returncode == 0 else None
-                error = None if result else _why(process.returncode, self.folder / name / LOG)
+                result = finished(self.folder / name) if status == 0 else None
+                error = None if result else _why(status, self.folder / name / LOG, begin)
                 yield Outcome(cell, result, error, time.monotonic() - start)
 
 
-def _why(status: int, log: Path) -> str:
-    """Of a failed process: the signal that ended it, or the last line that it printed."""
+def command_of(cell: Cell, folder: Path, more: Sequence[str] = ()) -> list[str]:
+    """The command that trains a cell in a folder, or goes on with it."""
+    arguments = [cell.config, '--work-dir', str(folder), '--resume', *cell.options, *more]
+    if cell.processes == 1:
+        return [*TRAIN, *arguments]
+    several = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(cell.processes)]
+    return [TRAIN[0], *several, *TRAIN[1:], *arguments, '--launcher', 'pytorch']
+
+
+def last_line(log: Path, begin: int = 0) -> str | None:
+    """Of a log, from byte ``begin`` on: the last error that it tells of, else its last line.
+
+    What torchrun prints when a process has failed comes after the error that says why.
+    """
+    with suppress(OSError), open(log, 'rb') as file:
+        file.seek(max(begin, log.stat().st_size - _TAIL))
+        lines = [line.strip() for line in file.read().decode('utf-8', 'replace').splitlines()]
+        errors = [line for line in lines if _ERROR.match(line) and 'ChildFailedError' not in line]
+        said = errors[-1:] or [line for line in lines if line][-1:]
+        return re.sub(r'^\[rank\d+\]:\s*', '', said[0]) if said else None
+    return None
+
+
+_ERROR = re.compile(r'(\[rank\d+\]:\s*)?(error: |[A-Za-z_][\w.]*(Error|Exception|Interrupt)(: |$))')
+
+
+def _why(status: int | str, log: Path, begin: int) -> str:
+    """Of a failed training: the signal that ended it, or what it printed."""
+    if isinstance(status, str):
+        return status
     if status < 0:
         return f'ended by {signal.Signals(-status).name}'
-    with suppress(OSError):
-        lines = log.read_bytes()[-(1 << 16) :].decode('utf-8', 'replace').splitlines()
-        said = [line.strip() for line in lines if line.strip()]
-        if said:
-            return said[-1]
-    return f'ended with status {status}'
+    return last_line(log, begin) or f'ended with status {status}'
 
 
 def _descriptions(cells: Sequence[Cell], read: Callable[[str], Config]) -> dict[str, dict]:
@@ -199,14 +224,17 @@ def _descriptions(cells: Sequence[Cell], read: Callable[[str], Config]) -> dict[
         content = json.dumps(read(config).to_dict(), sort_keys=True, default=repr)
         digests[config] = hashlib.sha256(content.encode()).hexdigest()[:16]
     return {
-        cell.name: dict(config=cell.config, content=digests[cell.config], options=list(cell.options)) for cell in cells
+        cell.name: dict(
+            config=cell.config, content=digests[cell.config], options=list(cell.options), labels=cell.labels
+        )
+        for cell in cells
     }
 
 
 def _require_same(folder: Path, description: dict) -> None:
     found = read_json(folder / CELL)
     for key, value in description.items() if found else ():
-        if key != 'config' and found.get(key) != value:
+        if key not in ('config', 'labels') and found.get(key) != value:
             what = f'another content of {description["config"]}' if key == 'content' else f'{found.get(key)}'
             raise UserError(
                 f'{folder} holds a training with {what}, which does not belong in a table with '

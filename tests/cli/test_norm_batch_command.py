@@ -59,7 +59,7 @@ def test_a_killed_grid_goes_on_and_trains_nothing_twice(data, tmp_path):
 
 
 def test_a_failed_training_is_named_and_the_status_says_so(data, tmp_path, monkeypatch, capsys):
-    def run(cells, folder, jobs, more, on_end, read):
+    def run(cells, folder, jobs, more, on_end, *_):
         outcomes = [Outcome(cells[0], {'accuracy/top1': 0.75}, None, 3.0), Outcome(cells[1], None, 'error: no', 3.0)]
         for outcome in outcomes:
             on_end(outcome)

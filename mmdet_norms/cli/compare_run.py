@@ -1,0 +1,350 @@
+"""``tools/compare.py run``: train norm x batch size x seed, and compare."""
+
+import argparse
+import ast
+import copy
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+
+from mmdet_norms import cores
+from mmdet_norms.benchmark.measure import describe_machine, now
+from mmdet_norms.commands import runnable, typed
+from mmdet_norms.console import as_text, plain_console
+from mmdet_norms.engine.results import read_json
+from mmdet_norms.engine.threads import fixed_by
+from mmdet_norms.experiments import executors, report, run
+from mmdet_norms.experiments.comparison import FINISHED, WAITING, Comparison, Record, in_words, table
+from mmdet_norms.experiments.grid import LOG, Cell, Outcome, command_of, finished
+from mmdet_norms.experiments.progress import GridProgress
+from mmdet_norms.experiments.runs import GRID
+from mmdet_norms.files import require_writable
+from mmdet_norms.placement import apply_norm
+
+from . import batch_size, train
+from .common import UserError, command, read_config, require_annotations
+from .options import add_option_arguments, merge_options
+
+_DIGITS = 2**32
+_KEPT_CHECKPOINTS = 'default_hooks.checkpoint.max_keep_ckpts'
+# Of train, what this command says itself.
+_OURS = ('--work-dir', '--resume', '--overwrite', '--norm', '--seed', '--batch-size', '--budget', '--launcher')
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train what is not trained yet, then compare."""
+    args = parse_args(argv)
+    comparison = _comparison(args)
+    cells = list(comparison.cells())
+    if args.dry_run:
+        _list(cells, args)
+        return
+    executor = executors.make(args.executor, args.gpus, args.jobs, args.slurm)
+    require_writable(Path(args.out) / GRID, '--out')
+    about = dict(command=f'{runnable("compare")} run {args.said}', date=now(), machine=_machine())
+    threads = _threads(args)
+    if threads is not None:
+        about.update(threads=threads, at_a_time=args.jobs * comparison.processes)
+    more = [] if threads is None else ['--threads', str(threads)]
+    record = Record(args.out, about, comparison)
+    progress = GridProgress(cells, args.out, args.jobs, in_words)
+
+    def started(cell: Cell) -> None:
+        record.started(cell)
+        progress.started(cell)
+
+    def ended(outcome: Outcome) -> None:
+        record.ended(outcome)
+        progress.ended(outcome)
+
+    try:
+        with progress:
+            outcomes = run(cells, args.out, args.jobs, more, ended, read_config, started, progress.look, executor)
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        if executor.outlives:
+            print('stopped; jobs that are queued or running go on, and the same command waits for them', flush=True)
+        else:
+            record.stopped()
+            print('stopped; what was written stays, and the same command goes on with it', flush=True)
+        raise SystemExit(130 if isinstance(stopped, KeyboardInterrupt) else stopped.code) from None
+    plain_console().print(table(outcomes))
+    if any(outcome.result for outcome in outcomes):
+        paths = report.write([args.out], Path(args.out) / 'report', images=args.images)
+        print(''.join(f'{text}\n\n' for text in report.said(paths)), end='')
+        print('written:', *map(str, paths))
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    for outcome in failed:
+        print(as_text(f'failed: {outcome.cell.name}: {outcome.error} ({Path(args.out) / outcome.cell.name / LOG})'))
+    if failed:
+        print(f'{len(failed)} of {len(outcomes)} trainings failed; the same command tries them again')
+        sys.exit(1)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line; what stands behind ``--`` becomes ``for_train``."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    before, behind = (argv[: argv.index('--')], argv[argv.index('--') + 1 :]) if '--' in argv else (argv, [])
+    args = _parser().parse_args(before)
+    args.said, args.for_train = shlex.join(argv), behind
+    for option, least in (('batch-sizes', 1), ('seeds', 0)):
+        values = getattr(args, option.replace('-', '_')) or [least]
+        if min(values) < least or max(values) >= _DIGITS or len(set(values)) < len(values):
+            said = ' '.join(map(str, values))
+            raise UserError(f'--{option} {said}: must be different whole numbers of at least {least}')
+    for option, least in (('jobs', 1), ('threads', 1), ('gpus', 0), ('images', 0)):
+        value = getattr(args, option)
+        if value is not None and value < least:
+            raise UserError(f'--{option} {value}: must be at least {least}')
+    if len(set(args.norms)) < len(args.norms):
+        raise UserError(f'--norms {" ".join(args.norms)}: must be different names')
+    args.grid = _grid(args.grid)
+    args.slurm = _parameters(args.slurm, args.executor)
+    args.out = args.out or f'work_dirs/compare/{Path(args.config).stem}'
+    args.processes = max(1, args.gpus or 1)
+    _require_what_all_need(args)
+    if args.jobs is None:
+        args.jobs = len(list(_comparison(args).cells())) if args.executor == executors.SLURM else 1
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f'{typed("compare")} run',
+        description='Train a config with each norm, batch size and seed, and compare. Each training is a run of '
+        f'{typed("train")} in a work dir of its own. The same command goes on where it was stopped (docs/compare.md).',
+        epilog=f'What stands behind -- goes to every training: ... -- --amp. All that it may be: {typed("train")} '
+        '--help.',
+    )
+    parser.add_argument('config', help='as for train; the linear rule starts from its batch size')
+    parser.add_argument('--norms', nargs='+', required=True, metavar='NAME', help='as --norm of train')
+    parser.add_argument(
+        '--batch-sizes',
+        nargs='+',
+        type=int,
+        metavar='B',
+        help="images per iteration, of all processes together; default: the config's",
+    )
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0], metavar='S', help='default 0')
+    parser.add_argument(
+        '--grid',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='KEY=V1,V2',
+        help='any key of the config, to be varied as well; several keys: every combination',
+    )
+    parser.add_argument(
+        '--budget',
+        choices=[batch_size.ITERS, batch_size.IMAGES],
+        default=batch_size.IMAGES,
+        help='what is the same for all batch sizes: the images that are seen (default), or the iterations',
+    )
+    parser.add_argument('--no-scale-lr', action='store_true', help='the same learning rate for every batch size')
+    parser.add_argument(
+        '--out',
+        metavar='DIR',
+        help='for report/, grid.json and a work dir of each training; default work_dirs/compare/ and the name of the '
+        'config',
+    )
+    parser.add_argument('--jobs', type=int, metavar='N', help='trainings at a time; default 1, under Slurm all')
+    parser.add_argument(
+        '--executor',
+        choices=[executors.PROCESS, executors.LOCAL, executors.SLURM],
+        default=executors.PROCESS,
+        help="where trainings run: in processes of this command (default), or through submitit's executors, here "
+        '(local) or as jobs of Slurm',
+    )
+    parser.add_argument(
+        '--slurm',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='KEY=VALUE',
+        help="parameters of submitit's executor for Slurm, such as partition=gpu timeout_min=600 cpus_per_task=8",
+    )
+    parser.add_argument(
+        '--gpus',
+        type=int,
+        metavar='N',
+        help='of each training, which is N processes started by torchrun (on the CPU, where there is no GPU); 0: none',
+    )
+    parser.add_argument('--threads', type=int, metavar='N', help='CPU threads of each process')
+    parser.add_argument('--epochs', type=int, metavar='N', help="as for train, with the config's batch size")
+    parser.add_argument('--lr', type=float, metavar='LR', help="as for train, for the config's batch size")
+    parser.add_argument('--data-root', metavar='DIR', help='as for train')
+    parser.add_argument('--val-fraction', type=float, metavar='F', help='as for train')
+    parser.add_argument(
+        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='as for train, for every training'
+    )
+    parser.add_argument(
+        '--images',
+        type=int,
+        default=4,
+        metavar='N',
+        help='as for compare report, which ends the command; default 4',
+    )
+    parser.add_argument('--dry-run', action='store_true', help='list the trainings and their commands, and stop')
+    return parser
+
+
+def _comparison(args: argparse.Namespace) -> Comparison:
+    options = []
+    for option in ('epochs', 'lr', 'data-root', 'val-fraction'):
+        value = getattr(args, option.replace('-', '_'))
+        options += [] if value is None else [f'--{option}', str(value)]
+    options += [*['--no-scale-lr'] * args.no_scale_lr, *args.for_train]
+    return Comparison(
+        args.config,
+        args.norms,
+        args.batch_sizes,
+        args.seeds,
+        args.grid,
+        args.budget,
+        options,
+        args.cfg_options,
+        args.processes,
+    )
+
+
+def _require_what_all_need(args: argparse.Namespace) -> None:
+    """One error instead of one for each training. What only some of them lack is found when they begin."""
+    refused = [option for option in args.for_train if option.partition('=')[0] in _OURS]
+    if refused:
+        raise UserError(f'-- {refused[0]}: is for this command to say, and differs from training to training')
+    cfg = read_config(args.config)
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint')
+    said = any(option.partition('=')[0] == _KEPT_CHECKPOINTS for option in args.cfg_options)
+    if isinstance(hook, dict) and hook.get('max_keep_ckpts', -1) == -1 and not said:
+        # two, since mmengine deletes one before it writes the next
+        args.cfg_options = [f'{_KEPT_CHECKPOINTS}=2', *args.cfg_options]
+    comparison = replace(_comparison(args), batch_sizes=args.batch_sizes or [1], grid={})
+    for_train = train.parse_args([args.config, *next(comparison.cells()).options])
+    lacking: dict[str, list[UserError]] = {}
+    for norm in args.norms:
+        cfg = read_config(args.config)
+        try:
+            cfg.model = apply_norm(cfg.model, norm)
+        except ValueError as error:
+            raise UserError(f'--norms {norm}: {error}') from error
+        merge_options(cfg, for_train)
+        for key, values in args.grid.items():
+            if (error := _wrong(cfg, key, values[0])) is not None:
+                lacking.setdefault(key, []).append(error)
+    for errors in lacking.values():
+        if len(errors) == len(args.norms):
+            raise UserError(str(errors[0]).replace('--cfg-options', '--grid'))
+    args.batch_sizes = args.batch_sizes or [batch_size.reference_batch(cfg)]
+    for batch in args.batch_sizes:
+        if batch % args.processes:
+            raise UserError(
+                f'--batch-sizes {batch}: is of all processes together, and must be a multiple of --gpus {args.gpus}'
+            )
+    batch_size.begin(copy.deepcopy(cfg), for_train)
+    _require_data(cfg, args.data_root)
+
+
+def _require_data(cfg: Config, data_root: str | None) -> None:
+    if data_root is not None:
+        if not Path(data_root).is_dir():
+            raise UserError(f'--data-root: there is no folder {data_root}')
+        return
+    for loader in ('train_dataloader', 'val_dataloader'):
+        require_annotations(cfg, loader)
+        root = ((cfg.get(loader) or {}).get('dataset') or {}).get('data_root')
+        if root and '://' not in root and not Path(root).is_dir():
+            raise UserError(f'{loader}.dataset.data_root: there is no folder {root}; name another one by --data-root')
+
+
+def _wrong(cfg: Config, key: str, value: str) -> UserError | None:
+    parser = argparse.ArgumentParser(prog=f'{typed("compare")} run', usage=argparse.SUPPRESS)
+    add_option_arguments(parser)
+    try:
+        merge_options(copy.deepcopy(cfg), parser.parse_args(['--cfg-options', f'{key}={value}']))
+    except UserError as error:
+        return error
+    return None
+
+
+def _grid(given: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for text in given:
+        key, equals, values = text.partition('=')
+        split = _at_commas(values)
+        if not equals or not all(key.split('.')) or not all(split):
+            raise UserError(f'--grid {text}: must be KEY=V1,V2, such as optim_wrapper.optimizer.weight_decay=0.05,0.1')
+        if key in found or len(set(split)) < len(split):
+            raise UserError(f'--grid {text}: every key once, with different values')
+        found[key] = split
+    return found
+
+
+def _at_commas(text: str) -> list[str]:
+    """Parts between the commas that are in no brackets."""
+    parts, depth = [''], 0
+    for character in text:
+        depth += (character in '([{') - (character in ')]}')
+        if character == ',' and depth == 0:
+            parts.append('')
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
+
+
+def _parameters(given: Sequence[str], executor: str) -> dict[str, Any]:
+    if given and executor != executors.SLURM:
+        raise UserError(f'--slurm {" ".join(given)}: is for --executor {executors.SLURM}')
+    found = {}
+    for text in given:
+        key, equals, value = text.partition('=')
+        if not equals or not key:
+            raise UserError(f'--slurm {text}: must be KEY=VALUE, such as timeout_min=600')
+        try:
+            found[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            found[key] = value
+    return found
+
+
+def _machine() -> str:
+    found = describe_machine(_device())
+    return f'{found["gpu"] or found["cpu"]}, {found["cores"]} cores, torch {found["torch"]}'
+
+
+def _device() -> str:
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def _threads(args: argparse.Namespace) -> int | None:
+    """As train chooses them, but once for all: with another number, last bits of results are others."""
+    if args.threads is not None or args.executor == executors.SLURM:
+        return args.threads
+    if _device() != 'cpu' or fixed_by() is not None:
+        return None
+    at_a_time, before = args.jobs * args.processes, read_json(Path(args.out) / GRID)
+    if before.get('at_a_time') == at_a_time and isinstance(before.get('threads'), int):
+        return before['threads']
+    return cores.threads_for(cores.load_since_begin(), at_a_time)
+
+
+def _list(cells: Sequence[Cell], args: argparse.Namespace) -> None:
+    done = [cell.name for cell in cells if finished(Path(args.out) / cell.name)]
+    print(f'{len(cells)} trainings, {len(done)} of them finished, in {args.out}:')
+    width = max(len(cell.name) for cell in cells)
+    for cell in cells:
+        parts = command_of(cell, Path(args.out) / cell.name)
+        shown = shlex.join(parts[parts.index('train') + 1 :])
+        several = f'torchrun --standalone --nproc-per-node {cell.processes} -m mmdet_norms train'
+        start = runnable('train') if cell.processes == 1 else several
+        status = FINISHED if cell.name in done else WAITING
+        print(as_text(f'{status:8}  {cell.name:{width}}  {start} {shown}'))
+
+
+if __name__ == '__main__':
+    main()

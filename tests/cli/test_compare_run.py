@@ -1,0 +1,152 @@
+"""``tools/compare.py run``: from the command line to the cells, and what it refuses."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from helpers import tiny, tiny_cls
+from mmdet_norms.cli import compare, compare_run
+from mmdet_norms.experiments import Outcome
+from mmdet_norms.experiments.grid import FINISHED
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+    return str(tiny.write_config(tmp_path_factory.mktemp('tiny'), 'auto_scale_lr = dict(base_batch_size=4)\n'))
+
+
+def parsed(config, *arguments):
+    args = compare_run.parse_args([config, *arguments])
+    return args, list(compare_run._comparison(args).cells())
+
+
+def test_options_reach_every_training(config):
+    args, cells = parsed(
+        config,
+        *('--norms', 'bn', 'gn', '--batch-sizes', '2', '8', '--seeds', '0', '1', '--budget', 'iters', '--no-scale-lr'),
+        *('--epochs', '3', '--lr', '0.1', '--gpus', '2', '--cfg-options', 'train_cfg.val_interval=2'),
+        *('--grid', 'optim_wrapper.optimizer.betas=(0.9,0.99),(0.9,0.999)', '--', '--amp'),
+    )
+    assert len(cells) == 16 and args.jobs == 1 and args.out == 'work_dirs/compare/tiny'
+    assert cells[0].options == (
+        *('--norm', 'bn', '--batch-size', '2', '--budget', 'iters', '--seed', '0', '--epochs', '3', '--lr', '0.1'),
+        *('--no-scale-lr', '--amp', '--cfg-options', 'default_hooks.checkpoint.max_keep_ckpts=2'),
+        *('train_cfg.val_interval=2', 'optim_wrapper.optimizer.betas=(0.9,0.99)'),
+    )
+    assert cells[0].processes == 2
+
+
+def test_what_is_left_out_is_that_of_the_config(config):
+    _, cells = parsed(config, '--norms', 'bn', '--cfg-options', 'default_hooks.checkpoint.max_keep_ckpts=1')
+    assert [cell.labels for cell in cells] == [dict(norm='bn', batch_size=4, seed=0)]
+    assert cells[0].options[-1] == 'default_hooks.checkpoint.max_keep_ckpts=1'
+
+
+@pytest.mark.parametrize(
+    'arguments, said',
+    [
+        (['--norms', 'bn', 'gnn'], '--norms gnn: '),
+        (['--norms', 'bn', 'bn'], '--norms bn bn: must be different names'),
+        (['--norms', 'bn', '--batch-sizes', '0'], '--batch-sizes 0: must be different whole numbers of at least 1'),
+        (['--norms', 'bn', '--batch-sizes', '3', '--gpus', '2'], '--batch-sizes 3: is of all processes together'),
+        (['--norms', 'bn', '--seeds', '1', '1'], '--seeds 1 1: must be different'),
+        (['--norms', 'bn', '--jobs', '0'], '--jobs 0: must be at least 1'),
+        (['--norms', 'bn', '--grid', 'a.b'], '--grid a.b: must be KEY=V1,V2'),
+        (['--norms', 'bn', '--grid', 'a=1,1'], '--grid a=1,1: every key once, with different values'),
+        (
+            ['--norms', 'bn', '--grid', 'optim_wrapper.optimiser.lr=1,2'],
+            '--grid optim_wrapper.optimiser.lr: the config',
+        ),
+        (['--norms', 'bn', '--cfg-options', 'train_cfg.max_epoch=3'], 'train_cfg.max_epochs'),
+        (['--norms', 'bn', '--cfg-options', 'train_dataloader.batch_size=3'], 'train_dataloader.batch_size says some'),
+        (['--norms', 'bn', '--data-root', 'nowhere'], '--data-root: there is no folder nowhere'),
+        (
+            ['--norms', 'bn', '--cfg-options', 'train_dataloader.dataset.ann_file=no.json'],
+            'there is no annotation file',
+        ),
+        (['--norms', 'bn', '--slurm', 'partition=gpu'], '--slurm partition=gpu: is for --executor slurm'),
+        (['--norms', 'bn', '--', '--seed', '3'], '-- --seed: is for this command to say'),
+        (['--norms', 'bn', '--executor', 'slurm'], '--executor slurm: there is no srun here'),
+    ],
+)
+def test_what_is_wrong_is_one_error_before_anything_is_trained(config, arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare_run, 'run', lambda *_: pytest.fail('trained'))
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        compare.main(['run', config, '--out', str(tmp_path / 'out'), *arguments])
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and said in message and message.count('error:') == 1
+    assert not (tmp_path / 'out' / 'grid.json').exists()
+
+
+def test_a_key_that_only_some_norms_have_is_no_error_of_the_grid(config):
+    _, cells = parsed(config, '--norms', 'bn', 'bnet5', '--grid', 'model.backbone.norm_at.last.kernel_size=3,4')
+    assert len(cells) == 4
+
+
+def test_a_failed_training_is_named_and_the_status_says_so(config, tmp_path, monkeypatch, capsys):
+    def run(cells, folder, jobs, more, on_end, read, on_start, *_):
+        assert more == ['--threads', '1']
+        found = [Outcome(cells[0], {'bbox_mAP': 0.5}, None, 3.0), Outcome(cells[1], None, 'error: no', 3.0)]
+        for outcome in found:
+            on_start(outcome.cell)
+            on_end(outcome)
+        return found
+
+    monkeypatch.setattr(compare_run, 'run', run)
+    reported = SimpleNamespace(write=lambda *given, **more: [(given, more)], said=lambda paths: ['no difference seen'])
+    monkeypatch.setattr(compare_run, 'report', reported)
+    with pytest.raises(SystemExit) as ended:
+        compare.main(['run', config, '--norms', 'bn', 'gn', '--out', str(tmp_path), '--threads', '1'])
+    said = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert '1/2: bn-b4-s0: bbox AP 0.500 (3 s)' in said and '2/2: gn-b4-s0: failed: error: no' in said
+    assert 'no difference seen\n' in said
+    assert 'failed: gn-b4-s0: error: no (' in said and '1 of 2 trainings failed' in said
+    written = json.loads((tmp_path / 'grid.json').read_text())
+    assert [cell['status'] for cell in written['cells']] == ['finished', 'failed']
+    assert ' run ' in written['command'] and written['threads'] == 1
+
+
+def test_threads_are_chosen_once(config, tmp_path, monkeypatch):
+    """The second command would find the machine busy, and the last bits of its results were others."""
+    monkeypatch.setattr(compare_run, 'fixed_by', lambda: None)
+    monkeypatch.setattr(compare_run, '_device', lambda: 'cpu')
+    asked = []
+    monkeypatch.setattr(compare_run.cores, 'threads_for', lambda load, number: asked.append(number) or 7)
+    given = [config, '--norms', 'bn', '--batch-sizes', '4', '--gpus', '2', '--out', str(tmp_path)]
+    assert compare_run._threads(compare_run.parse_args([*given, '--jobs', '3'])) == 7 and asked == [6]
+    (tmp_path / 'grid.json').write_text('{"threads": 5, "at_a_time": 6}')
+    assert compare_run._threads(compare_run.parse_args([*given, '--jobs', '3'])) == 5
+    assert compare_run._threads(compare_run.parse_args([*given, '--jobs', '2'])) == 7
+    assert compare_run._threads(compare_run.parse_args([*given, '--threads', '9'])) == 9
+
+
+def test_the_trainings_are_listed(config, tmp_path, capsys):
+    (tmp_path / 'bn-b4-s0').mkdir()
+    (tmp_path / 'bn-b4-s0' / 'results.json').write_text('{"x": 1}')
+    (tmp_path / 'bn-b4-s0' / FINISHED).write_text('{}')
+    compare.main(['run', config, '--norms', 'bn', 'gn', '--out', str(tmp_path), '--dry-run'])
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f'2 trainings, 1 of them finished, in {tmp_path}:'
+    assert [line.split()[:2] for line in lines] == [['finished', 'bn-b4-s0'], ['waiting', 'gn-b4-s0']]
+    assert f'train.py {config} --work-dir {tmp_path}/gn-b4-s0 --resume --norm gn --batch-size 4' in lines[1]
+
+
+@pytest.mark.slow
+def test_a_planted_failure_leaves_the_other_trainings_and_the_report(tmp_path, capsys):
+    """tests/cli/test_norm_batch_command.py kills a grid."""
+    config, out = tiny_cls.write_config(tmp_path), tmp_path / 'out'
+    call = ['run', str(config), '--norms', 'bnet5', '--batch-sizes', '6', '--epochs', '1', '--out', str(out)]
+    with pytest.raises(SystemExit) as ended:
+        compare.main([*call, '--grid', 'model.backbone.norm_at.last.kernel_size=4,3', '--images', '0'])
+    said = capsys.readouterr().out
+    assert ended.value.code == 1 and '1 of 2 trainings failed' in said, said
+    cells = {cell['name']: cell for cell in json.loads((out / 'grid.json').read_text())['cells']}
+    assert cells['bnet5-b6-kernel_size=3-s0']['status'] == 'finished'
+    assert cells['bnet5-b6-kernel_size=4-s0']['status'] == 'failed'
+    assert 'kernel_size' in cells['bnet5-b6-kernel_size=4-s0']['error']
+    assert json.loads((out / 'bnet5-b6-kernel_size=3-s0' / 'cost.json').read_text())['batch_size'] == 6
+    assert 'must be an odd positive integer' in (out / 'report' / 'report.md').read_text()
