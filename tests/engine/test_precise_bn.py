@@ -12,6 +12,7 @@ from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
@@ -63,6 +64,7 @@ class Model(BaseModel):
         if mode != 'loss':
             self.seen.append({k: v.clone() for k, v in self.state_dict().items() if 'running' in k})
             return [0.0] * len(x)
+        assert MessageHub.get_current_instance().get_info('iter') is not None  # as BatchSyncRandomResize asks
         for layer in self.layers:
             x = layer(x)
         loss = nn.functional.dropout(x).square().mean() + x.mean()
@@ -97,7 +99,7 @@ def runner_of(
     start_cpu_processes(cfg)
     loader = dict(dataset=Images(), batch_size=2, num_workers=workers, collate_fn=dict(type='default_collate'))
     val = dict(loader, batch_size=12, sampler=dict(type='DefaultSampler', shuffle=False), num_workers=0)
-    hooks = [dict(type='RandomStateHook'), dict(type='SyncBuffersHook')]
+    hooks = [dict(type='RandomStateHook'), dict(type='SyncBuffersHook'), dict(type='ChannelsLastHook')]
     hooks += [dict(type='PreciseBNHook', num_images=images, at_test=at_test)] * hook + [dict(type='StartHook')] * start
     hooks += [dict(type='EMAHook', momentum=0.3)] * ema
     runner = Runner(
