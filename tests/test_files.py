@@ -1,11 +1,12 @@
 """Files are whole or not there."""
 
 import os
-import subprocess
+import signal
 import sys
 
 import pytest
 
+from helpers import warm
 from mmdet_norms.files import replacing, unfinished
 
 
@@ -43,7 +44,7 @@ def test_a_killed_process_leaves_the_old_file_and_a_part_that_is_found(tmp_path)
     code += (
         'with replacing(sys.argv[1]) as part:\n    part.write_text("half")\n    os.kill(os.getpid(), signal.SIGKILL)\n'
     )
-    subprocess.run([sys.executable, '-c', code, str(tmp_path / 'a.txt')], check=False)
+    assert warm.run([sys.executable, '-c', code, str(tmp_path / 'a.txt')]).returncode == -signal.SIGKILL
     assert (tmp_path / 'a.txt').read_text() == 'old' and len(unfinished(tmp_path)) == 1
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import keyword
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,19 +124,24 @@ def test_importing_twice_registers_once():
     build_norm_layer(dict(type='BNET'), 8)
 
 
-@pytest.mark.parametrize('default_scope', ["default_scope = 'mmdet'\n", ''])
-def test_custom_imports_in_a_config_is_all_that_a_stock_tool_needs(tmp_path, default_scope):
-    config = tmp_path / 'config.py'
-    config.write_text(
-        default_scope + "custom_imports = dict(imports=['mmdet_norms'], allow_failed_imports=False)\n"
-        "norm_cfg = dict(type='BNET', kernel_size=7)\n"
-    )
+def test_custom_imports_in_a_config_is_all_that_a_stock_tool_needs(tmp_path):
+    """In processes that have not imported the package; with a default scope and without one."""
+    for name, default_scope in (('with', "default_scope = 'mmdet'\n"), ('without', '')):
+        (tmp_path / f'{name}.py').write_text(
+            default_scope + "custom_imports = dict(imports=['mmdet_norms'], allow_failed_imports=False)\n"
+            "norm_cfg = dict(type='BNET', kernel_size=7)\n"
+        )
     code = (
-        'from mmengine.config import Config; from mmcv.cnn import build_norm_layer;'
-        f'cfg = Config.fromfile({str(config)!r}); print(build_norm_layer(cfg.norm_cfg, 4)[0])'
+        'import os, sys; from mmengine.config import Config; from mmcv.cnn import build_norm_layer\n'
+        "assert 'mmdet_norms' not in sys.modules\n"
+        "name = 'without' if os.fork() else 'with'\n"
+        "cfg = Config.fromfile(f'{name}.py'); print(name, build_norm_layer(cfg.norm_cfg, 4)[0], flush=True)\n"
+        "sys.exit(os.wait()[1] if name == 'without' else 0)"
     )
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=PACKAGE.parent)
-    assert done.returncode == 0 and done.stdout.split()[-1] == 'bnet', done.stderr
+    env = {**os.environ, 'PYTHONPATH': str(PACKAGE.parent)}
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert {'with bnet', 'without bnet'} <= set(done.stdout.splitlines())
 
 
 def _imports(path: Path) -> set[str]:

@@ -1,8 +1,6 @@
 """The chart of what a training step costs, from what the benchmark has written; and how busy the machine was."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -91,24 +89,6 @@ def test_how_busy_it_was_is_said_below_a_table_and_in_the_files():
     machine = dict(gpu=None, cuda=None, cpu='', cores=2, threads=2, torch='', python='', system='', load=0)
     text = report.markdown(dict(command='', date='', machine=machine, groups=[busy]))
     assert all(f'{line}.' in text for line in lines)
-
-
-@pytest.mark.parametrize(
-    'start', [['tools/benchmark.py'], ['-m', 'mmdet_norms', 'benchmark'], ['-m', 'mmdet_norms.cli.benchmark']]
-)
-def test_waiting_threads_spin_briefly_however_it_is_started(start, tmp_path, monkeypatch):
-    """It must be in the environment before torch is loaded, which loads OpenMP."""
-    monkeypatch.delenv('GOMP_SPINCOUNT', raising=False)
-    size = ['--level', 'layer', '--layers', 'bn', '--size', '2', '4', '5', '5', '--repeats', '1', '--device', 'cpu']
-    out = ['--no-reference', '--mode', 'eval', '--out', str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, *start, *size, *out, '--threads', '2'], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert 'CPU threads: 2 (--threads)' in done.stdout and 'GOMP_SPINCOUNT' not in done.stdout
-    result = json.loads((tmp_path / 'benchmark.json').read_text())
-    assert result['machine']['spincount'] == '10000' and result['groups'][0]['load']['threads'] == 2
-    assert isinstance(result['machine']['compiled'], bool) and result['groups'][0]['load']['cores'] > 0
 
 
 def test_a_program_that_has_loaded_torch_before_is_told(monkeypatch):

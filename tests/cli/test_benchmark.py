@@ -209,7 +209,9 @@ def test_what_is_wrong_is_said_before_anything_is_measured(tmp_path, capsys, mon
 
 
 @pytest.mark.slow
-def test_the_script_runs_from_a_checkout(tmp_path):
+def test_the_script_runs_from_a_checkout(tmp_path, monkeypatch):
+    """In a process that has not loaded torch before, which reads how long its threads spin."""
+    monkeypatch.delenv('GOMP_SPINCOUNT', raising=False)
     command = [
         sys.executable,
         str(ROOT / 'tools' / 'benchmark.py'),
@@ -222,8 +224,14 @@ def test_the_script_runs_from_a_checkout(tmp_path):
         'eval',
         '--out',
         'here',
+        '--threads',
+        '2',
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'here' / 'benchmark.png').stat().st_size > 0
     assert 'profiler' not in done.stderr.lower()
+    assert 'CPU threads: 2 (--threads)' in done.stdout and 'GOMP_SPINCOUNT' not in done.stdout
+    result = json.loads((tmp_path / 'here' / 'benchmark.json').read_text())
+    assert result['machine']['spincount'] == '10000' and result['groups'][0]['load']['threads'] == 2
+    assert isinstance(result['machine']['compiled'], bool) and result['groups'][0]['load']['cores'] > 0

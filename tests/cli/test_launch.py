@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import warm
+
 LAUNCH = Path(__file__).resolve().parents[2] / 'tools' / 'launch.py'
 SCRIPT = """
 import os, signal, sys, time
@@ -24,11 +26,11 @@ sys.exit(int(what))
 """
 
 
-def start(folder, what):
+def start(folder, what, popen=warm.Popen):
     (folder / 'script.py').write_text(SCRIPT)
     command = [sys.executable, str(LAUNCH), '--nnodes=1', '--nproc_per_node=1', '--standalone', 'script.py', what]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=folder, env=dict(os.environ, OMP_NUM_THREADS='1'), **pipes)
+    return popen(command, cwd=folder, env=dict(os.environ, OMP_NUM_THREADS='1'), **pipes)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def start(folder, what):
     ],
 )
 def test_the_status_is_that_of_the_processes(tmp_path, what, status, said):
-    process = start(tmp_path, what)
+    process = start(tmp_path, what, subprocess.Popen if what == 'kill' else warm.Popen)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == status
     assert errors.count('Traceback') == (what == 'raise') and 'elastic/multiprocessing/errors' not in errors

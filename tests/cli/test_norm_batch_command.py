@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers import warm
 from mmdet_norms.cli import norm_batch
 from mmdet_norms.datasets.shapes_cls import make_shapes_cls
 from mmdet_norms.errors import UserError
 from mmdet_norms.experiments import Outcome, grid
 
-TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'norm_batch.py'
-CONFIGS = TOOL.parents[1] / 'configs' / 'demo'
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'demo'
 
 
 @pytest.fixture(scope='module')
@@ -34,17 +34,17 @@ def options(data):
 @pytest.mark.slow
 def test_a_killed_grid_goes_on_and_trains_nothing_twice(data, tmp_path):
     out = tmp_path / 'out'
-    call = [sys.executable, TOOL, '--norms', 'bn', 'mabn', '--batches', '2', '--seeds', '0', '--out', out]
+    code = "from helpers import warm; warm.begin_warm(); from mmdet_norms_start.commands import run; run('norm-batch')"
+    call = [sys.executable, '-c', code, '--norms', 'bn', 'mabn', '--batches', '2', '--seeds', '0', '--out', out]
     call += ['--cfg-options', *options(data)]
-    first = out / 'bn-2-seed0' / grid.FINISHED
-    with subprocess.Popen(call, stdout=subprocess.DEVNULL) as killed:
+    first, second = out / 'bn-2-seed0' / grid.FINISHED, out / 'mabn-2-seed0' / grid.LOG
+    with warm.Popen(call, stdout=subprocess.DEVNULL) as killed:
         end = time.monotonic() + 300
-        while not first.exists() and killed.poll() is None and time.monotonic() < end:
+        while not second.exists() and killed.poll() is None and time.monotonic() < end:
             time.sleep(0.1)
-        time.sleep(2)  # the next one has begun, and goes on
-        killed.kill()
+        killed.kill()  # the second has begun, and goes on
     written = first.stat().st_mtime_ns
-    again = subprocess.run(call, capture_output=True, text=True, timeout=600)
+    again = warm.run(call, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stdout + again.stderr
     assert first.stat().st_mtime_ns == written
     assert ' of them kept: ' in again.stdout and '| images per group | BN | MABN |' in again.stdout

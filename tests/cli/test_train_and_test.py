@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import mmdet_norms  # noqa: F401
-from helpers import tiny
+from helpers import tiny, warm
 from helpers.commands import fails, options_of
 from mmdet_norms.cli import picture_sheet, test, train
 
@@ -291,7 +291,7 @@ def test_the_stock_tools_resume_and_test_a_run_of_ours(trained, tmp_path):
 def test_the_tools_of_a_clone_start_from_anywhere(tmp_path):
     names = ('train', 'test', 'picture_sheet')
     started = [
-        subprocess.Popen(
+        warm.Popen(
             [sys.executable, str(ROOT / 'tools' / f'{name}.py'), '--help'],
             cwd=tmp_path, stdout=subprocess.PIPE, text=True,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import warm
 from mmdet_norms.compat.patches import CHANGES, put
 
 PAGE = Path(__file__).resolve().parents[2] / 'docs' / 'changed-modules.md'
@@ -45,15 +46,15 @@ for where, value in snapshot().items():
 """
 
 
-def run(code, given='', **environment):
+def run(code, given='', run=subprocess.run, **environment):
     command = [sys.executable, '-W', 'ignore', '-c', code]
-    done = subprocess.run(command, input=given, capture_output=True, text=True, env={**os.environ, **environment})
+    done = run(command, input=given, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.split()
 
 
 def test_what_is_changed_is_what_is_listed():
-    loaded = run('import mmdet_norms, sys; print(*sys.modules)')
+    loaded = run('import mmdet_norms, sys; print(*sys.modules)', run=warm.run)
     names = [name for name in loaded if name.startswith(('mmengine.', 'mmdet.'))]
     changed = run(COMPARE, ' '.join(names), MMDET_NORMS_HOOK='0')
     changed = {'mmcv._ext' if where.startswith('mmcv._ext.') else where for where in changed}

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
+from helpers import warm
 from mmdet_norms.classification import ImageFolder
 from mmdet_norms.classification.image_folder import problems_of
 from mmdet_norms.cli.shapes import main
@@ -170,7 +171,7 @@ def test_a_foreign_folder_is_never_touched(tmp_path, overwrite, content):
 
 def test_after_a_killed_run_the_next_one_completes_and_clears_up(root, tmp_path):
     command = [str(SCRIPT), '--classification', '--train', '100000', '--val', '6', '--out', str(tmp_path / 'data')]
-    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL)
+    process = warm.Popen([sys.executable, *command], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob('.data.new-*/train/ring/*.png')):
         assert process.poll() is None and time.monotonic() < deadline

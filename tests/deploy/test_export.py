@@ -3,7 +3,6 @@
 import json
 import pickle
 import re
-import subprocess
 import sys
 import warnings
 from itertools import chain
@@ -15,7 +14,7 @@ from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from helpers import detectors, tiny
+from helpers import detectors, tiny, warm
 from mmdet_norms import fuse
 from mmdet_norms.cli import export, test
 from mmdet_norms.deploy import export_onnx, is_fused, load_fused, save_fused
@@ -287,7 +286,7 @@ def test_missing_packages_are_named(run, tmp_path, capsys, monkeypatch):
 
 def test_importing_the_package_loads_no_exporter():
     code = "import sys, mmdet_norms; assert callable(mmdet_norms.fuse); sys.exit('onnx' in sys.modules)"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
+    assert warm.run([sys.executable, '-c', code], capture_output=True).returncode == 0
 
 
 def test_a_folded_norm_shows_what_it_was():

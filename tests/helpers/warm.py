@@ -45,15 +45,19 @@ _server = None
 _turn = threading.Lock()
 
 
-def start() -> None:
-    """Fork the server of this process. Called by conftest.py, when everything is imported and nothing has run."""
+def start(orphans: bool = False) -> None:
+    """Fork the server of this process. Called by conftest.py, when everything is imported and nothing has run.
+
+    Args:
+        orphans: whether the children go on when this process has ended, as other processes do.
+    """
     global _server
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
         try:
             ours.close()
-            _serve(theirs)
+            _serve(theirs, orphans)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -135,6 +139,17 @@ def run(args, *, input=None, capture_output=False, timeout=None, check=False, **
     return subprocess.CompletedProcess(args, process.returncode, out, error)
 
 
+def begin_warm() -> None:
+    """Have ``subprocess`` of this process, a warm one, begin Python commands as warm processes."""
+    start(orphans=True)
+    cold = subprocess.Popen
+
+    def begin(args, **options):
+        return (Popen if args[0] == sys.executable else cold)(args, **options)
+
+    subprocess.Popen = begin
+
+
 def run_together(args, processes=2, timeout=240, env=None, **options) -> str:
     """Run a command as so many processes of one group, as torchrun starts them; all must succeed.
 
@@ -191,7 +206,7 @@ def _received(connection: socket.socket, size: int) -> bytes:
 # ----------------------------------------------------------------------------------------------------------- the server
 
 
-def _serve(connection: socket.socket) -> None:
+def _serve(connection: socket.socket, orphans: bool) -> None:
     """Fork a child for each request, and tell who asked how it ended, until nobody can ask any more."""
     _become_a_plain_python(connection.fileno())
     wakes, waker = os.pipe()
@@ -209,7 +224,7 @@ def _serve(connection: socket.socket) -> None:
         if connection in ready:
             size, handles, _, _ = socket.recv_fds(connection, _NUMBER.size, 4)
             if not size:
-                for pid in children:
+                for pid in () if orphans else children:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 os._exit(0)

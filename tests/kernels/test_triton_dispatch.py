@@ -1,7 +1,6 @@
 """When the Triton kernels are taken, what happens where they are not, and that GPUs could run them."""
 
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers import warm
 from mmdet_norms.kernels import choose, gpu, map_aten
 from mmdet_norms.layers import BNET
 
@@ -31,7 +31,7 @@ def test_training_on_a_cpu_does_not_import_the_kernels():
         'for layer in (l.BNET(4), l.MABN(4), l.AN(4), l.CBN(4)): layer(torch.randn(2, 4, 5, 5)).sum().backward()\n'
         'print(any(name.startswith("mmdet_norms.kernels.gpu.") for name in sys.modules))'
     )
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    done = warm.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert done.stdout.split()[-1] == 'False', done.stderr
 
 

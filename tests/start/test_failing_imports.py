@@ -1,23 +1,51 @@
 """An import that fails for what is installed beside the package says in one message what to do."""
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mmdet_norms_start import doctor_is_asked_for, requirements
 
+ROOT = Path(__file__).resolve().parents[2]
 
-def last_line(code):
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.returncode == 1
-    return done.stderr
+
+# Each in a process forked from one that has imported torch and nothing that needs it.
+BEGINNINGS = {
+    'mmengine': "sys.modules['mmengine'] = None; import mmdet_norms",
+    'mmcv': "sys.modules['mmcv'] = None; import mmdet_norms",
+    'mmdet': "sys.modules['mmdet'] = None; from mmdet_norms import apply_norm",
+    'pycocotools': "sys.modules['pycocotools'] = None; import mmdet_norms",
+    'old mmcv': "import mmcv; mmcv.__version__ = '2.2.0'; import mmdet_norms",
+}
+FORK = """
+import json, os, sys
+import torch
+for name, code in json.loads(sys.argv[1]).items():
+    if os.fork() == 0:
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), 2)
+        exec(code)
+        sys.exit()
+    open(name + '.status', 'w').write(str(os.waitstatus_to_exitcode(os.wait()[1])))
+"""
+
+
+@pytest.fixture(scope='module')
+def last_lines(tmp_path_factory):
+    """What Python writes to stderr when each of them ends with status 1."""
+    folder = tmp_path_factory.mktemp('imports')
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
+    subprocess.run([sys.executable, '-c', FORK, json.dumps(BEGINNINGS)], cwd=folder, env=env, check=True)
+    assert [(folder / f'{name}.status').read_text() for name in BEGINNINGS] == ['1'] * len(BEGINNINGS)
+    return {name: (folder / name).read_text() for name in BEGINNINGS}
 
 
 @pytest.mark.parametrize('missing', ['mmengine', 'mmcv', 'mmdet'])
-def test_without_a_stack_the_import_names_the_three(missing):
-    asked = 'from mmdet_norms import apply_norm' if missing == 'mmdet' else 'import mmdet_norms'
-    said = last_line(f"import sys; sys.modules['{missing}'] = None; {asked}")
+def test_without_a_stack_the_import_names_the_three(missing, last_lines):
+    said = last_lines[missing]
     said = said[said.rindex('ImportError') :]
     assert f'there is no {missing}' in said
     for extra in ('lite', 'mmcv', 'onedl'):
@@ -25,13 +53,13 @@ def test_without_a_stack_the_import_names_the_three(missing):
     assert 'python -m mmdet_norms.check_env' in said
 
 
-def test_another_package_that_is_missing_is_named():
-    said = last_line("import sys; sys.modules['pycocotools'] = None; import mmdet_norms")
+def test_another_package_that_is_missing_is_named(last_lines):
+    said = last_lines['pycocotools']
     assert 'mmdet_norms needs pycocotools, which is missing' in said and 'check_env' in said
 
 
-def test_mmdet_that_refuses_mmcv_is_not_a_bare_assertion():
-    said = last_line("import mmcv; mmcv.__version__ = '2.2.0'; import mmdet_norms")
+def test_mmdet_that_refuses_mmcv_is_not_a_bare_assertion(last_lines):
+    said = last_lines['old mmcv']
     assert 'ImportError: what mmdet_norms needs cannot be imported: MMCV==2.2.0 is used but incompatible' in said
     assert 'check_env' in said
 
