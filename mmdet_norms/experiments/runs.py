@@ -147,7 +147,9 @@ def _in_folder(folder: Path, grids: list[dict]) -> tuple[dict[Path, dict], list[
         if GRID in files:
             grid = read_json(place / GRID)
             listed = [cell for cell in grid.get('cells') or () if isinstance(cell, dict) and cell.get('name')]
-            cells.update({place / str(cell['name']): cell for cell in listed})
+            for cell in listed:  # its log is named from there
+                log = {'log': str(place / str(cell['log']))} if cell.get('log') else {}
+                cells[place / str(cell['name'])] = {**cell, **log}
             if listed and grid not in grids:
                 grids.append(grid)
         if _is_run(place, files):

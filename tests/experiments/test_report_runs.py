@@ -99,6 +99,7 @@ def test_status_of_cells(tmp_path):
         done='finished', planted='failed', later='waiting', broken='failed', killed='unfinished'
     )
     assert by_name['planted'].error == 'no' and by_name['planted'].labels['norm'] == 'gn'
+    assert by_name['planted'].log == str(tmp_path / 'o.txt')
     assert 'cannot be read' in by_name['broken'].error and grid['command'] == 'compare run'
     assert by_name['killed'].results['bbox_mAP'] == 0.3  # of the log; it is not counted as finished
 

@@ -294,7 +294,8 @@ def _notes(content: Content):
         )
     ones = [setting for setting in content.settings if len(content.values(setting)) == 1]
     if ones:
-        which = 'Every setting has' if len(ones) == len(content.settings) else f'{len(ones)} settings have'
+        some = '1 setting has' if len(ones) == 1 else f'{len(ones)} settings have'
+        which = 'Every setting has' if len(ones) == len(content.settings) else some
         yield f'{which} one seed: how much of a difference is chance cannot be said.'
     sets = {_data(run) for run in content.compared} - {None}
     if len(sets) > 1:

@@ -101,7 +101,7 @@ def _facts(content: Content, config: str) -> list[tuple[str, str]]:
         ('device', _common(str(run.cost.get('device') or '') for run in content.compared)),
     ]
     for grid in content.grids:
-        facts += [(key, str(grid.get(key) or '')) for key in ('machine', 'date', 'command')]
+        facts += [(key, str(grid.get(key) or '')) for key in ('budget', 'machine', 'date', 'command')]
     return [(name, text) for name, text in facts if text]
 
 
