@@ -101,10 +101,11 @@ def html(content: dict, groups: Sequence[dict]) -> str:
 
 def about(content: dict) -> str:
     """What the intervals mean, and what they leave out."""
+    with_objects = '' if 'accuracy' in content else ' with objects'
     return (
         f'Intervals: {content["samples"]} resamples of the {content["images"]} images of the validation set, both '
         'models on the same ones. They say how sure the difference of these two checkpoints is on images like these; '
-        f'what another seed would give is not in them. Of fewer than {FEW_IMAGES} images with objects there is none.'
+        f'what another seed would give is not in them. Of fewer than {FEW_IMAGES} images{with_objects} there is none.'
     )
 
 
@@ -131,6 +132,7 @@ def pictures(content: dict, runs: Sequence[EvaluatedRun], number: int) -> list[d
     return [
         dict(
             title=title,
+            small='accuracy' in content,
             figures=[dict(caption=_caption(content, change), panels=draw(change)) for change in changes],
         )
         for title, changes in groups
