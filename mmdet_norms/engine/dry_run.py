@@ -83,7 +83,9 @@ class DryRunHook(Hook):
         self.settle = settle
         self.course: Course | None = None
         self.timing = Timing()
-        self._done, self._warm_up = 0, 1
+        self._warm_up = 1
+        self._all: list[tuple[float, float]] = []  # seconds of each iteration, and of these waiting for data
+        self._timed: list[tuple[float, float]] = []
         self._begun = self._ended = self._fetched = 0.0
 
     def before_train(self, runner: Runner) -> None:
@@ -118,26 +120,26 @@ class DryRunHook(Hook):
         now, timing = time.monotonic(), self.timing
         peak, timing.peak_of = peak_memory()
         timing.peak = max(timing.peak, peak)  # mmengine forgets it with each line that it logs
-        if self._done >= self._warm_up and batch_idx:  # not the start of a loader's workers
-            timing.iterations.append(now - self._ended)
-            timing.data.append(self._fetched - self._ended)
-        if not self._done:
-            self._warm_up += self.settle(runner.model.module if is_model_wrapper(runner.model) else runner.model)
-        self._done += 1
-        timing.settled = self._done > self._warm_up
-        enough = len(timing.iterations) >= _ITERATIONS or self._done >= self._warm_up + 2 * _ITERATIONS
-        late = now - self._begun > _SECONDS and self._done >= 2
         last, self._ended = self._ended or self._begun, now
+        self._all.append((now - last, self._fetched - last))
+        done = len(self._all)
+        if done > self._warm_up and batch_idx:  # not the start of a loader's workers
+            self._timed.append(self._all[-1])
+        if done == 1:
+            self._warm_up += self.settle(runner.model.module if is_model_wrapper(runner.model) else runner.model)
+        timing.settled = done > self._warm_up
+        late = now - self._begun > _SECONDS and done >= 2
+        enough = len(self._timed) >= _ITERATIONS or done >= self._warm_up + 2 * _ITERATIONS
         if _first_process_says(enough or late):
-            self._end(last)
+            self._end()
 
     def after_train(self, runner: Runner) -> None:
         """A training shorter than what was to be timed."""
-        self._end(self._begun)
+        self._end()
 
-    def _end(self, last: float) -> None:
-        if not self.timing.iterations and self._done:  # the warm-up was not over, or an epoch has one iteration
-            self.timing.iterations, self.timing.data = [self._ended - last], [max(0.0, self._fetched - last)]
+    def _end(self) -> None:
+        timed = self._timed or self._all[1:] or self._all  # the warm-up was not over, or an epoch has one iteration
+        self.timing.iterations, self.timing.data = ([pair[k] for pair in timed] for k in range(2))
         raise DryRunEnds
 
 
