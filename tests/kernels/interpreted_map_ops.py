@@ -41,7 +41,8 @@ def on_cpu(monkeypatch):
 def test_every_operation_equals_its_formula(per_instance, dtype, tolerance, layout):
     over, wide = (2, 3) if per_instance else (0, 2, 3), torch.promote_types(dtype, torch.float32)
     exactly = 1e-12 if dtype == torch.float64 else 1e-5
-    for seed, shape in enumerate(SHAPES if layout != 'transposed' else SHAPES[:1]):
+    every_shape = dtype in (torch.float64, torch.float16) and layout != 'transposed'
+    for seed, shape in enumerate(SHAPES if every_shape else SHAPES[:1]):
         torch.manual_seed(seed)
         x, grad = torch.randn(2, *shape, dtype=torch.float64).add_(1).to(dtype)
         x = LAYOUTS[layout](x)
