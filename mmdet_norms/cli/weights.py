@@ -118,14 +118,14 @@ def built(model_cfg: Mapping, scope: str = 'mmdet', device: str = 'meta') -> nn.
     """
     for where in dict.fromkeys([device, 'cpu']):  # some models compute with numbers while they are built
         try:
-            with DefaultScope.overwrite_default_scope(scope), torch.device(where), torch.random.fork_rng([]), _NoInit():
+            with DefaultScope.overwrite_default_scope(scope), torch.device(where), torch.random.fork_rng([]), NoInit():
                 return MODELS.build(copy.deepcopy(model_cfg))
         except Exception:
             continue
     return None
 
 
-class _NoInit(TorchFunctionMode):
+class NoInit(TorchFunctionMode):
     """Skips the initialization of weights without memory, which takes half the time of building a model."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

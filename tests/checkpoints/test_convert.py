@@ -18,6 +18,7 @@ from torch import nn
 
 import mmdet_norms
 from helpers import published_networks as published
+from helpers.meta import on_meta
 from helpers.published_networks import BENCHMARK, CLASSES, MMDET_1, MMDET_2, NECK, Detector
 from mmdet_norms import apply_norm
 from mmdet_norms.checkpoints import LAYOUTS, ConversionError, UntrustedCheckpointError, convert
@@ -173,7 +174,7 @@ def aognet_state(config):
 
 
 def built_on_meta(config):
-    with torch.device('meta'):
+    with on_meta():
         return built(Config.fromfile(config).model)
 
 
@@ -193,7 +194,7 @@ def test_a_full_size_file_of_each_layout_fits_the_config_of_its_row(layout):
     if make is None:
         state = aognet_state(config)
     else:
-        with torch.device('meta'):
+        with on_meta():
             state = make(**published.FULL_SIZE).state_dict()
     converted = convert(packed(layout, no_memory(state)), layout, config)
     assert converted.report.verified and converted.report.warnings == []

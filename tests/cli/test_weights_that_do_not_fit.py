@@ -11,6 +11,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
 from helpers import tiny
+from helpers.choice import in_turn
 from mmdet_norms import apply_norm, fuse
 from mmdet_norms.cli import export, test, train, weights
 from mmdet_norms.deploy import save_fused
@@ -125,8 +126,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_what_differs(models, con
     assert said in message and '--allow-partial' in message
 
 
-@pytest.mark.parametrize('tool', ['load_from', 'resume', 'init_cfg'])
-@pytest.mark.parametrize('name', MISFITS)
+@pytest.mark.parametrize('name, tool', in_turn(MISFITS, TOOLS[1:]))
 def test_training_from_it_is_refused_as_well(models, config, tmp_path, name, tool, without_advice):
     checkpoint, options, _ = misfit(models, tmp_path, name)
     message = refused(tool, config, checkpoint, *options)
@@ -159,8 +159,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize('tool', ['test', 'load_from', 'resume', 'init_cfg'])
-@pytest.mark.parametrize('name', SPOILT)
+@pytest.mark.parametrize('name, tool', in_turn(SPOILT, TOOLS))
 def test_weights_that_are_no_numbers_are_refused(models, config, tmp_path, name, tool, without_advice):
     change, said = SPOILT[name]
     assert said in refused(tool, config, save(tmp_path / 'a.pth', change(models())))
@@ -219,8 +218,7 @@ FITS = {
 }
 
 
-@pytest.mark.parametrize('tool', TOOLS)
-@pytest.mark.parametrize('name', FITS)
+@pytest.mark.parametrize('name, tool', in_turn(FITS, TOOLS, each=2))
 def test_what_fits_needs_no_option(models, config, tmp_path, name, tool):
     ask(tool, config, save(tmp_path / 'a.pth', FITS[name](models())))
 

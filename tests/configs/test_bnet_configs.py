@@ -6,12 +6,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from helpers.meta import on_meta
 from mmdet_norms import PLACEMENTS, apply_norm
 from mmdet_norms.layers import BNET
 
@@ -51,7 +51,7 @@ def stock(family, depth, schedule='1x'):
 def build(model_cfg):
     """The detector without memory for its weights, and without their values."""
     init_default_scope('mmdet')
-    with torch.device('meta'):
+    with on_meta():
         return MODELS.build(copy.deepcopy(model_cfg))  # building changes it
 
 

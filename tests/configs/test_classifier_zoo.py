@@ -16,6 +16,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch import nn
 
+from helpers.meta import on_meta
 from mmdet_norms import PLACEMENTS, apply_norm
 from mmdet_norms.datasets.shapes_cls import make_shapes_cls
 from mmdet_norms.layers import AN, BNET, MABN, NORMS, CenConv2d
@@ -58,7 +59,7 @@ def load(name):
 def build(name):
     """Without memory for its weights, and without their values."""
     init_default_scope('mmdet')
-    with torch.device('meta'):
+    with on_meta():
         return MODELS.build(copy.deepcopy(load(name).model))
 
 

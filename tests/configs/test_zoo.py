@@ -17,6 +17,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from torch import nn
 
+from helpers.meta import on_meta
 from mmdet_norms import PLACEMENTS, apply_norm
 from mmdet_norms.layers import AN, CBN, MABN, NORMS, CenConv2d
 
@@ -124,7 +125,7 @@ def load(name):
 def build(name):
     """The detector without memory for its weights, and without their values."""
     init_default_scope('mmdet')
-    with torch.device('meta'):
+    with on_meta():
         return MODELS.build(copy.deepcopy(load(name).model))  # building changes it
 
 

@@ -245,8 +245,8 @@ _TEXT = """\
 # Norms on other families of detectors
 
 Generated from `tests/helpers/other_families.py` by `python tests/helpers/other_families.py`, and checked by
-`make test`, which runs what it says: {families} stock mmdet configs, with narrower layers and a ResNet-18 in place of a
-ResNet-50.
+`MMDET_NORMS_TESTS=all make test`, which runs what it says (`make test` two norms of each family): {families} stock
+mmdet configs, with narrower layers and a ResNet-18 in place of a ResNet-50.
 
 ## Every norm of a model
 

@@ -14,6 +14,7 @@ from torch.fx.experimental.optimization import fuse as fx_fuse
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from helpers.choice import full
 from mmdet_norms.layers import an
 from mmdet_norms.layers.an import AN
 from mmdet_norms.reference import ReferenceAN
@@ -601,11 +602,17 @@ class TestSituations:
             torch.testing.assert_close(layer.bn.running_mean, torch.cat(batches).mean((0, 2, 3)))
 
 
-@BOTH
 class TestCompile:
     @pytest.mark.parametrize(
-        'backend, autocast',
-        [('aot_eager', True), *(pytest.param('inductor', on, marks=pytest.mark.slow) for on in (False, True))],
+        'norm, backend, autocast',
+        [
+            ('BN', 'aot_eager', True),
+            ('GN', 'aot_eager', True),
+            pytest.param('BN', 'inductor', False, marks=pytest.mark.slow),
+            pytest.param('GN', 'inductor', True, marks=pytest.mark.slow),
+            full('BN', 'inductor', True),
+            full('GN', 'inductor', False),
+        ],
     )
     def test_compiled_training_equals_eager_without_graph_breaks(self, norm, backend, autocast):
         torch._dynamo.reset()

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdet_norms.cli.weights import NoInit
 from mmdet_norms.layers import AN, BNET, FrozenBN, SyncBN
 from mmdet_norms.models.aog_grammar import build_grammar
 from mmdet_norms.models.aognet import ARCHS, Arch, NodeOp
@@ -120,7 +121,7 @@ def build(arch=TINY, **kwargs):
 
 @cache
 def on_meta(arch, norm, **kwargs):
-    with torch.device('meta'):
+    with torch.device('meta'), NoInit():
         return build(arch, norm=norm, **kwargs)
 
 

@@ -22,6 +22,8 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from PIL import Image
 
+from helpers.choice import in_turn
+from helpers.meta import on_meta
 from mmdet_norms import PLACEMENTS, apply_norm
 from mmdet_norms.cli.common import load_config
 from mmdet_norms.cli.test import parse_args
@@ -629,13 +631,12 @@ def test_a_row_with_geometry_is_the_row_but_for_its_convention(path):
 def test_a_row_with_geometry_has_the_parameters_of_the_row(name):
     init_default_scope('mmdet')
     path = CONFIGS / name
-    with torch.device('meta'):
+    with on_meta():
         ours, row = (MODELS.build(copy.deepcopy(cfg.model)).state_dict() for cfg in (published(path), load(path)))
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in row.items()}
 
 
-@pytest.mark.parametrize('norm', PLACEMENTS)
-@pytest.mark.parametrize('name', ONE_PER_KIND)
+@pytest.mark.parametrize('name, norm', in_turn(ONE_PER_KIND, PLACEMENTS, each=4))
 def test_a_norm_by_name_goes_where_it_goes_in_the_row_and_leaves_the_convention(name, norm):
     init_default_scope('mmdet')
     path = CONFIGS / name
@@ -648,7 +649,7 @@ def test_a_norm_by_name_goes_where_it_goes_in_the_row_and_leaves_the_convention(
     assert {place: part.get('convention') for place, part in dicts(other_order.model)} == {
         place: part.get('convention') for place, part in dicts(ours)
     }
-    with torch.device('meta'):
+    with on_meta():
         ours, row = (MODELS.build(model).state_dict() for model in (ours, row))
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in row.items()}
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from helpers.meta import on_meta
 from mmdet_norms import PLACEMENTS, apply_norm, classification, fuse, replace_norm_cfg
 from mmdet_norms.layers import AN, BIN, BNET, BRN, CBN, GN, MABN, RBN, SN, CenConv2d, FrozenBN, LN2d, SyncBN
 from mmdet_norms.layers._args import ConfigError
@@ -112,7 +113,7 @@ def size(name, norm):
 @pytest.mark.parametrize('norm, of_one', [('bn', lambda c: 2 * c), ('gn', lambda c: 2 * c), ('bnet', lambda c: 10 * c),
                                           ('bnet5', lambda c: 26 * c)])  # fmt: skip
 def test_parameters(name, norm, of_one):
-    with torch.device('meta'):
+    with on_meta():
         model = backbone(name, norm=norm)
     head = (model.widths()[-1] + 1) * 10
     assert sum(p.numel() for p in model.parameters()) + head == size(name, of_one)
@@ -392,7 +393,7 @@ def test_weights_of_batch_norm_load_into_the_identical_function(name, norm):
 
 
 def test_names_of_weights_are_those_of_mmdets_resnet():
-    with torch.device('meta'):
+    with on_meta():
         stock = MODELS.build(dict(type='mmdet.ResNetV1d', depth=18)).state_dict()
         ours = backbone('XMiniNet').state_dict()
         nest = MODELS.build(dict(type='mmdet.ResNeSt', depth=50, stem_channels=64)).state_dict()

@@ -15,12 +15,11 @@ from mmengine.registry import init_default_scope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from helpers.choice import in_turn
 from helpers.other_families import DOCUMENT, FAMILIES, NORMS, REFUSED, Family, render, shrink, stock_config
 from mmdet_norms import apply_norm, layers, replace_norm_cfg
 
 CENTRED = dict(type='CenConv')
-# The norms that a family is trained with in the quick run, in turn; the others are marked slow.
-QUICK = {family: list(NORMS)[i % len(NORMS)] for i, family in enumerate(FAMILIES)}
 # A name for each family in turn.
 NAMES = ('bnet5', 'gn', 'an', 'mabn', 'frozen', 'cbn', 'bnet3', 'an-gn-head', 'bnet7', 'brn', 'bn', 'sn')
 NAMED = [(family, NAMES[i % len(NAMES)]) for i, family in enumerate(FAMILIES)]
@@ -112,14 +111,13 @@ def train_and_test(cfg, family: Family, model: nn.Module, placed: list[nn.Module
     assert all(result.pred_instances.bboxes.isfinite().all() for result in results)
 
 
-def cases():
-    for family in FAMILIES:
-        for norm in NORMS:
-            marks = () if QUICK[family] == norm else pytest.mark.slow
-            yield pytest.param(family, norm, marks=marks, id=f'{family}-{norm}')
+CASES = [
+    pytest.param(*case.values, id=case.id) if case.values in REFUSED else case
+    for case in in_turn(FAMILIES, NORMS, each=2)
+]
 
 
-@pytest.mark.parametrize('name, norm', list(cases()))
+@pytest.mark.parametrize('name, norm', CASES)
 @pytest.mark.filterwarnings('ignore::UserWarning')
 def test_a_family_trains_and_is_tested_with_one_norm_in_place_of_all(name, norm):
     family = FAMILIES[name]

@@ -12,6 +12,7 @@ from mmengine.utils import get_installed_path
 from torch import nn
 
 from helpers import small_configs
+from helpers.meta import on_meta
 from mmdet_norms.cli.common import load_config
 from mmdet_norms.cli.train import parse_args
 from mmdet_norms.entries import mappings
@@ -115,7 +116,7 @@ def test_a_stock_config_trains_with_the_norm_of_the_command_line(path, blocks):
 @pytest.mark.parametrize('path, blocks', BUILT_ONLY.items(), ids=lambda value: str(value).rpartition('/')[2])
 def test_a_larger_stock_config_builds_with_the_norm_of_the_command_line(path, blocks):
     cfg = command_config(path)
-    with torch.device('meta'):
+    with on_meta():
         model = MODELS.build(cfg.model)
     assert len(bnets(model.backbone)) == len(bnets(model)) == blocks
 
@@ -123,14 +124,14 @@ def test_a_larger_stock_config_builds_with_the_norm_of_the_command_line(path, bl
 @pytest.mark.parametrize('norm, kernel_size', [('bnet3', 3), ('bnet7', 7)])
 def test_the_other_names_do_the_same_with_their_kernel(norm, kernel_size):
     cfg = command_config('retinanet/retinanet_r50_fpn_1x_coco.py', norm)
-    with torch.device('meta'):
+    with on_meta():
         model = MODELS.build(cfg.model)
     assert [layer.kernel_size for layer in bnets(model)] == [kernel_size] * 16
 
 
 def test_the_name_bn_leaves_a_stock_detector_as_it_is():
     cfg = command_config('cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py', 'bn')
-    with torch.device('meta'):
+    with on_meta():
         model = MODELS.build(cfg.model)
     assert type(model.backbone).__name__ == 'ResNet' and not bnets(model)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules()) == 53

@@ -3,12 +3,12 @@
 import copy
 
 import pytest
-import torch
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from helpers.meta import on_meta
 from helpers.python_style import CONFIGS
 from mmdet_norms import layers
 from mmdet_norms.placement import PLACEMENTS, apply_norm
@@ -32,7 +32,7 @@ def stock(tmp_path_factory):
 
 
 def build(model_cfg):
-    with DefaultScope.overwrite_default_scope('mmdet'), torch.device('meta'):
+    with DefaultScope.overwrite_default_scope('mmdet'), on_meta():
         return MODELS.build(copy.deepcopy(model_cfg))
 
 
@@ -81,8 +81,9 @@ def test_the_backbone_has_the_published_number_of_parameters(stock, name, params
 @pytest.mark.parametrize('name', list(PLACEMENTS))
 @pytest.mark.parametrize('other', ['mabn', 'gn-ws', 'an-gn-head', 'frozen', 'sn'])
 def test_norms_of_another_name_are_gone_from_the_backbone(stock, name, other):
-    twice, once = (build(apply_norm(model, name)) for model in (apply_norm(stock(MASK_RCNN), other), stock(MASK_RCNN)))
-    assert [type(m) for m in twice.backbone.modules()] == [type(m) for m in once.backbone.modules()]
+    both = (apply_norm(model, name) for model in (apply_norm(stock(MASK_RCNN), other), stock(MASK_RCNN)))
+    twice, once = (build(model.backbone) for model in both)
+    assert [type(m) for m in twice.modules()] == [type(m) for m in once.modules()]
 
 
 @pytest.mark.parametrize('kind', ['faster', 'mask'])
