@@ -52,6 +52,9 @@ COMMANDS = {
     'compare': Command(
         'compare.py', 'mmdet_norms.cli.compare', 'the results of several runs in one table, or on one page'
     ),
+    'analyze': Command(
+        'analyze.py', 'mmdet_norms.cli.analyze', 'draw what is inside norms: statistics, kernels, weights'
+    ),
     'pictures': Command('picture_sheet.py', 'mmdet_norms.cli.picture_sheet', 'draw detections beside ground truth'),
     'browse': Command('browse.py', 'mmdet_norms.cli.browse', 'draw a data set as training sees it'),
     'check': Command('check.py', 'mmdet_norms.cli.check', 'find what is wrong with config and data'),

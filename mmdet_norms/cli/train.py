@@ -149,6 +149,7 @@ def train_config(args: argparse.Namespace) -> Config:
     if args.overwrite and args.resume is not None:
         raise UserError('--overwrite starts anew and --resume goes on: give one of them')
     cfg = load_config(args)
+    _record_norms(cfg, args)
     require_none(training_problems(cfg, ('val',)))
     for dataloader in ('train_dataloader', 'val_dataloader'):
         require_annotations(cfg, dataloader)
@@ -167,7 +168,6 @@ def train_config(args: argparse.Namespace) -> Config:
     require_shared_memory(cfg, ('train_dataloader', 'val_dataloader'))
     args.notes = [*said, *args.notes]
     _watch_for_nonfinite(cfg, args.on_nonfinite)
-    _record_norms(cfg, args)
     add_hook(cfg, 'RandomStateHook')
     add_hook(cfg, 'PendingValidationHook')
     add_hook(cfg, 'CostHook')

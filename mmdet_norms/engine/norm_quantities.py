@@ -56,6 +56,7 @@ class Seen:
         x: its input as a map, detached; of a norm with ``norm_batch`` the first group of images.
         mean, var: of the batch ``(C,)``, biased.
         count: over how many values each.
+        images: rows of the whole input: images, or the regions of a head.
         own: what only its method has.
     """
 
@@ -64,6 +65,7 @@ class Seen:
     mean: Tensor
     var: Tensor
     count: int
+    images: int
     own: dict[str, Tensor] = field(default_factory=dict)
     sums: tuple[Tensor, Tensor] | None = None
     waits: bool = True
@@ -82,7 +84,7 @@ class Seen:
         first = _first_group(norm, whole)
         with no_autocast(x):
             mean, var = map_ops.moments(first)
-            seen = cls(norm, first, mean, var, first.numel() // first.shape[1])
+            seen = cls(norm, first, mean, var, first.numel() // first.shape[1], len(whole))
             if isinstance(norm, CBN):
                 seen.own = _of_cbn(norm, x, mean, var, past)
             elif isinstance(norm, MABN) and norm.training and not norm.averages:
@@ -99,7 +101,7 @@ class Seen:
     def nothing(cls, norm: nn.Module) -> 'Seen':
         """What a process has to add to the union of all batches whose own batch is empty."""
         zeros = torch.zeros_like(norm.running_mean if hasattr(norm, 'running_mean') else norm.bn.running_mean)
-        return cls(norm, zeros, zeros, zeros, 0, sums=(zeros, zeros))
+        return cls(norm, zeros, zeros, zeros, 0, 0, sums=(zeros, zeros))
 
     @torch.no_grad()
     def take_gradient(self, grad: Tensor) -> None:

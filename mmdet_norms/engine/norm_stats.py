@@ -48,7 +48,8 @@ class NormStatsHook(Hook):
 
     Args:
         interval: iterations between two looks. Default 50.
-        layers: names of norm layers in the model, with ``*`` and ``?``; one or several. Default: eight, evenly spread.
+        layers: names of norm layers in the model, with ``*`` and ``?``; one or several. Default: eight, evenly
+            spread; of the norms that are not batch norm, where there are such.
         channels: for how many channels of each layer values are kept, evenly spread from the first on; or their
             numbers. Default 8.
 
@@ -121,8 +122,9 @@ class NormStatsHook(Hook):
             everywhere = norm.training and is_synchronized(norm)
             if name not in seen and not everywhere:
                 continue
-            values = (seen.get(name) or Seen.nothing(norm)).values(self._loss_scale, everywhere)
-            layers[name] = self._line(norm, values)
+            look = seen.get(name) or Seen.nothing(norm)
+            values = look.values(self._loss_scale, everywhere)
+            layers[name] = dict(type=contract_of(norm).kind, images=look.images, **self._line(values))
             totals = {key: number for key in values if (number := summary(key, values[key])) is not None}
             scalars |= {f'norm_stats/{name}/{key}': number for key, number in totals.items()}
         if is_main_process():
@@ -163,13 +165,13 @@ class NormStatsHook(Hook):
 
     # -------------------------------------------------------------------------------------------- writing
 
-    def _line(self, norm: nn.Module, values: dict[str, Tensor]) -> dict:
+    def _line(self, values: dict[str, Tensor]) -> dict:
         count = len(values['mean'])
         if is_count(self.channels):
             kept = sorted({int(i * count / min(self.channels, count)) for i in range(min(self.channels, count))})
         else:
             kept = [number for number in self.channels if number < count]
-        line = dict(type=contract_of(norm).kind, channels=kept)
+        line = dict(channels=kept)
         for key, value in values.items():
             if key == 'weights':
                 line[key] = _numbers(value)
@@ -195,6 +197,9 @@ class NormStatsHook(Hook):
                 backend.add_scalars(scalars, step)
 
 
+_PLAIN = ('BN', 'FrozenBN')
+
+
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The norms of a model by name, without those that are part of another one."""
     found: dict[str, nn.Module] = {}
@@ -208,6 +213,8 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
 def chosen(model: nn.Module, patterns: Sequence[str] | None, most: int = 8) -> dict[str, nn.Module]:
     """The norm layers whose names fit one of the patterns; without any, ``most`` of them, evenly spread.
 
+    Of a model with other norms than batch norm these are of the others, which is what it is trained for.
+
     Raises:
         UserError: a pattern that fits none; no norm layers.
     """
@@ -215,8 +222,9 @@ def chosen(model: nn.Module, patterns: Sequence[str] | None, most: int = 8) -> d
     if not norms:
         raise UserError('NormStatsHook: the model has no norm layers')
     if patterns is None:
-        names = list(norms)
-        places = {round(i * (len(names) - 1) / max(most - 1, 1)) for i in range(most)}
+        others = [name for name, norm in norms.items() if contract_of(norm).kind not in _PLAIN]
+        names = others or list(norms)
+        places = {round(i * (len(names) - 1) / (most - 1)) for i in range(most)}
         return {names[place]: norms[names[place]] for place in sorted(places)}
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in norms):

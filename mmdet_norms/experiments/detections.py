@@ -167,7 +167,7 @@ def detections(run: EvaluatedRun | str | os.PathLike, images: Sequence | None = 
 
     def compute() -> list[dict]:
         metric = DumpCocoDetections('', run.category_ids)
-        for samples in _answers(run, ids):
+        for samples in answers(run, ids):
             if any('pred_instances' not in sample for sample in samples):
                 raise UserError(f'the model of {run.path} predicts no instances with boxes or masks')
             metric.process({}, [with_boxes(sample).to_dict() for sample in samples])
@@ -197,7 +197,7 @@ def predictions(run: EvaluatedRun | str | os.PathLike) -> list[dict]:
                 pred_label=int(sample.pred_label),
                 pred_score=float(sample.pred_score[int(sample.pred_label)]),
             )
-            for samples in _answers(run, None)
+            for samples in answers(run, None)
             for sample in samples
         ]
 
@@ -288,9 +288,14 @@ def require_same_images(runs: Sequence[EvaluatedRun], images: Sequence) -> None:
             )
 
 
-def _answers(run: EvaluatedRun, images: Sequence | None) -> Iterator[list]:
-    """What the model says of each batch, as in the run's validation."""
-    model = _model(run)
+def answers(run: EvaluatedRun, images: Sequence | None, model: nn.Module | None = None) -> Iterator[list]:
+    """What the model says of each batch, as in the run's validation.
+
+    Args:
+        images: ids of some of the validation set's; None: all.
+        model: of :func:`load_model`, if it is to be looked at meanwhile.
+    """
+    model = load_model(run) if model is None else model
     dataset, loader = run.dataset, dict(run.cfg.val_dataloader)
     if images is not None:
         position = {image: i for i, image in enumerate(run.infos)}
@@ -307,7 +312,7 @@ def _answers(run: EvaluatedRun, images: Sequence | None) -> Iterator[list]:
             bar.advance(task, len(samples))
 
 
-def _model(run: EvaluatedRun) -> nn.Module:
+def load_model(run: EvaluatedRun) -> nn.Module:
     """The run's model with its weights, where it is to compute."""
     checkpoint = read_checkpoint(run.checkpoint)
     with DefaultScope.overwrite_default_scope(run.cfg.get('default_scope') or 'mmdet'), torch.random.fork_rng([]):

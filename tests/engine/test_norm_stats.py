@@ -445,7 +445,9 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped(tmp_path):
 
 def test_layers_by_name_or_evenly_spread():
     model = nn.Sequential(*[nn.Sequential(nn.BatchNorm2d(2), BNET(2), CBN(2)) for _ in range(7)])
-    assert list(chosen(model, None)) == ['0.0', '1.0', '2.0', '3.0', '3.2', '4.2', '5.2', '6.2']
+    assert list(chosen(model, None)) == ['0.1', '1.1', '2.1', '3.1', '3.2', '4.2', '5.2', '6.2']  # no batch norm
+    plain = nn.Sequential(*[nn.BatchNorm2d(2) for _ in range(15)])
+    assert list(chosen(plain, None)) == ['0', '2', '4', '6', '8', '10', '12', '14']
     assert list(chosen(model, ['?.1', '6.*'])) == [f'{i}.1' for i in range(6)] + ['6.0', '6.1', '6.2']
     with pytest.raises(UserError, match=r"layers='7\.\*' fits none of the 21 norm layers; their names are such as"):
         chosen(model, ['7.*'])

@@ -26,8 +26,8 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def computed(monkeypatch):
     """Of which images something is computed, call by call."""
-    calls, answers = [], module._answers
-    monkeypatch.setattr(module, '_answers', lambda run, images: calls.append(images) or answers(run, images))
+    calls, answers = [], module.answers
+    monkeypatch.setattr(module, 'answers', lambda run, images: calls.append(images) or answers(run, images))
     return calls
 
 

@@ -1,0 +1,126 @@
+"""What the figures share: runs told apart without colours, and a file for papers beside one for screens."""
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from ..benchmark.chart import STYLE, save
+from ..console import as_text
+
+# Read on white and on black, and told apart without colours by the dashes.
+COLOURS = ('#2f86dd', '#e0762f', '#2aa06b', '#b565c8', '#c2a21f', '#d6517d', '#5f6fd0', '#3aa6b0')
+DASHES = ('-', '--', '-.', ':')
+HEAT = 'Blues'
+SIGMA, RHO, LAMBDA = ('\N{GREEK SMALL LETTER SIGMA}', '\N{GREEK SMALL LETTER RHO}', '\N{GREEK SMALL LETTER LAMDA}')
+PSI, TIMES = '\N{GREEK CAPITAL LETTER PSI}', '\N{MULTIPLICATION SIGN}'
+
+_OWN = {'font.size': 8, 'axes.titlesize': 8, 'axes.linewidth': 0.7, 'lines.linewidth': 1.2, 'legend.fontsize': 8}
+
+
+def look_of(number: int) -> dict:
+    """Colour and dashes of the number-th line."""
+    return dict(color=COLOURS[number % len(COLOURS)], ls=DASHES[number // len(COLOURS) % len(DASHES)])
+
+
+def point_of(number: int) -> dict:
+    """The same for points."""
+    return dict(color=COLOURS[number % len(COLOURS)], ls='', marker='osD^vP*X'[number % 8], ms=4)
+
+
+def styled() -> rc_context:
+    """Inside, figures have the style of the package's, with the letters of a paper's column."""
+    return rc_context({**STYLE, **_OWN})
+
+
+def sheet(
+    rows: int, columns: int, width: float = 1.75, height: float = 1.35, above: float = 0.35, **options
+) -> tuple[Figure, np.ndarray]:
+    """A figure with rows x columns axes, each of that size in inches, and room above for a legend."""
+    figure = Figure(figsize=(columns * width, rows * height + above), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for axis in axes.flat:
+        plain(axis)
+    return figure, axes
+
+
+def plain(axis: Axes) -> None:
+    """No frame above and on the right."""
+    for side in ('top', 'right'):
+        axis.spines[side].set_visible(False)
+    axis.tick_params(width=0.7, length=2.5)
+    axis.ticklabel_format(scilimits=(-2, 4))
+
+
+def logarithmic(axis: Axes, which: str) -> None:
+    """A log scale whose numbers are plain text: the style leaves formulas alone, as names of runs may have dollars."""
+    getattr(axis, f'set_{which}scale')('log')
+    own, (low, high) = getattr(axis, f'{which}axis'), getattr(axis, f'get_{which}lim')()
+    own.set_major_locator(LogLocator(subs=(1, 3) if high < 100 * low else (1,)))
+    own.set_major_formatter('{x:g}')
+    own.set_minor_formatter(NullFormatter())
+
+
+def head(axes: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """What each row is of, and above it what each column shows."""
+    for axis, row in zip(axes[:, 0], rows):
+        axis.set_title(row, loc='left', y=1)
+    for number, (axis, column) in enumerate(zip(axes[0], columns)):
+        axis.set_title(f'{column}\n{" " if number else rows[0]}', loc='left', y=1)
+
+
+def legend(figure: Figure, names: Sequence[str], columns: int = 4, look: Callable[[int], dict] = look_of) -> None:
+    """What the lines of each run look like, above the axes."""
+    handles = [Line2D([], [], **look(number)) for number in range(len(names))]
+    figure.legend(handles, list(names), loc='outside upper left', ncols=columns, frameon=False, handlelength=2.2)
+
+
+def heat(axis: Axes, values: np.ndarray, number: str = '.2g', **options) -> None:
+    """A matrix as colours, each with its number."""
+    image = axis.imshow(values, cmap=HEAT, aspect=options.pop('aspect', 'equal'), **options)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for side in axis.spines.values():
+        side.set_visible(False)
+    size = 6 if values.shape[1] <= 12 else 4.6
+    for i, j in product(*map(range, values.shape)):
+        share = image.norm(values[i, j])
+        text = f'{values[i, j]:{number}}'.removeprefix('0')
+        axis.text(j, i, text, ha='center', va='center', fontsize=size, color='white' if share > 0.55 else '#333a42')
+
+
+def write(figure: Figure, out: Path, stem: str) -> list[Path]:
+    """``stem.svg`` and ``stem.png`` in a folder."""
+    paths = [out / f'{stem}{suffix}' for suffix in ('.svg', '.png')]
+    figure.draw_without_rendering()
+    figure.set_layout_engine('none')  # which would find the same places for each file
+    for path in paths:
+        save(figure, path)
+    return paths
+
+
+def short(layer: str) -> str:
+    """The name of a layer without what all of a detector's backbone share."""
+    return as_text(layer.removeprefix('backbone.'))
+
+
+def stage(layer: str) -> str:
+    """Of which stage or part of the model a layer is: ``layer1`` of a ResNet, else the two outermost names."""
+    found = re.search(r'(?:^|\.)((?:layer|stage|stages\.)\d+)(?:\.|$)', layer)
+    if found:
+        return found[1]
+    return '.'.join([part for part in layer.split('.') if not part.isdigit()][:2])
+
+
+def evenly(names: Sequence[str], most: int) -> list[str]:
+    """At most so many of the names, evenly spread, the first and the last among them."""
+    if len(names) <= most:
+        return list(names)
+    return [names[round(i * (len(names) - 1) / max(most - 1, 1))] for i in range(most)]

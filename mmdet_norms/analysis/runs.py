@@ -1,0 +1,97 @@
+"""The runs that a figure is of: their names in it, and what NormStatsHook recorded of them."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from ..commands import typed
+from ..console import as_text
+from ..engine.norm_stats import NORM_STATS
+from ..errors import UserError, some
+from ..experiments.runs import Run
+
+Looks = dict[int, dict[str, dict]]
+"""Iteration -> layer -> what was recorded of it."""
+
+
+def names_of(runs: Sequence[Run], without: Sequence[str] = ()) -> list[str]:
+    """A name for each run: its norm, and the labels in which runs differ."""
+    values: dict[str, set] = {}
+    for run in runs:
+        for key in {key for other in runs for key in other.labels} - set(without):
+            values.setdefault(key, set()).add(str(run.labels.get(key)))
+    keys = [key for key in values if key == 'norm' or len(values[key]) > 1]
+    order = [*('norm', 'batch_size', 'seed'), *sorted(keys)]
+    keys = list(dict.fromkeys(key for key in order if key in keys))
+    return [
+        as_text(', '.join(_part(key, run.labels.get(key)) for key in keys) or Path(run.folder).name) for run in runs
+    ]
+
+
+def _part(key: str, value: object) -> str:
+    return {'norm': f'{value}', 'batch_size': f'batch {value}', 'run': f'{value}'}.get(key, f'{key} {value}')
+
+
+def looks_of(folder: str | Path) -> Looks:
+    """What NormStatsHook wrote in a work dir. Of a run that was resumed, the later part wins.
+
+    Raises:
+        UserError: nothing.
+    """
+    found: Looks = {}
+    for path in sorted(Path(folder).glob(f'*/vis_data/{NORM_STATS}')):
+        part: Looks = {}
+        for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+            try:
+                content = json.loads(line)
+                part[int(content['step'])] = {str(name): dict(own) for name, own in content['layers'].items()}
+            except (ValueError, KeyError, TypeError, AttributeError):  # a killed process leaves half a line
+                continue
+        if part:
+            found = {step: layers for step, layers in found.items() if step < min(part)} | part
+    if not found:
+        raise UserError(
+            f'{folder} has no {NORM_STATS} in DATE/vis_data: nothing of its norms was recorded; train with '
+            f'{typed("train")} --norm-stats N'
+        )
+    return found
+
+
+def choose(names: Sequence[str], patterns: Sequence[str] | None, most: int, what: str = 'layers') -> list[str]:
+    """Those that fit one of the patterns, else at most so many, evenly spread.
+
+    Raises:
+        UserError: a pattern fits none.
+    """
+    from .figures import evenly
+
+    names = list(dict.fromkeys(names))
+    for pattern in patterns or ():
+        if not any(fnmatch(name, pattern) for name in names):
+            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names
+            raise UserError(f'--{what} {pattern}: fits none of {len(names)}; there are such as {some(close)}')
+    if patterns:
+        return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    return evenly(names, most)
+
+
+def series(looks: Looks, layer: str, key: str, channel: int | None = None) -> tuple[list[int], list[float]]:
+    """A quantity of a layer over iterations: of one channel, by its number, or the number for all of them."""
+    steps, values = [], []
+    for step, layers in sorted(looks.items()):
+        value = value_of(layers.get(layer, {}), key, channel)
+        if value is not None:
+            steps.append(step)
+            values.append(value)
+    return steps, values
+
+
+def value_of(line: Mapping, key: str, channel: int | None) -> float | None:
+    """See :func:`series`; None where it was not recorded."""
+    if channel is None:
+        return line.get('all', {}).get(key)
+    if key not in line or channel not in line['channels']:
+        return None
+    return line[key][line['channels'].index(channel)]
