@@ -144,7 +144,9 @@ class TestMetrics:
         assert found.metric.key == 'bbox_mAP' and found.others == ones
         assert '--metric accuracy/top1 makes a report of them' in ' '.join(found.notes)
         top = Content([*grid(), *ones], metric='accuracy/top1')
-        assert said(top).startswith('At batch size 2, BN has the highest top-1 accuracy, 90.0 %, and is the only one')
+        assert said(top).startswith(
+            'At batch size 2, BN has a top-1 accuracy of 90.0 %; there is nothing to compare it with.'
+        )
 
     def test_classes_are_no_metrics(self):
         results = coco('bbox', 0.3, CLASSES) | coco('segm', 0.2, CLASSES) | {'pascal_voc/mAP': 0.5}

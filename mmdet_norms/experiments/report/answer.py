@@ -69,7 +69,7 @@ def _verdict_at(content: Content, size: int | None) -> str:
         names = [d.setting.method.name for s in ranked for d in ahead if d.setting is s]
         return f'{_listed(names)} ahead of {base}'
     if not differences:
-        return f'{best.method.name} only' if len(ranked) == 1 else f'{best.method.name} has the highest mean'
+        return f'only {best.method.name} finished' if len(ranked) == 1 else f'{best.method.name} has the highest mean'
     if all(d.effect.p is None for d in differences):
         return f'{best.method.name} has the highest value, of one seed'
     likely = [d for d in differences if d.effect.is_likely and d.effect.difference > 0]
@@ -91,8 +91,12 @@ def _at(content: Content, size: int | None) -> Iterator[str]:
     head = f'{best.method.name} has the highest {metric.name}, {value(content, best)}'
     if difference is None:
         rivals = sorted((d for d in content.differences if d.setting in ranked), key=lambda d: -d.effect.difference)
+        if len(ranked) == 1:
+            alone = f'{best.method.name} has a {metric.name} of {value(content, best)}'
+            yield f'{where}, {alone}; there is nothing to compare it with.'
+            return
         if not rivals:
-            yield f'{where}, {head}{"" if len(ranked) > 1 else ", and is the only one"}.'
+            yield f'{where}, {head}.'
             return
         if all(d.effect.is_seen for d in rivals):
             yield f'{where}, {head}; the next is {rivals[0].setting.method.name}, {words(content, rivals[0].effect)}.'

@@ -7,7 +7,6 @@ from statistics import mean
 from ..effects import Effect, number, signed, spread
 from .answer import ratio, scaled
 from .content import Content, Setting
-from .metrics import Metric
 
 NOTHING = '-'
 _WORDS = ('norm', 'against', 'in words', 'metric', 'row', 'data', 'work dir', 'status', 'evaluation')
@@ -62,7 +61,7 @@ def _results(content: Content) -> Table:
     best = {}
     for size in content.batch_sizes:
         for metric in shown:
-            values = [_mean(content, s, metric) for s in content.settings if s.batch_size == size]
+            values = [mean(v.values()) for s in content.best(size) if (v := content.values(s, metric))]
             if len(set(values)) > 1:  # else nothing stands out
                 best[size, metric.key] = max(values)
     rows = []
@@ -193,11 +192,6 @@ def _runs(content: Content) -> Table:
         )
     columns = ['work dir', 'norm', 'batch size', 'seed', 'status', content.metric.name, 'evaluation', 'iterations']
     return Table('runs', 'Runs', 'Every run that was found.', columns, rows)
-
-
-def _mean(content: Content, setting: Setting, metric: Metric) -> float:
-    values = content.values(setting, metric)
-    return mean(values.values()) if values else -1.0
 
 
 def _interval(effect: Effect, digits: int) -> Cell:
