@@ -1,5 +1,6 @@
 """sdist and wheel: built, looked into, installed beside the packages of this environment, used outside the clone."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +20,32 @@ ROOT = Path(mmdet_norms.__file__).resolve().parents[1]
 DEMO = 'mmdet_norms::demo/mask-rcnn_r50_fpn_bnet5_shapes.py'
 BUILD = 'import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))'
 SITE = "import sysconfig; print(sysconfig.get_path('purelib'))"
+# Imports the package once. For each list of arguments on its stdin: runs the command in a process forked from it, and
+# answers with how that ended and what it said.
+COMMANDS = """
+import contextlib, json, os, sys, tempfile
+{before}
+import mmdet_norms
+from mmdet_norms_start import commands
+print(json.dumps(mmdet_norms.__file__), flush=True)
+for line in sys.stdin:
+    with tempfile.TemporaryFile() as said:
+        pid = os.fork()
+        if pid == 0:
+            for stream in (1, 2):
+                os.dup2(said.fileno(), stream)
+            commands.main(json.loads(line))
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said.seek(0)
+        print(json.dumps([status, said.read().decode()]), flush=True)
+"""
+BEFORE = """
+from mmengine.config import Config
+from mmengine.hub import get_config
+Config.fromfile('mine.py', import_custom_modules=False)
+first = 'mmdet_norms' in sys.modules
+print(json.dumps([first, get_config('mmdet_norms::bnet/faster-rcnn_r50_fpn_bnet5_1x_coco.py').filename]), flush=True)
+"""
 QUICK = [
     'train_cfg.max_epochs=1',
     'train_dataloader.batch_size=4',
@@ -93,28 +120,58 @@ def installed(wheel, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def run(installed, tmp_path_factory):
-    """Run a program of that environment in an empty folder: no clone, no home."""
+def folder(tmp_path_factory):
+    """An empty one: no clone."""
     folder = tmp_path_factory.mktemp('elsewhere') / 'my experiments'
     folder.mkdir()
+    return folder
 
-    def run(program, *arguments, status=0):
+
+@pytest.fixture(scope='module')
+def run(installed, folder):
+    """Run a program of that environment there, without a home."""
+
+    def run(program, *arguments):
         command = [str(installed / program), *map(str, arguments)]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
-        assert done.returncode == status, done.stdout + done.stderr
-        return done.stdout if status == 0 else done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
-    run.folder = folder
     return run
 
 
 @pytest.fixture(scope='module')
-def trained(run):
-    """A work dir of the demo, trained by name on a data set made by the console script."""
-    run('mmdet-norms', 'shapes', '--out', 'my data', '--train', 8, '--val', 4, '--size', 64)
+def python(installed, folder):
+    """A Python of that environment, which reads our configs, imports the package, and runs commands from then on."""
+    (folder / 'mine.py').write_text(f"_base_ = '{DEMO}'\n")
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [str(installed / 'python'), '-W', 'ignore', '-c', COMMANDS.format(before=BEFORE)]
+    with subprocess.Popen(command, cwd=folder, env=environment(), **pipes) as process:
+        process.first, process.package = json.loads(process.stdout.readline()), json.loads(process.stdout.readline())
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture(scope='module')
+def mmdet_norms_of(python):
+    """``mmdet-norms ...`` there; what it says."""
+
+    def run(*arguments, status=0):
+        print(json.dumps([str(argument) for argument in arguments]), file=python.stdin, flush=True)
+        ended, said = json.loads(python.stdout.readline())
+        assert ended == status, said
+        return said
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def trained(run, mmdet_norms_of, folder):
+    """A work dir of the demo, trained by name with the console script."""
+    mmdet_norms_of('shapes', '--out', 'my data', '--train', 8, '--val', 4, '--size', 64)
     command = ('mmdet-norms', 'train', DEMO, '--data-root', 'my data', '--work-dir', 'a run')
     run(*command, '--cfg-options', *QUICK)
-    return run.folder / 'a run'
+    return folder / 'a run'
 
 
 def test_the_sdist_is_the_repository(sdist):
@@ -170,7 +227,7 @@ def test_the_page_of_the_package_has_no_dead_links(wheel):
     assert not [line for line in text.splitlines() if '](docs/' in line or '](configs/' in line or 'src="docs' in line]
 
 
-def test_the_console_script_trains_and_tests_a_config_of_the_package(run, trained):
+def test_the_console_script_trains_and_tests_a_config_of_the_package(run, mmdet_norms_of, trained):
     checkpoint = (trained / 'last_checkpoint').read_text()
     assert (trained / 'results.json').is_file()
     config = trained / Path(DEMO).name  # as dumped: a whole config, wherever it lies
@@ -189,22 +246,15 @@ def test_the_console_script_trains_and_tests_a_config_of_the_package(run, traine
         '--work-dir',
         'tested',
     )
-    assert 'bbox' in run('mmdet-norms', 'compare', 'a run', 'tested')
+    assert 'bbox' in mmdet_norms_of('compare', 'a run', 'tested')
 
 
-def test_outside_of_a_clone_messages_name_the_console_script(run):
-    said = run('mmdet-norms', 'train', DEMO, status=2)
+def test_outside_of_a_clone_messages_name_the_console_script(mmdet_norms_of):
+    said = mmdet_norms_of('train', DEMO, status=2)
     assert 'mmdet-norms shapes generates them' in said and 'tools/' not in said
 
 
-def test_other_programs_find_the_configs(run):
-    (run.folder / 'mine.py').write_text(f"_base_ = '{DEMO}'\n")
-    code = (
-        'import sys; from mmengine.config import Config; from mmengine.hub import get_config\n'
-        "Config.fromfile('mine.py', import_custom_modules=False); first = 'mmdet_norms' in sys.modules\n"
-        "print(first); print(get_config('mmdet_norms::bnet/faster-rcnn_r50_fpn_bnet5_1x_coco.py').filename)\n"
-        'import mmdet_norms; print(mmdet_norms.__file__)'
-    )
-    first, config, package = run('python', '-W', 'ignore', '-c', code).splitlines()
-    assert first == 'False' and config.startswith(f'{Path(package).parent}/.mim/configs/')
-    assert ROOT not in Path(package).parents
+def test_other_programs_find_the_configs(python):
+    imported, config = python.first
+    assert imported is False and config.startswith(f'{Path(python.package).parent}/.mim/configs/')
+    assert ROOT not in Path(python.package).parents
