@@ -22,6 +22,9 @@ def kill_test():
 @pytest.mark.parametrize('norm, loop, processes', [('bnet5', 'epochs', 1), ('mabn', 'iterations', 2)])
 def test_a_killed_run_ends_as_one_that_was_not(kill_test, monkeypatch, tmp_path, norm, loop, processes):
     monkeypatch.setattr(kill_test.mmengine_runner, 'collect_env', dict)
+    for text, long, short in (('CONFIG', 'max_epochs=4', 'max_epochs=3'), ('ITERATIONS', 'max_iters=8', 'max_iters=6')):
+        assert long in getattr(kill_test, text)
+        monkeypatch.setattr(kill_test, text, getattr(kill_test, text).replace(long, short))
     result = kill_test.try_out(tmp_path / norm, norm, loop, processes, 2, random.Random(1))
     assert result['kills'] == 2 and result['problems'] == []
 
