@@ -61,7 +61,8 @@ class TestAnswer:
         first = answer(found)[0]
         assert re.match(r'At batch size 2, MABN has the highest box AP, 33\.\d: 8\.\d above BN \(95 % interval ', first)
         assert (
-            '3 seeds, p ' in first and 'MABN takes 1.50 times the time per iteration and 1.50 times the memory' in first
+            '3 seeds, p ' in first
+            and "MABN takes 1.50 times BN's time per iteration and 1.50 times BN's memory" in first
         )
         assert 'BN loses 9.' in said(found) and "Holm's correction for the 2 comparisons" in said(found)
 

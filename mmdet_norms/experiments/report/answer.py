@@ -134,9 +134,12 @@ def _cost(content: Content, difference: Difference) -> Iterator[str]:
     for key, name in _COSTS:
         times = ratio(content, ours, base, key)
         if times:
-            said.append(f'as much {name}' if abs(times - 1) < _NEAR else f'{times:.2f} times the {name}')
+            theirs = base.method.name
+            said.append(
+                f'as much {name} as {theirs}' if abs(times - 1) < _NEAR else f"{times:.2f} times {theirs}'s {name}"
+            )
     if said:
-        yield f'{ours.method.name} takes {" and ".join(said)} of {base.method.name}.'
+        yield f'{ours.method.name} takes {" and ".join(said)}.'
 
 
 def _falls(content: Content) -> Iterator[str]:
