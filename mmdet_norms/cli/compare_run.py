@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             record.stopped()
             print('stopped; what was written stays, and the same command goes on with it', flush=True)
         raise SystemExit(130 if isinstance(stopped, KeyboardInterrupt) else stopped.code) from None
-    plain_console().print(table(outcomes))
+    console = plain_console()
+    (console if console.is_terminal else plain_console(width=120)).print(table(outcomes))
     if any(outcome.result for outcome in outcomes):
         paths = report.write([args.out], Path(args.out) / 'report', images=args.images)
         print(''.join(f'{text}\n\n' for text in report.said(paths)), end='')

@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog=typed('compare'),
         description='Compare the results of runs: of each, the latest evaluation and those of other checkpoints.',
+        epilog=f'{typed("compare")} run trains a grid of norms, batch sizes and seeds, report makes one page of runs, '
+        'diff sets two side by side, image by image: each has a --help of its own (docs/compare.md).',
     )
     parser.add_argument('runs', nargs='+', help='work dirs, folders of work dirs, or results.json files in them')
     args = parser.parse_args(argv)

@@ -145,7 +145,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
         shown.add_column(as_text({'batch_size': 'batch'}.get(key, key)))
     shown.add_column('seeds', justify='right')
     for column in columns:
-        shown.add_column(as_text(column), justify='right')
+        shown.add_column(as_text(column), justify='right', no_wrap=True)
     for labels, group in groups.items():
         there = [outcome.result for outcome in group if outcome.result]
         count = f'{len(there)} of {len(group)}' if len(there) < len(group) else str(len(group))
