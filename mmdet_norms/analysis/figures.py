@@ -76,9 +76,11 @@ def head(axes: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:
         axis.set_title(f'{column}\n{" " if number else rows[0]}', loc='left', y=1)
 
 
-def legend(figure: Figure, names: Sequence[str], columns: int = 4, look: Callable[[int], dict] = look_of) -> None:
+def legend(figure: Figure, names: Sequence[str], look: Callable[[int], dict] = look_of) -> None:
     """What the lines of each run look like, above the axes."""
     handles = [Line2D([], [], **look(number)) for number in range(len(names))]
+    inches = 0.6 + 0.065 * max(map(len, names), default=0)
+    columns = max(1, min(4, int(figure.get_figwidth() / inches)))
     figure.legend(handles, list(names), loc='outside upper left', ncols=columns, frameon=False, handlelength=2.2)
 
 

@@ -148,7 +148,7 @@ def _cbn(runs: Mapping[str, Looks], known: Sequence[str], patterns, out: Path) -
     head(axes, [short(layer) for layer in rows], list(columns.values()))
     for axis in axes[-1]:
         axis.set_xlabel('iteration')
-    legend(figure, labels, 2)
+    legend(figure, labels)
     return write(figure, out, 'stats-cbn')
 
 
@@ -196,5 +196,5 @@ def _bnet(runs: Mapping[str, Looks], known: Sequence[str], patterns, out: Path) 
         axis.set_title(name, loc='left')
         axis.set_xlabel('iteration')
     axes[0, 0].set_ylabel('energy off the centre')
-    legend(figure, [short(layer) for layer in layers], 2)
+    legend(figure, [short(layer) for layer in layers])
     return write(figure, out, 'stats-bnet')
