@@ -103,8 +103,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(args, option)
         if value is not None and value < least:
             raise UserError(f'--{option} {value}: must be at least {least}')
-    if len(set(args.norms)) < len(args.norms):
-        raise UserError(f'--norms {" ".join(args.norms)}: must be different names')
+    args.variants = _variants(args.variant)
+    names = [*args.norms, *args.variants]
+    if not names:
+        raise UserError('--norms: names of norms to compare are missing, such as --norms bn bnet5')
+    if len(set(names)) < len(names):
+        raise UserError(f'--norms {" ".join(args.norms)}: must be different names, also from those of --variant')
     args.grid = _grid(args.grid)
     args.slurm = _parameters(args.slurm, args.executor)
     args.out = args.out or f'work_dirs/compare/{Path(args.config).stem}'
@@ -124,7 +128,16 @@ def _parser() -> argparse.ArgumentParser:
         '--help.',
     )
     parser.add_argument('config', help='as for train; the linear rule starts from its batch size')
-    parser.add_argument('--norms', nargs='+', required=True, metavar='NAME', help='as --norm of train')
+    parser.add_argument('--norms', nargs='+', default=[], metavar='NAME', help='as --norm of train')
+    parser.add_argument(
+        '--variant',
+        nargs='+',
+        action='append',
+        default=[],
+        metavar=('NAME=NORM', 'KEY=VALUE'),
+        help='one more beside --norms, by a name of yours: a norm with config options of its own, such as '
+        'naive=cbn model.neck.norm_cfg.rho=0. As often as you like',
+    )
     parser.add_argument(
         '--batch-sizes',
         nargs='+',
@@ -211,6 +224,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
         options,
         args.cfg_options,
         args.processes,
+        args.variants,
     )
 
 
@@ -225,21 +239,26 @@ def _require_what_all_need(args: argparse.Namespace) -> None:
     if isinstance(hook, dict) and hook.get('max_keep_ckpts', -1) == -1 and not said:
         # two, since mmengine deletes one before it writes the next
         args.cfg_options = [f'{_KEPT_CHECKPOINTS}=2', *args.cfg_options]
-    comparison = replace(_comparison(args), batch_sizes=args.batch_sizes or [1], grid={})
-    for_train = train.parse_args([args.config, *next(comparison.cells()).options])
+    norms = {**{name: (name, ()) for name in args.norms}, **args.variants}
+    first = next(iter(norms.values()))[0]
+    shared = replace(_comparison(args), norms=[first], batch_sizes=args.batch_sizes or [1], variants={}, grid={})
+    for_train = train.parse_args([args.config, *next(shared.cells()).options])
     lacking: dict[str, list[UserError]] = {}
-    for norm in args.norms:
+    for name, (norm, own) in norms.items():
         cfg = read_config(args.config)
         try:
             cfg.model = apply_norm(cfg.model, norm)
         except ValueError as error:
-            raise UserError(f'--norms {norm}: {error}') from error
+            raise UserError(f'{"--norms " if name in args.norms else f"--variant {name}="}{norm}: {error}') from error
         merge_options(cfg, for_train)
+        for option in own:
+            if (error := _wrong(cfg, option)) is not None:
+                raise UserError(str(error).replace('--cfg-options', f'--variant {name}={norm}'))
         for key, values in args.grid.items():
-            if (error := _wrong(cfg, key, values[0])) is not None:
+            if (error := _wrong(cfg, f'{key}={values[0]}')) is not None:
                 lacking.setdefault(key, []).append(error)
     for errors in lacking.values():
-        if len(errors) == len(args.norms):
+        if len(errors) == len(norms):
             raise UserError(str(errors[0]).replace('--cfg-options', '--grid'))
     args.batch_sizes = args.batch_sizes or [batch_size.reference_batch(cfg)]
     for batch in args.batch_sizes:
@@ -263,14 +282,29 @@ def _require_data(cfg: Config, data_root: str | None) -> None:
             raise UserError(f'{loader}.dataset.data_root: there is no folder {root}; name another one by --data-root')
 
 
-def _wrong(cfg: Config, key: str, value: str) -> UserError | None:
+def _wrong(cfg: Config, option: str) -> UserError | None:
     parser = argparse.ArgumentParser(prog=f'{typed("compare")} run', usage=argparse.SUPPRESS)
     add_option_arguments(parser)
     try:
-        merge_options(copy.deepcopy(cfg), parser.parse_args(['--cfg-options', f'{key}={value}']))
+        merge_options(copy.deepcopy(cfg), parser.parse_args(['--cfg-options', option]))
     except UserError as error:
         return error
     return None
+
+
+def _variants(given: Sequence[Sequence[str]]) -> dict[str, tuple[str, list[str]]]:
+    found: dict[str, tuple[str, list[str]]] = {}
+    for first, *options in given:
+        name, equals, norm = first.partition('=')
+        if not equals or not name or not norm or not options:
+            said = ' '.join([first, *options])
+            raise UserError(
+                f'--variant {said}: must be NAME=NORM KEY=VALUE, such as naive=cbn model.neck.norm_cfg.rho=0'
+            )
+        if name in found:
+            raise UserError(f'--variant {name}: every name once')
+        found[name] = norm, options
+    return found
 
 
 def _grid(given: Sequence[str]) -> dict[str, list[str]]:

@@ -34,6 +34,7 @@ class Comparison:
         options: further arguments of ``train`` for every training, in front of ``--cfg-options``.
         cfg_options: ``KEY=VALUE`` for every training.
         processes: of each training.
+        variants: more names beside the norms -> the norm that each is, and its own ``KEY=VALUE``.
     """
 
     config: str
@@ -45,6 +46,7 @@ class Comparison:
     options: Sequence[str] = ()
     cfg_options: Sequence[str] = ()
     processes: int = 1
+    variants: Mapping[str, tuple[str, Sequence[str]]] = field(default_factory=dict)
 
     def cells(self) -> Iterator[Cell]:
         """All norms of a batch size before the next one, all of a seed before the next one."""
@@ -52,21 +54,21 @@ class Comparison:
         for seed in self.seeds:
             for values in itertools.product(*self.grid.values()):
                 for batch in self.batch_sizes:
-                    for norm in self.norms:
+                    for norm in (*self.norms, *self.variants):
                         yield self._cell(norm, batch, seed, dict(zip(keys, values)))
 
-    def _cell(self, norm: str, batch: int, seed: int, chosen: dict[str, str]) -> Cell:
-        options = [f'{key}={value}' for key, value in chosen.items()]
-        options = [*self.cfg_options, *options]
+    def _cell(self, name: str, batch: int, seed: int, chosen: dict[str, str]) -> Cell:
+        norm, own = self.variants.get(name, (name, ()))
+        options = [*self.cfg_options, *own, *(f'{key}={value}' for key, value in chosen.items())]
         return Cell(
-            _name(norm, batch, seed, chosen),
+            _name(name, batch, seed, chosen),
             self.config,
             (
                 *('--norm', norm, '--batch-size', str(batch), '--budget', self.budget, '--seed', str(seed)),
                 *self.options,
                 *(('--cfg-options', *options) if options else ()),
             ),
-            dict(norm=norm, batch_size=batch, seed=seed, **chosen),
+            dict(norm=name, batch_size=batch, seed=seed, **chosen),
             self.processes,
         )
 
@@ -85,12 +87,14 @@ class Record:
         self._head = dict(
             about,
             config=comparison.config,
-            norms=list(comparison.norms),
+            norms=[*comparison.norms, *comparison.variants],
             batch_sizes=list(comparison.batch_sizes),
             seeds=list(comparison.seeds),
             grid={key: list(values) for key, values in comparison.grid.items()},
             budget=comparison.budget,
         )
+        if comparison.variants:
+            self._head['variants'] = {name: [norm, *own] for name, (norm, own) in comparison.variants.items()}
         before = {entry.get('name'): entry for entry in read_json(self.path).get('cells') or ()}
         names = {cell.name for cell in self.cells}
         self._others = [entry for name, entry in before.items() if name not in names]

@@ -61,6 +61,11 @@ def test_what_is_left_out_is_that_of_the_config(config):
         ),
         (['--norms', 'bn', '--cfg-options', 'train_cfg.max_epoch=3'], 'train_cfg.max_epochs'),
         (['--norms', 'bn', '--cfg-options', 'train_dataloader.batch_size=3'], 'train_dataloader.batch_size says some'),
+        ([], '--norms: names of norms to compare are missing'),
+        (['--variant', 'a=bn'], '--variant a=bn: must be NAME=NORM KEY=VALUE'),
+        (['--norms', 'bn', '--variant', 'bn=gn', 'train_cfg.val_interval=2'], '--norms bn: must be different names'),
+        (['--variant', 'a=gnn', 'train_cfg.val_interval=2'], '--variant a=gnn: '),
+        (['--variant', 'a=bnet3', 'model.neck.nrm_cfg.rho=2'], '--variant a=bnet3 model.neck.nrm_cfg.rho'),
         (['--norms', 'bn', '--data-root', 'nowhere'], '--data-root: there is no folder nowhere'),
         (
             ['--norms', 'bn', '--cfg-options', 'train_dataloader.dataset.ann_file=no.json'],
@@ -84,6 +89,15 @@ def test_what_is_wrong_is_one_error_before_anything_is_trained(config, arguments
 def test_a_key_that_only_some_norms_have_is_no_error_of_the_grid(config):
     _, cells = parsed(config, '--norms', 'bn', 'bnet5', '--grid', 'model.backbone.norm_at.last.kernel_size=3,4')
     assert len(cells) == 4
+
+
+def test_a_variant_is_a_norm_with_options_of_its_own(config):
+    given = ('--variant', 'wide=bnet3', 'model.backbone.norm_at.last.kernel_size=9', 'train_cfg.val_interval=3')
+    _, (plain, wide) = parsed(config, '--norms', 'bn', *given, '--cfg-options', 'train_cfg.val_interval=2')
+    assert plain.labels['norm'] == 'bn' and 'bnet3' not in plain.options and wide.options[:2] == ('--norm', 'bnet3')
+    assert wide.labels == dict(norm='wide', batch_size=4, seed=0) and wide.name == 'wide-b4-s0'
+    assert wide.options[-2:] == ('model.backbone.norm_at.last.kernel_size=9', 'train_cfg.val_interval=3')
+    assert [cell.labels['norm'] for cell in parsed(config, *given)[1]] == ['wide']
 
 
 def test_a_failed_training_is_named_and_the_status_says_so(config, tmp_path, monkeypatch, capsys):
