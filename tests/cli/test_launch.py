@@ -28,7 +28,8 @@ sys.exit(int(what))
 
 def start(folder, what, popen=warm.Popen):
     (folder / 'script.py').write_text(SCRIPT)
-    command = [sys.executable, str(LAUNCH), '--nnodes=1', '--nproc_per_node=1', '--standalone', 'script.py', what]
+    torchrun = ['--nnodes=1', '--node_rank=0', '--master_addr=127.0.0.1', '--master_port=0', '--nproc_per_node=1']
+    command = [sys.executable, str(LAUNCH), *torchrun, 'script.py', what]  # but for the port, as launch.sh does
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return popen(command, cwd=folder, env=dict(os.environ, OMP_NUM_THREADS='1'), **pipes)
 

@@ -245,8 +245,8 @@ def _serve(connection: socket.socket, orphans: bool) -> None:
 @functools.cache
 def _warm_up() -> None:
     """What every run begins with."""
-    for name in ('train', 'test'):
-        importlib.import_module(f'mmdet_norms.cli.{name}')
+    for name in ('mmdet_norms.cli.train', 'mmdet_norms.cli.test', 'torch.distributed.run'):
+        importlib.import_module(name)
     collect_env()  # starts compilers, and knows their versions from then on
 
 
