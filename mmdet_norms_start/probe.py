@@ -96,7 +96,6 @@ PROBES = {
     'pycocotools': _module('pycocotools.mask'),
     'rich': _module('rich.console'),
     'jinja2': _module('jinja2'),
-    'pandas': _module('pandas'),
     'scipy': _module('scipy.stats'),
     'torchvision': _torchvision,
     'pytorch-optimizer': _module('pytorch_optimizer'),

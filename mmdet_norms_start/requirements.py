@@ -18,7 +18,6 @@ NEEDED = {
     'rich': '',
     # the comparison page
     'jinja2': '',
-    'pandas': '',
     'scipy': '',
 }
 

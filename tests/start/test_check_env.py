@@ -40,7 +40,6 @@ VERSIONS = {
     'pycocotools': '2.0.11',
     'rich': '15.0.0',
     'jinja2': '3.1.6',
-    'pandas': '3.1.1',
     'scipy': '1.17.1',
     'opencv-python': '5.0.0.93',
     'setuptools': '81.0.0',
@@ -56,7 +55,6 @@ MODULES = {
     'pycocotools/mask': '',
     'rich/console': '',
     'jinja2': '',
-    'pandas': '',
     'scipy/stats': '',
     'cv2': '',
     'pkg_resources': '',
@@ -105,7 +103,7 @@ def test_with_nothing_installed_it_names_all(doctor):
     status, said = doctor(dict.fromkeys(VERSIONS), dict.fromkeys(MODULES))
     assert (
         status == 1
-        and 'torch, numpy, matplotlib, pillow, pycocotools, rich, jinja2, pandas and scipy are not inst' in said
+        and 'torch, numpy, matplotlib, pillow, pycocotools, rich, jinja2 and scipy are not inst' in said
         and 'OpenCV is not installed' in said
     )
     for extra in ('[lite]', '[mmcv]', '[onedl]'):
