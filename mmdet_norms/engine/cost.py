@@ -78,7 +78,7 @@ class CostHook(Hook):
         self._mark = now
         state['seconds'] = self._before + now - self._start
         # now, since mmengine forgets the peak with each line that it logs
-        state['peak_memory_mb'] = max(state['peak_memory_mb'], _peak_memory_mb())
+        state['peak_memory_mb'] = max(state['peak_memory_mb'], peak_memory()[0] / 2**20)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Write what it has cost so far."""
@@ -108,13 +108,13 @@ class CostHook(Hook):
             trainable_parameters=_count(model, trained=True),
             batch_size=batch,
             processes=get_world_size(),
-            device=torch.cuda.get_device_name() if _on_gpu() else get_device(),
+            device=torch.cuda.get_device_name() if get_device() == 'cuda' else get_device(),
             iterations=runner.iter,
             seconds_per_iteration=each,
             images_per_second=batch / each if batch and each else None,
             seconds=self._state['seconds'],
             peak_memory_mb=round(peak, 1) or None,
-            peak_memory_of='GPU' if _on_gpu() else 'process',
+            peak_memory_of=peak_memory()[1],
         )
 
 
@@ -129,14 +129,11 @@ def _batch_size(runner: Runner) -> int | None:
     return size * get_world_size() if isinstance(size, int) else None
 
 
-def _on_gpu() -> bool:
-    return get_device() == 'cuda'
-
-
-def _peak_memory_mb() -> float:
-    if _on_gpu():
-        return torch.cuda.max_memory_allocated() / 2**20
+def peak_memory() -> tuple[int, str]:
+    """The most bytes that this process has held so far, and of what: of the GPU, or else of the whole process."""
+    if get_device() == 'cuda':
+        return torch.cuda.max_memory_allocated(), 'GPU'
     if resource is None:
-        return 0.0
+        return 0, 'process'
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2 ** (20 if sys.platform == 'darwin' else 10)
+    return peak if sys.platform == 'darwin' else peak * 1024, 'process'

@@ -1,6 +1,5 @@
 """A few iterations of a real training, timed, which then ends: nothing of it is kept."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +13,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from .cost import peak_memory
 from .course import Rates, checkpoints, learning_rates, validations
-
-try:
-    import resource
-except ImportError:  # not a Unix
-    resource = None
 
 _ITERATIONS = 8  # that are timed, in as much time as there is
 _SECONDS = 20.0
@@ -165,16 +160,6 @@ def time_validation(runner: Runner) -> list[float]:
             if i + 1 >= _BATCHES or now - begun > _SECONDS:
                 break
     return times[1:] or times
-
-
-def peak_memory() -> tuple[int, str]:
-    """The most bytes that this process has held so far, and of what: of the GPU, or else of the whole process."""
-    if get_device() == 'cuda':
-        return torch.cuda.max_memory_allocated(), 'GPU'
-    if resource is None:
-        return 0, 'process'
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == 'darwin' else peak * 1024, 'process'
 
 
 @contextmanager
