@@ -15,7 +15,7 @@ from mmdet_norms.engine.dist import number_of_processes
 from mmdet_norms.entries import class_of, is_a, name_of, parameter_of
 from mmdet_norms.errors import UserError
 
-from .schedule import CHECKPOINTS, RATES, TIMES, epoch_length, issubclass_of_iter_loop, schedulers
+from .schedule import CHECKPOINTS, RATES, TIMES, end_warm_ups, epoch_length, issubclass_of_iter_loop, schedulers
 
 IMAGES, ITERS = 'images', 'iters'
 
@@ -210,6 +210,7 @@ class _Change:
         for entry in schedulers(self.cfg.get('param_scheduler')):
             if not _counts_epochs(entry):
                 _scale(entry, factor)
+        end_warm_ups(self.cfg)
         checkpoint = (self.cfg.get('default_hooks') or {}).get('checkpoint') or {}
         interval = checkpoint.get('interval')
         if checkpoint.get('by_epoch') is False and isinstance(interval, int) and interval > 0:

@@ -101,6 +101,21 @@ def require_order(cfg: Config) -> None:
             )
 
 
+def end_warm_ups(cfg: Config) -> None:
+    """Let a warm-up that was shortened to one iteration change nothing.
+
+    mmengine's begins with its factor there and takes its next step never: the rate would stay a hundredth for good.
+    """
+    for entry in schedulers(cfg.get('param_scheduler')):
+        if _counts_epochs(entry) or not _is_warm_up(entry) or entry.get('end', math.inf) - entry.get('begin', 0) > 1:
+            continue
+        name = getattr(class_of(entry, PARAM_SCHEDULERS), '__name__', '')
+        if name.startswith('Linear'):
+            entry['start_factor'] = entry.get('end_factor', 1.0)
+        elif name.startswith('Constant'):
+            entry['factor'] = 1.0
+
+
 def scale_to(cfg: Config, epochs: int, launcher: str = 'none') -> list[str]:
     """Let a training take ``epochs`` epochs, and everything in it that is a time take the same part of it.
 
@@ -143,6 +158,7 @@ class _Scaling:
             self._shorten_warm_up(entry)
         for entry in entries:
             self._scale(entry)
+        end_warm_ups(self.cfg)
         checkpoint = (self.cfg.get('default_hooks') or {}).get('checkpoint') or {}
         counts_iters = not checkpoint.get('by_epoch', True)
         if counts_iters == by_iter and isinstance(checkpoint.get('interval'), int) and checkpoint['interval'] > 0:

@@ -175,14 +175,29 @@ def train_config(args: argparse.Namespace) -> Config:
     use_trackers(cfg, args)
     if args.tune_mode:
         add_hook(cfg, 'TuneModeHook')
-    if args.seed is not None or args.deterministic:
-        asked = dict(seed=args.seed, deterministic=args.deterministic)
-        cfg.randomness = dict(cfg.get('randomness') or {}, **asked)
+    _use_seed(cfg, args)
     if args.launcher != 'none':
         # processes see different images, so their running statistics differ; without this the
         # validation mixes all of them while the checkpoint holds those of the first process
         add_hook(cfg, 'SyncBuffersHook')
     return cfg
+
+
+def _use_seed(cfg: Config, args: argparse.Namespace) -> None:
+    options = {**(args.cfg_options_new or {}), **(args.cfg_options or {})}
+    inside = options.get('randomness')
+    inside = dict(inside) if isinstance(inside, dict) else {}
+    seed = options.get('randomness.seed', inside.get('seed'))
+    if args.seed is not None and seed not in (None, args.seed):
+        raise UserError(
+            f'--seed {args.seed}: --cfg-options randomness.seed={seed} says something else; give one of the two'
+        )
+    asked = {
+        **({} if args.seed is None else dict(seed=args.seed)),
+        **({'deterministic': True} if args.deterministic else {}),
+    }
+    if asked:
+        cfg.randomness = dict(cfg.get('randomness') or {}, **asked)
 
 
 def _use_mixed_precision(cfg: Config) -> None:

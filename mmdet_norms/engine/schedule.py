@@ -111,7 +111,13 @@ class _Training:
             return
         length = min(s.end, total) - s.begin
         if _is_warm_up(s):
-            if s.end < _NEVER and length < s.end - s.begin:
+            factor = getattr(s, 'start_factor', getattr(s, 'factor', 1.0))
+            if s.end - s.begin == 1 and factor < getattr(s, 'end_factor', 1.0):
+                yield (
+                    f'{name} of one {"epoch" if s.by_epoch else "iteration"} never ends: the {_what(s)} stays at '
+                    f'{factor:g} of what it should be. Write end={s.begin + 2}, or leave it out'
+                )
+            elif s.end < _NEVER and length < s.end - s.begin:
                 yield f'the warm-up ends at {self._at(s, s.end)} and the training at {self._end}: it is never over'
             elif s.begin == 0 and s.end < total and s.end > _LONG * total:
                 yield f'the warm-up takes {self._at(s, s.end)} of {self._end}'

@@ -85,6 +85,16 @@ def test_as_many_images_for_every_batch():
     assert cfg.train_cfg.max_iters == 1000 and cfg.optim_wrapper.optimizer.lr == 0.01
 
 
+@pytest.mark.parametrize('budget', [IMAGES, ITERS])
+def test_a_warm_up_that_becomes_one_iteration_leaves_the_rate_alone(budget):
+    """mmengine's of one iteration never comes to its end."""
+    changed(cfg := config(dict(WARM_UP, end=4), COSINE, iters=None), 100, budget=budget)
+    changed(iters := config(dict(WARM_UP, end=4), iters=1000), 100, budget=budget)
+    wanted = (1, 1.0) if budget == IMAGES else (4, 0.001)
+    for warm_up in (cfg.param_scheduler[0], iters.param_scheduler[0]):
+        assert (warm_up.end, warm_up.start_factor) == wanted
+
+
 def test_the_reference_is_the_batch_that_the_learning_rate_is_for():
     """A stock config has two images a GPU, and a learning rate for eight of them."""
     cfg = config(STEPS, auto_scale_lr=dict(enable=True, base_batch_size=20))

@@ -94,6 +94,9 @@ def rates(cfg):
         ([dict(COSINE, T_max=5)], 12, ['at its lowest at epoch 5 and rises again']),
         ([dict(COSINE, T_max=1, end=1)], 1, ['the learning rate after each epoch and has one only']),
         ([dict(COSINE, T_max=1, end=1, convert_to_iter_based=True)], 1, []),
+        ([dict(WARM_UP, end=1)], 12, ['LinearLR of one iteration never ends: the learning rate stays at 0.001 of']),
+        ([dict(WARM_UP, end=1, start_factor=1.0)], 12, []),
+        ([dict(WARM_UP, end=2)], 12, []),
         ([dict(COSINE, convert_to_iter_based=True)], 24, ['ends at iteration 1200 (epoch 12) and the']),
         ([dict(COSINE, by_epoch=False, end=900, T_max=900)], 12, ['ends at iteration 900 (epoch 9) and the']),
         ([dict(type='StepLR', step_size=20)], 12, ['StepLR never comes to its step at epoch 20']),
@@ -160,6 +163,22 @@ def test_all_of_mmdets_schedules_come_through(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------ --epochs
+
+
+@pytest.mark.parametrize(
+    'warm_up',
+    [WARM_UP, dict(type='ConstantLR', factor=0.1, by_epoch=False, begin=0, end=50)],
+    ids=['linear', 'constant'],
+)
+def test_a_warm_up_that_becomes_one_iteration_leaves_the_rate_alone(warm_up, monkeypatch):
+    """mmengine's of one iteration never comes to its end: few images were trained at a thousandth of the rate."""
+    monkeypatch.setattr(schedule, 'epoch_length', lambda cfg, launcher: 3)
+    cfg = config(warm_up)
+    scale_to(cfg, 4)
+    (scheduler,), optimizer = built(cfg)
+    assert optimizer.param_groups[0]['lr'] == 0.02
+    scheduler.step()
+    assert optimizer.param_groups[0]['lr'] == 0.02
 
 
 def test_whole_epochs_stay_epochs_and_others_become_iterations():
@@ -355,3 +374,19 @@ def test_a_resumed_run_has_the_schedule_that_it_began_with_or_says_so(tiny_confi
     status, said = run(capsys, *again, '--cfg-options', 'train_cfg.max_epochs=3')
     assert status == 0 and 'goes on with the schedule of its checkpoint' in said
     assert 'the schedule of the learning rate ends at' in said
+
+
+def test_a_seed_is_said_once():
+    """``--seed`` won over ``--cfg-options`` without a word, and took ``randomness.deterministic`` with it."""
+
+    def randomness(*arguments):
+        args = train.parse_args(['config.py', *arguments])
+        cfg = Config(dict(randomness=dict(seed=1, deterministic=True)))
+        train._use_seed(cfg, args)
+        return cfg.randomness
+
+    assert randomness('--seed', '2') == dict(seed=2, deterministic=True)
+    assert randomness('--deterministic') == dict(seed=1, deterministic=True)
+    assert randomness('--seed', '2', '--cfg-options', 'randomness.seed=2')['seed'] == 2
+    with pytest.raises(UserError, match=r'--seed 2: --cfg-options randomness\.seed=3 says something else'):
+        randomness('--seed', '2', '--cfg-options', 'randomness.seed=3')
