@@ -34,7 +34,12 @@ from .options import add_option_arguments, merge_options
 _DIGITS = 2**32
 _KEPT_CHECKPOINTS = 'default_hooks.checkpoint.max_keep_ckpts'
 # Of train, what this command says itself.
-_OURS = ('--work-dir', '--resume', '--overwrite', '--norm', '--seed', '--batch-size', '--budget', '--launcher')
+_OURS = (
+    *('--work-dir', '--resume', '--overwrite', '--norm', '--seed', '--batch-size', '--budget', '--launcher'),
+    '--dry-run',
+)
+# Keys of the config, by what this command says them.
+_KEYS = {'train_dataloader.batch_size': '--batch-sizes', 'randomness.seed': '--seeds'}
 
 
 @command
@@ -230,9 +235,10 @@ def _comparison(args: argparse.Namespace) -> Comparison:
 
 def _require_what_all_need(args: argparse.Namespace) -> None:
     """One error instead of one for each training. What only some of them lack is found when they begin."""
-    refused = [option for option in args.for_train if option.partition('=')[0] in _OURS]
+    refused = [option for option in args.for_train if _is_ours(option.partition('=')[0])]
     if refused:
         raise UserError(f'-- {refused[0]}: is for this command to say, and differs from training to training')
+    _require_one_place(args)
     cfg = read_config(args.config)
     hook = (cfg.get('default_hooks') or {}).get('checkpoint')
     said = any(option.partition('=')[0] == _KEPT_CHECKPOINTS for option in args.cfg_options)
@@ -253,13 +259,13 @@ def _require_what_all_need(args: argparse.Namespace) -> None:
         merge_options(cfg, for_train)
         for option in own:
             if (error := _wrong(cfg, option)) is not None:
-                raise UserError(str(error).replace('--cfg-options', f'--variant {name}={norm}'))
+                raise UserError(_said_by(error, f'--variant {name}={norm}'))
         for key, values in args.grid.items():
             if (error := _wrong(cfg, f'{key}={values[0]}')) is not None:
                 lacking.setdefault(key, []).append(error)
     for errors in lacking.values():
         if len(errors) == len(norms):
-            raise UserError(str(errors[0]).replace('--cfg-options', '--grid'))
+            raise UserError(_said_by(errors[0], '--grid'))
     args.batch_sizes = args.batch_sizes or [batch_size.reference_batch(cfg)]
     for batch in args.batch_sizes:
         if batch % args.processes:
@@ -268,6 +274,34 @@ def _require_what_all_need(args: argparse.Namespace) -> None:
             )
     batch_size.begin(copy.deepcopy(cfg), for_train)
     _require_data(cfg, args.data_root)
+
+
+def _is_ours(option: str) -> bool:
+    """Also as argparse lets it be shortened; ``--norm-stats`` is another one."""
+    return len(option) > 2 and option.startswith('--') and any(ours.startswith(option) for ours in _OURS)
+
+
+def _require_one_place(args: argparse.Namespace) -> None:
+    """What the command line says twice would be said in vain once, or be an error of each training."""
+    keys = dict(_KEYS)
+    if args.epochs is not None:
+        keys.update(dict.fromkeys(('train_cfg.max_epochs', 'train_cfg.max_iters'), f'--epochs {args.epochs}'))
+    if args.lr is not None:
+        keys['optim_wrapper.optimizer.lr'] = f'--lr {args.lr}'
+    variants = {
+        f'--variant {name}={norm}': [option.partition('=')[0] for option in own]
+        for name, (norm, own) in args.variants.items()
+    }
+    options = [option.partition('=')[0] for option in args.cfg_options]
+    for said, given in {'--grid': args.grid, '--cfg-options': options, **variants}.items():
+        for key in given:
+            if key in keys:
+                raise UserError(f'{said} {key}: {keys[key]} says it, or another value; leave {said} {key} out')
+    for said, given in variants.items():
+        both = [(key, varied) for key in given for varied in args.grid if f'{key}.'.startswith(f'{varied}.')]
+        if both:
+            key, varied = both[0]
+            raise UserError(f'{said} {key}: --grid {varied} would replace it; leave one of the two out')
 
 
 def _require_data(cfg: Config, data_root: str | None) -> None:
@@ -290,6 +324,12 @@ def _wrong(cfg: Config, option: str) -> UserError | None:
     except UserError as error:
         return error
     return None
+
+
+def _said_by(error: UserError, option: str) -> str:
+    """An error of ``--cfg-options`` as one of ``option``, which adds no keys."""
+    text, found, _ = str(error).partition(' To add it nevertheless: ')
+    return text.replace('--cfg-options', option) + ' To add it nevertheless, write it into the config' * bool(found)
 
 
 def _variants(given: Sequence[Sequence[str]]) -> dict[str, tuple[str, list[str]]]:

@@ -11,6 +11,8 @@ from mmdet_norms.cli import compare, compare_run
 from mmdet_norms.experiments import Outcome
 from mmdet_norms.experiments.grid import FINISHED
 
+KERNEL = 'model.backbone.norm_at.last.kernel_size'
+
 
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
@@ -60,7 +62,10 @@ def test_what_is_left_out_is_that_of_the_config(config):
             '--grid optim_wrapper.optimiser.lr: the config',
         ),
         (['--norms', 'bn', '--cfg-options', 'train_cfg.max_epoch=3'], 'train_cfg.max_epochs'),
-        (['--norms', 'bn', '--cfg-options', 'train_dataloader.batch_size=3'], 'train_dataloader.batch_size says some'),
+        (
+            ['--norms', 'bn', '--cfg-options', 'train_dataloader.batch_size=3'],
+            '--cfg-options train_dataloader.batch_size: --batch-sizes says it',
+        ),
         ([], '--norms: names of norms to compare are missing'),
         (['--variant', 'a=bn'], '--variant a=bn: must be NAME=NORM KEY=VALUE'),
         (['--norms', 'bn', '--variant', 'bn=gn', 'train_cfg.val_interval=2'], '--norms bn: must be different names'),
@@ -73,6 +78,19 @@ def test_what_is_left_out_is_that_of_the_config(config):
         ),
         (['--norms', 'bn', '--slurm', 'partition=gpu'], '--slurm partition=gpu: is for --executor slurm'),
         (['--norms', 'bn', '--', '--seed', '3'], '-- --seed: is for this command to say'),
+        (['--norms', 'bn', '--', '--see', '3'], '-- --see: is for this command to say'),
+        (['--norms', 'bn', '--grid', 'randomness.seed=3,4'], '--grid randomness.seed: --seeds says it'),
+        (['--norms', 'bn', '--cfg-options', 'randomness.seed=3'], '--cfg-options randomness.seed: --seeds says it'),
+        (['--norms', 'bn', '--grid', 'train_dataloader.batch_size=2,4'], 'batch_size: --batch-sizes says it'),
+        (
+            ['--norms', 'bn', '--lr', '0.1', '--grid', 'optim_wrapper.optimizer.lr=0.1,0.2'],
+            '--grid optim_wrapper.optimizer.lr: --lr 0.1 says it',
+        ),
+        (
+            ['--variant', 'v=bnet3', f'{KERNEL}=9', '--grid', f'{KERNEL}=3,5'],
+            f'--variant v=bnet3 {KERNEL}: --grid {KERNEL} would replace it',
+        ),
+        (['--norms', 'bn', '--grid', 'sed=3,4'], 'To add it nevertheless, write it into the config\n'),
         (['--norms', 'bn', '--executor', 'slurm'], '--executor slurm: there is no srun here'),
     ],
 )
