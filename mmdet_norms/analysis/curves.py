@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError, some
 from ..experiments.runs import Run
-from .figures import legend, look_of, sheet, styled, write
+from .figures import course, legend, look_of, sheet, styled, write
 from .runs import names_of
 
 _FIRST = ('loss', '*bbox_mAP', '*segm_mAP', '*accuracy/top1')
@@ -36,8 +36,7 @@ def draw(runs: Sequence[Run], out: Path, keys: Sequence[str] | None = None) -> l
         for axis, key in zip(axes.flat, shown):
             for run, group in zip(runs, groups):
                 points = run.curves.get(key, [])
-                marker = dict(marker='o', ms=2.5) if len(points) < 25 else {}
-                axis.plot(*(zip(*points) if points else ((), ())), **look_of(looks.index(group)), **marker)
+                course(axis, *(zip(*points) if points else ((), ())), look_of(looks.index(group)))
             axis.set_title(key, loc='left')
             axis.set_xlabel('iteration')
             axis.tick_params(labelbottom=True)

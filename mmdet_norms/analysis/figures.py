@@ -1,7 +1,7 @@
 """What the figures share: runs told apart without colours, and a file for papers beside one for screens."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -33,6 +33,12 @@ def look_of(number: int) -> dict:
 def point_of(number: int) -> dict:
     """The same for points."""
     return dict(color=COLOURS[number % len(COLOURS)], ls='', marker='osD^vP*X'[number % 8], ms=4)
+
+
+def course(axis: Axes, steps: Sequence[float], values: Sequence[float], look: Mapping) -> None:
+    """A line over iterations, whose points show where they are few: a line of one would be nothing."""
+    marker = dict(marker='o', ms=2.5) if len(steps) < 25 else {}
+    axis.plot(steps, values, **look, **marker)
 
 
 def styled() -> rc_context:

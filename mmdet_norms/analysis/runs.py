@@ -10,7 +10,7 @@ from ..commands import typed
 from ..console import as_text
 from ..engine.norm_stats import NORM_STATS
 from ..errors import UserError, some
-from ..experiments.runs import Run
+from ..experiments.runs import Run, parts_of
 
 Looks = dict[int, dict[str, dict]]
 """Iteration -> layer -> what was recorded of it."""
@@ -35,15 +35,17 @@ def _part(key: str, value: object) -> str:
 
 
 def looks_of(folder: str | Path) -> Looks:
-    """What NormStatsHook wrote in a work dir. Of a run that was resumed, the later part wins.
+    """What NormStatsHook wrote in a work dir. Of a run that was resumed, the later part wins; one
+    that was overwritten is not this run.
 
     Raises:
         UserError: nothing.
     """
     found: Looks = {}
-    for path in sorted(Path(folder).glob(f'*/vis_data/{NORM_STATS}')):
+    for path in (part / NORM_STATS for part in parts_of(folder, NORM_STATS)):
         part: Looks = {}
-        for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+        lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.is_file() else ()
+        for line in lines:
             try:
                 content = json.loads(line)
                 part[int(content['step'])] = {str(name): dict(own) for name, own in content['layers'].items()}

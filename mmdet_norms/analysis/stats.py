@@ -9,7 +9,22 @@ from ..console import as_text
 from ..engine.results import write_json
 from ..errors import UserError
 from ..files import write_text
-from .figures import PSI, RHO, SIGMA, TIMES, head, legend, logarithmic, look_of, point_of, sheet, short, styled, write
+from .figures import (
+    PSI,
+    RHO,
+    SIGMA,
+    TIMES,
+    course,
+    head,
+    legend,
+    logarithmic,
+    look_of,
+    point_of,
+    sheet,
+    short,
+    styled,
+    write,
+)
 from .runs import Looks, choose, series
 
 QUANTITIES = {'mean': 'batch mean', 'var': 'batch variance', 'g': f'g, {TIMES} images', 'psi': f'{PSI}, {TIMES} images'}
@@ -36,8 +51,13 @@ def fluctuations(looks: Looks, layer: str) -> dict[str, float]:
     return found
 
 
+def _factor(line: Mapping, key: str) -> int:
+    """The loss is a mean over the images of the batch, and of those that are accumulated."""
+    return line.get('images', 1) * line.get('accumulated', 1) if key in _BY_IMAGES else 1
+
+
 def _scaled(line: Mapping, key: str) -> list:
-    factor = line.get('images', 1) if key in _BY_IMAGES else 1
+    factor = _factor(line, key)
     return [None if value is None else value * factor for value in line.get(key, ())]
 
 
@@ -73,8 +93,8 @@ def _statistics(runs: Mapping[str, Looks], rows: Sequence[str], channel: int, ou
         for axis, key in zip(row, QUANTITIES):
             for number, looks in enumerate(runs.values()):
                 steps, values = series(looks, layer, key, channel)
-                images = [looks[step][layer].get('images', 1) if key in _BY_IMAGES else 1 for step in steps]
-                axis.plot(steps, [v * n for v, n in zip(values, images)], **look_of(number))
+                values = [value * _factor(looks[step][layer], key) for step, value in zip(steps, values)]
+                course(axis, steps, values, look_of(number))
                 drawn = drawn or bool(steps)
     if not drawn:
         raise UserError(f'--channel {channel}: no run has recorded it; NormStatsHook(channels=[{channel}]) does')
@@ -142,7 +162,7 @@ def _cbn(runs: Mapping[str, Looks], known: Sequence[str], patterns, out: Path) -
             labels = []
             for name, looks in own.items():
                 for kind, said in (('naive', f'averaged as they were ({RHO} = 0)'), ('compensated', 'compensated')):
-                    axis.plot(*_positive(series(looks, layer, kind + suffix)), **look_of(len(labels)))
+                    course(axis, *_positive(series(looks, layer, kind + suffix)), look_of(len(labels)))
                     labels.append(f'{name}: {said}' if len(own) > 1 else said)
             logarithmic(axis, 'y')
     head(axes, [short(layer) for layer in rows], list(columns.values()))
@@ -170,9 +190,9 @@ def _mabn(runs: Mapping[str, Looks], known: Sequence[str], patterns, channel: in
         for name, looks in own.items():
             batch, window = look_of(len(labels)), look_of(len(labels) + 1)
             for axis, pair in zip(axis_row, (('second_moment', 'second_moment_used'), ('psi', 'psi_used'))):
-                axis.plot(*series(looks, layer, pair[0], channel), **batch)
-                axis.plot(*series(looks, layer, pair[1], channel), **window)
-            axis_row[2].plot(*series(looks, layer, 'r'), **window)
+                course(axis, *series(looks, layer, pair[0], channel), batch)
+                course(axis, *series(looks, layer, pair[1], channel), window)
+            course(axis_row[2], *series(looks, layer, 'r'), window)
             labels += [f'{name}: {said}' if len(own) > 1 else said for said in ('of the batch', 'over the window')]
     head(axes, [short(layer) for layer in rows], ['second moment', PSI, 'r, mean over channels'])
     for axis in axes[-1]:
@@ -192,7 +212,7 @@ def _bnet(runs: Mapping[str, Looks], known: Sequence[str], patterns, out: Path) 
         for number, layer in enumerate(layers):
             lines = [(step, seen[layer].get('energy')) for step, seen in sorted(looks.items()) if layer in seen]
             points = [(step, 1 - e[len(e) // 2][len(e) // 2]) for step, e in lines if e and e[0][0] is not None]
-            axis.plot(*(zip(*points) if points else ((), ())), **look_of(number))
+            course(axis, *(zip(*points) if points else ((), ())), look_of(number))
         axis.set_title(name, loc='left')
         axis.set_xlabel('iteration')
     axes[0, 0].set_ylabel('energy off the centre')

@@ -13,6 +13,7 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.utils import is_seq_of
@@ -78,7 +79,7 @@ class NormStatsHook(Hook):
         self._pasts: dict[str, Past] = {}
         self._seen: dict[str, Seen] = {}
         self._handles: list = []
-        self._loss_scale = 1.0
+        self._loss_scale, self._accumulated = 1.0, 1
         self._looks = False
 
     def before_train(self, runner: Runner) -> None:
@@ -100,7 +101,7 @@ class NormStatsHook(Hook):
         self._release()
         ahead = -(runner.iter + 1) % self.interval
         self._looks = ahead == 0
-        self._loss_scale = _loss_scale(runner.optim_wrapper)
+        self._loss_scale, self._accumulated = _loss_scale(runner.optim_wrapper), _accumulated(runner.optim_wrapper)
         for name, norm in self._norms.items():
             past = self._pasts.get(name)
             if self._looks:
@@ -124,7 +125,8 @@ class NormStatsHook(Hook):
                 continue
             look = seen.get(name) or Seen.nothing(norm)
             values = look.values(self._loss_scale, everywhere)
-            layers[name] = dict(type=contract_of(norm).kind, images=look.images, **self._line(values))
+            of_loss = dict(images=look.images, accumulated=self._accumulated)
+            layers[name] = dict(type=contract_of(norm).kind, **of_loss, **self._line(values))
             totals = {key: number for key in values if (number := summary(key, values[key])) is not None}
             scalars |= {f'norm_stats/{name}/{key}': number for key, number in totals.items()}
         if is_main_process():
@@ -240,10 +242,19 @@ def _mean(norm: nn.Module, x: Tensor) -> Tensor:
     return map_ops.moments(as_map(norm, x.detach()))[0]
 
 
+def _wrappers(wrapper: object) -> list:
+    return list(wrapper.values()) if hasattr(wrapper, 'optim_wrappers') else [wrapper]
+
+
+def _accumulated(wrapper: object) -> int:
+    """By which the loss of this iteration is divided, because gradients of several batches are added."""
+    scaled = [one.scale_loss(torch.ones(())) for one in _wrappers(wrapper) if isinstance(one, OptimWrapper)]
+    return round(1 / float(scaled[0])) if scaled else 1
+
+
 def _loss_scale(wrapper: object) -> float:
     """By which a loss scaler multiplies the loss of this iteration."""
-    wrappers = list(wrapper.values()) if hasattr(wrapper, 'optim_wrappers') else [wrapper]
-    scalers = [scaler for one in wrappers if (scaler := getattr(one, 'loss_scaler', None)) is not None]
+    scalers = [scaler for one in _wrappers(wrapper) if (scaler := getattr(one, 'loss_scaler', None)) is not None]
     return float(scalers[0].get_scale()) if scalers else 1.0
 
 

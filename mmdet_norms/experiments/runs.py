@@ -21,7 +21,9 @@ FINISHED_RUN, FAILED, UNFINISHED = 'finished', 'failed', 'unfinished'
 
 _ORIGIN = ('split', 'config', 'checkpoint', 'epoch', 'iter', 'partial_checkpoint')  # in results.json, no results
 _NO_METRIC = ('step', 'epoch', 'iter', 'time', 'data_time', 'memory', 'lr')  # in a line of scalars.json
-_SCALARS = '*/vis_data/scalars.json'
+SCALARS = 'scalars.json'
+_SCALARS = f'*/vis_data/{SCALARS}'
+_ANEW = re.compile(r'(?m)^resume = False$')
 _PROCESSES = re.compile(r'GPU number: (\d+)')  # mmengine calls every process so
 _HEAD = 1 << 16  # bytes of a log that hold it
 
@@ -104,7 +106,7 @@ def read(folder: str | os.PathLike, cell: Mapping | None = None) -> Run:
     """
     folder, cell = Path(folder), cell or {}
     described = read_json(folder / CELL)
-    parts = sorted(folder.glob(_SCALARS))
+    parts = [part / SCALARS for part in parts_of(folder)]
     cfg = _config(folder)
     finished = read_json(folder / FINISHED)
     trained, validations = _logged(parts)
@@ -136,6 +138,29 @@ def read(folder: str | os.PathLike, cell: Mapping | None = None) -> Run:
         error=error,
         log=str(log) if log and status == FAILED else None,
     )
+
+
+def parts_of(folder: str | os.PathLike, *names: str) -> list[Path]:
+    """The folders ``DATE/vis_data`` of a work dir's run, one for each start; not those of a run that was overwritten.
+
+    Args:
+        names: files that a training leaves there, beside scalars.json, which also a test may.
+    """
+    parts = sorted({path.parent for name in (SCALARS, *names) for path in Path(folder).glob(f'*/vis_data/{name}')})
+
+    def begins(part: Path) -> bool:
+        trained = any((part / name).is_file() for name in names) or '"loss"' in _text(part / SCALARS)
+        return trained and bool(_ANEW.search(_text(part / 'config.py')))
+
+    first = next((i for i in reversed(range(len(parts))) if begins(parts[i])), 0)
+    return parts[first:]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding='utf-8', errors='replace')
+    except OSError:
+        return ''
 
 
 def _in_folder(folder: Path, grids: list[dict]) -> tuple[dict[Path, dict], list[Path]]:
@@ -226,11 +251,7 @@ def _logged(parts: Sequence[Path]) -> tuple[dict[int, dict], list[tuple[int, int
 
 def _lines(path: Path) -> Iterator[dict]:
     """What is whole: a killed process leaves half a line."""
-    try:
-        text = path.read_text(encoding='utf-8', errors='replace')
-    except OSError:
-        return
-    for line in text.splitlines():
+    for line in _text(path).splitlines():
         try:
             content = json.loads(line)
         except ValueError:

@@ -78,6 +78,26 @@ def test_looks_of_a_resumed_run(tmp_path):
         looks_of(tmp_path / '1')
 
 
+def test_looks_of_a_run_that_was_overwritten_are_not_those_of_the_one_before(tmp_path):
+    def write(folder, resume, **files):
+        place = tmp_path / folder / 'vis_data'
+        place.mkdir(parents=True)
+        (place / 'config.py').write_text(f'load_from = None\nresume = {resume}\n')
+        for name, content in files.items():
+            (place / f'{name}.json').write_text(json.dumps(content))
+
+    look = dict(layers=dict(bn=dict(mean=[0])))
+    write('1', False, norm_stats=dict(step=2, **look), scalars=dict(loss=1, step=2))
+    write('2', False, norm_stats=dict(step=4, **look), scalars=dict(loss=1, step=4))
+    assert list(looks_of(tmp_path)) == [4]
+    write('3', True, norm_stats=dict(step=6, **look), scalars=dict(loss=1, step=6))
+    write('4', False, scalars=dict(bbox_mAP=1, step=0))  # a test
+    assert list(looks_of(tmp_path)) == [4, 6]
+    write('5', False, scalars=dict(loss=1, step=2))
+    with pytest.raises(UserError, match='nothing of its norms was recorded'):
+        looks_of(tmp_path)
+
+
 def test_figures_of_statistics(tmp_path):
     cbn = {f'{kind}{what}_error': [0.1, 0.2] for kind in ('naive', 'compensated') for what in ('', '_var')}
     mabn = dict(second_moment=[1, 2], second_moment_used=[1, 2], psi_used=[0, 1], r=[1, 1])
@@ -96,6 +116,27 @@ def test_figures_of_statistics(tmp_path):
     numbers = json.loads((tmp_path / 'fluctuation.json').read_text())
     assert len(rows) == 4 and rows[3].split(' | ')[1] == f'{numbers["$x$, <batch 2>"]["head.bn"]["mean"]:.3g}'
     assert not [text for texts in found.values() for text in texts if 'mathdefault' in text]
+
+
+def test_batches_that_are_accumulated_count_as_a_larger_one():
+    plain = looks()
+    halved = {
+        step: {name: own | {key: [v / 2 for v in own[key]] for key in ('g', 'psi')} for name, own in layers.items()}
+        for step, layers in plain.items()
+    }
+    for layers in halved.values():
+        for own in layers.values():
+            own['accumulated'] = 2
+    assert stats.fluctuations(halved, 'head.bn') == pytest.approx(stats.fluctuations(plain, 'head.bn'))
+
+
+def test_a_single_look_is_a_point(tmp_path):
+    one = {2: looks()[2]}
+    found = stats.draw(dict(a=one), tmp_path)
+    assert [path.name for path in found] == ['stats.svg', 'stats.png']
+    assert 'layer1.0.bn1' in texts(found[0])
+    points = re.findall(r'<use [^>]*fill: #2f86dd', found[0].read_text())  # the markers; axes have others
+    assert len(points) == 8
 
 
 def test_wrong_layers_and_channels(tmp_path):

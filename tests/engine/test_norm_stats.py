@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
 from torch.nn import functional as F
@@ -477,6 +478,26 @@ def test_a_loss_scale_is_taken_out(tmp_path):
             hook.after_train_iter(runner, 0)
         found.append(written(tmp_path / str(scale))[5]['norm'])
     assert found[0] == found[1]
+
+
+def test_the_number_of_accumulated_batches_is_noted(tmp_path):
+    found = []
+    for counts in (1, 3):
+        model, hook = Net('BN'), NormStatsHook(1)
+        wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), 0.1), accumulative_counts=counts)
+        wrapper.initialize_count_status(model, 0, 4)
+        runner = runner_of(model, tmp_path / str(counts), wrapper)
+        hook.before_train(runner)
+        for runner.iter in range(4):
+            hook.before_train_iter(runner, 0)
+            loss = model(torch.ones(2, 3, 4, 4, dtype=torch.double).cumsum(0).cumsum(3))
+            wrapper.scale_loss(loss).backward()
+            wrapper._inner_count += 1
+            hook.after_train_iter(runner, 0)
+        found.append([layers['norm'] for layers in written(tmp_path / str(counts)).values()])
+    assert [[line['accumulated'] for line in lines] for lines in found] == [[1] * 4, [3, 3, 3, 1]]
+    for one, several in zip(*found):
+        np.testing.assert_allclose(np.array(several['psi']) * several['accumulated'], one['psi'], rtol=1e-5)
 
 
 def test_layers_that_nobody_calls_are_said(tmp_path):

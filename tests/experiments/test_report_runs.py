@@ -58,6 +58,9 @@ def test_a_resumed_run_is_one_curve_and_one_over_another_only_the_last(tmp_path)
     assert sorted(loss) == [10, 20, 30, 40, 50, 60, 70, 100] and loss[60] == loss[100] == 9.0 != loss[50]
     part('20260103_000000', 10, 20)
     assert runs.read(run).curves['loss'] == [(10, 9.0), (20, 9.0)]
+    part('20260104_000000', 50, 100)  # which logs at other iterations, so that only its config tells
+    (run / '20260104_000000' / 'vis_data' / 'config.py').write_text('resume = False\n')
+    assert runs.read(run).curves['loss'] == [(50, 9.0), (100, 9.0)]
 
 
 def test_epochs_become_iterations(tmp_path):
