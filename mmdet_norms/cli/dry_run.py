@@ -36,6 +36,7 @@ from mmdet_norms.engine.dry_run import (
     Timing,
     out_of_memory,
     state_bytes,
+    time_precise_statistics,
     time_validation,
 )
 from mmdet_norms.engine.nonfinite import NonFiniteError
@@ -208,6 +209,7 @@ def _facts(runner: Runner, hook: DryRunHook, cfg: Config, args: argparse.Namespa
     loop, course, timing = runner.train_loop, hook.course, hook.timing
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     batches = time_validation(runner)
+    precise = time_precise_statistics(runner, course)
     by_iter = isinstance(loop, IterBasedTrainLoop)
     size, processes = _batch_size(loop), number_of_processes(args.launcher)
     facts = dict(
@@ -240,7 +242,7 @@ def _facts(runner: Runner, hook: DryRunHook, cfg: Config, args: argparse.Namespa
         ),
         checkpoint_bytes=state_bytes(runner),
         memory=dict(peak_bytes=timing.peak, of=timing.peak_of, total_bytes=_memory_of_gpu()),
-        time=_time(timing, batches, loop.max_iters - course.iteration, course, runner),
+        time=_time(timing, batches, precise, loop.max_iters - course.iteration, course, runner),
     )
     folder, there = os.path.dirname(args.copies), cfg.work_dir
     return _replaced(facts, (args.copies, copies_folder(there)), (os.path.join(folder, 'run'), there))
@@ -312,11 +314,20 @@ def _rates(rates: Rates) -> dict:
     return dict(vars(rates), points=points, factors=list(rates.factors))
 
 
-def _time(timing: Timing, batches: list[float], iterations: int, course: Course, runner: Runner) -> dict:
+def _time(
+    timing: Timing,
+    batches: list[float],
+    precise: tuple[int, float] | None,
+    iterations: int,
+    course: Course,
+    runner: Runner,
+) -> dict:
     each = statistics.median(timing.iterations) if timing.iterations else None
     evaluation = statistics.median(batches) * len(runner.val_dataloader) if batches else None
     training = each * iterations if each is not None else None
     evaluations = evaluation * len(course.validations) if evaluation is not None else 0.0
+    times, seconds = precise or (0, None)
+    whole = evaluations + (times * seconds if times else 0.0)
     return dict(
         timed_iterations=len(timing.iterations),
         settled=timing.settled,
@@ -327,7 +338,9 @@ def _time(timing: Timing, batches: list[float], iterations: int, course: Course,
         training_seconds=training,
         seconds_per_evaluation=evaluation,
         evaluation_seconds=evaluations,
-        seconds=training + evaluations if training is not None else None,
+        precise_statistics=times,
+        seconds_per_precise_statistics=seconds,
+        seconds=training + whole if training is not None else None,
     )
 
 
@@ -474,6 +487,9 @@ def _cost_lines(facts: dict) -> list[str]:
     if cost['seconds_per_evaluation'] is not None:
         evaluations = _several(facts['schedule']['evaluations'], 'evaluation')
         line += f', {evaluations} of {_duration(cost["seconds_per_evaluation"])} (without their metrics)'
+    if cost['precise_statistics']:
+        line += f', {cost["precise_statistics"]} times precise statistics of '
+        line += _duration(cost['seconds_per_precise_statistics'])
     lines.append(line)
     total = f' of {_mb(memory["total_bytes"])}' if memory['total_bytes'] else ''
     of = 'of the GPU' if memory['of'] == 'GPU' else 'of the process, data workers beside it'

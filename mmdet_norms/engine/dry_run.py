@@ -1,5 +1,7 @@
 """A few iterations of a real training, timed, which then ends: nothing of it is kept."""
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,18 +9,20 @@ from dataclasses import dataclass, field
 
 import torch
 from mmengine.device import get_device
-from mmengine.dist import broadcast, get_rank
+from mmengine.dist import broadcast, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
 from .cost import peak_memory
-from .course import Rates, checkpoints, learning_rates, validations
+from .course import Rates, checkpoints, epoch_length, learning_rates, validations
+from .precise_bn import PreciseBNHook
 
 _ITERATIONS = 8  # that are timed, in as much time as there is
 _SECONDS = 20.0
 _BATCHES = 4  # of the validation
+_PRECISE_BATCHES = 3
 
 
 class DryRunEnds(Exception):
@@ -160,6 +164,28 @@ def time_validation(runner: Runner) -> list[float]:
             if i + 1 >= _BATCHES or now - begun > _SECONDS:
                 break
     return times[1:] or times
+
+
+def time_precise_statistics(runner: Runner, course: Course) -> tuple[int, float] | None:
+    """How often precise statistics are computed, and the seconds each time; None of a training without them."""
+    hook = next((hook for hook in runner.hooks if isinstance(hook, PreciseBNHook)), None)
+    if hook is None:
+        return None
+    loader = runner.train_dataloader
+    size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 1
+    each, wanted = size * get_world_size(), min(hook.num_images, len(loader.dataset))
+    hook.num_images = min(wanted, _PRECISE_BATCHES * each)
+    hook.compute(runner)
+    if not hook.batch_seconds:  # no norm has any
+        return None
+    # A checkpoint and an evaluation after the same iteration have them together.
+    length = epoch_length(runner.train_loop) or 1
+    by_iteration = isinstance(runner.train_loop, IterBasedTrainLoop)
+    when = {step if by_iteration else step * length for step in course.validations}
+    for unit, steps, _ in course.checkpoints:
+        when |= {step * length if unit == 'epochs' else step for step in steps}
+    batch = statistics.median(hook.batch_seconds[1:] or hook.batch_seconds)
+    return len(when), hook.other_seconds + batch * math.ceil(wanted / each)
 
 
 @contextmanager

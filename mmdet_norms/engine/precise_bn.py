@@ -4,7 +4,7 @@ import copy
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -59,6 +59,8 @@ class PreciseBNHook(Hook):
             raise UserError(f'PreciseBNHook: num_images={num_images!r} must be a number of images, 1 or more')
         self.num_images, self.seed, self.at_test = num_images, seed, at_test
         self.precise: dict | None = None
+        self.batch_seconds: list[float] = []  # of the last time
+        self.other_seconds = 0.0
         self._fresh: dict[str, Tensor] | None = None
         self._own: list[tuple[Tensor, Tensor]] = []
 
@@ -84,9 +86,13 @@ class PreciseBNHook(Hook):
     def before_saving(self, runner: Runner) -> None:
         """Called in all processes before a checkpoint is written."""
         if self._fresh is None:
-            averages = (getattr(hook, 'ema_model', None) for hook in runner.hooks)
-            average = next((model for model in averages if isinstance(model, nn.Module)), None)
-            self._compute(runner, _model(runner) if average is None else average.module)
+            self.compute(runner)
+
+    def compute(self, runner: Runner) -> None:
+        """Compute them with the weights of training, or their averages; the model stays as it is."""
+        averages = (getattr(hook, 'ema_model', None) for hook in runner.hooks)
+        average = next((model for model in averages if isinstance(model, nn.Module)), None)
+        self._compute(runner, _model(runner) if average is None else average.module)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Precise statistics into the weights, training's own beside them."""
@@ -122,20 +128,22 @@ class PreciseBNHook(Hook):
         begin = time.monotonic()
         with _left_as_it_was(runner):
             _seed_all(self.seed, get_rank())
-            loader, batch_size = self._loader(runner)
-            names = recompute_statistics(twin, loader)
-        images = len(loader.batch_sampler) * batch_size * get_world_size()
+            loader, batches, batch_size = self._loader(runner)
+            self.batch_seconds = []
+            names = recompute_statistics(twin, _timed(loader, self.batch_seconds))
+        images = batches.images * get_world_size()
+        took = time.monotonic() - begin
+        self.other_seconds = took - sum(self.batch_seconds)
         norms = [twin.get_submodule(name) for name in names]
         statistics = {id(getattr(norm, key, None)) for norm in norms for key in ('running_mean', 'running_var')}
         self._fresh = {key: value for key, value in _buffers(twin).items() if id(value) in statistics}
         self.precise = dict(images=images, batch_size=batch_size)
         runner.logger.info(
-            f'Precise statistics: {len(names)} norms, {images} training images in batches of {batch_size}, '
-            f'{time.monotonic() - begin:.1f} s'
+            f'Precise statistics: {len(names)} norms, {images} training images in batches of {batch_size}, {took:.1f} s'
         )
 
-    def _loader(self, runner: Runner) -> tuple[DataLoader, int]:
-        """Batches as in training, as many as there should be, and how many images each has."""
+    def _loader(self, runner: Runner) -> tuple[DataLoader, '_First', int]:
+        """Batches as in training, as many as there should be, which these are, and how many images a whole one has."""
         cfg, loop = runner._train_dataloader, runner._train_loop
         if not isinstance(cfg, dict):
             raise UserError(
@@ -154,7 +162,7 @@ class PreciseBNHook(Hook):
         images = min(self.num_images, len(loader.dataset))
         batches = _First(loader.batch_sampler, math.ceil(images / (batch_size * get_world_size())))
         replace_batch_sampler(loader, NumberedBatches(batches, self.seed, get_rank()), self.seed)
-        return loader, batch_size
+        return loader, batches, batch_size
 
 
 class _PreciseBNFirst(Hook):
@@ -192,22 +200,23 @@ def take_training_statistics(checkpoint: dict) -> None:
 
 
 class _First:
-    """The first batches of a batch sampler, whose passes follow each other."""
+    """The first batches of a batch sampler, whose passes follow each other; and how many ``images`` they had."""
 
     def __init__(self, batch_sampler, number: int) -> None:
-        self.batch_sampler, self.number = batch_sampler, number
+        self.batch_sampler, self.number, self.images = batch_sampler, number, 0
 
     def __len__(self) -> int:
         return self.number
 
     def __iter__(self) -> Iterator:
-        left, epoch = self.number, 0
+        left, epoch, self.images = self.number, 0, 0
         while left:
             before = left
             sampler = getattr(self.batch_sampler, 'sampler', self.batch_sampler)
             if hasattr(sampler, 'set_epoch'):
                 sampler.set_epoch(epoch)
             for batch in self.batch_sampler:
+                self.images += len(batch)
                 yield batch
                 left -= 1
                 if not left:
@@ -215,6 +224,15 @@ class _First:
             if left == before:  # no image at all
                 return
             epoch += 1
+
+
+def _timed(batches: Iterable, seconds: list[float]) -> Iterator:
+    """The batches, and how long each took to come and to be worked on."""
+    last = time.monotonic()
+    for batch in batches:
+        yield batch
+        last, before = time.monotonic(), last
+        seconds.append(last - before)
 
 
 class _Copied:

@@ -43,7 +43,8 @@ def test_a_detector(tmp_path, capsys):
     )
     before = state(tmp_path)
     work_dir = tmp_path / 'work' / 'run'
-    facts = look(config, work_dir, '--norm', 'cbn', '--cfg-options', 'train_cfg.max_epochs=6', '--threads', 1)
+    options = ['--precise-bn', 3, '--cfg-options', 'train_cfg.max_epochs=6', 'train_cfg.val_interval=2']
+    facts = look(config, work_dir, '--norm', 'cbn', '--threads', 1, *options)
     said = capsys.readouterr().out
     assert state(tmp_path).keys() - before.keys() == {str(tmp_path / 'facts.json')}
     assert not (tmp_path / 'work').exists() and not (tmp_path / 'elsewhere').exists()
@@ -59,13 +60,17 @@ def test_a_detector(tmp_path, capsys):
     points = {point['iteration']: point['learning_rate'] for point in schedule['learning_rates'][0]['points']}
     assert points == pytest.approx({0: 0.002, 8: 0.0002, 10: 0.00002, 11: 0.00002})
     assert '0.0002 at iteration 8 (after epoch 4)' in said
-    assert schedule['evaluations'] == [1, 2, 3, 4, 5, 6]
+    assert schedule['evaluations'] == [2, 4, 6]
     assert schedule['checkpoints'] == [dict(unit='epochs', after=[1, 2, 3, 4, 5, 6], kept=2)]
     assert facts['checkpoint_bytes'] > 3 * 4 * whole['parameters']  # AdamW has two moments
     cost = facts['time']
     assert cost['settled'] and cost['timed_iterations'] >= 3 and 0 <= cost['waiting_for_data'] < 1
     assert cost['fastest'] <= cost['seconds_per_iteration'] <= cost['slowest']
-    assert cost['seconds'] == pytest.approx(12 * cost['seconds_per_iteration'] + 6 * cost['seconds_per_evaluation'])
+    precise = cost['seconds_per_precise_statistics']  # an evaluation and a checkpoint have the same
+    assert 0 < precise < 60 and 'precise statistics of ' in said
+    assert cost['seconds'] == pytest.approx(
+        12 * cost['seconds_per_iteration'] + 3 * cost['seconds_per_evaluation'] + 6 * precise
+    )
     assert facts['memory']['peak_bytes'] > 1e8
 
     changed = {one['key']: (one['before'], one['now']) for one in facts['changed_by_command']}

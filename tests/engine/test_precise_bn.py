@@ -212,6 +212,15 @@ def test_workers_do_not_matter_and_images_are_whole_batches(tmp_path):
     assert saved(tmp_path / 'more')[KEY]['images'] == 12
 
 
+def test_a_last_batch_of_fewer_images_counts_as_many(tmp_path):
+    runner = runner_of(tmp_path, images=12, norms=(dict(type='BN'),))
+    runner._train_dataloader = dict(runner._train_dataloader, batch_size=5)
+    runner.train()
+    hook = next(hook for hook in runner.hooks if isinstance(hook, PreciseBNHook))
+    assert hook.precise == dict(images=12, batch_size=5)
+    assert len(hook.batch_seconds) == 3 and min(*hook.batch_seconds, hook.other_seconds) > 0
+
+
 def test_without_running_statistics_nothing_happens(tmp_path):
     trained(tmp_path, norms=(dict(type='GN', num_groups=2),))
     assert KEY not in saved(tmp_path)
