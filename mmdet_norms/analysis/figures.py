@@ -39,6 +39,7 @@ def course(axis: Axes, steps: Sequence[float], values: Sequence[float], look: Ma
     """A line over iterations, whose points show where they are few: a line of one would be nothing."""
     marker = dict(marker='o', ms=2.5) if len(steps) < 25 else {}
     axis.plot(steps, values, **look, **marker)
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def styled() -> rc_context:

@@ -86,13 +86,13 @@ def _kernels(args: argparse.Namespace, out: Path) -> list[Path]:
         raise UserError(f'--image {args.image}: there is no such file')
     if args.layers and args.image is None:
         raise UserError('--layers says of which layers --image draws maps: give that, too')
-    paths = kernels.draw(runs, out)
-    if args.image is not None:
-        if len(runs) > 1:
-            raise UserError(f'--image draws the maps of one run, and there are {len(runs)}: name one')
-        use_threads(args)
-        paths += kernels.draw_responses(next(iter(runs.values())), args.image, out, args.layers)
-    return paths
+    if args.image is None:
+        return kernels.draw(runs, out)
+    if len(runs) > 1:
+        raise UserError(f'--image draws the maps of one run, and there are {len(runs)}: name one')
+    use_threads(args)
+    maps = kernels.draw_responses(next(iter(runs.values())), args.image, out, args.layers)
+    return [*kernels.draw(runs, out), *maps]
 
 
 def _attention(args: argparse.Namespace, out: Path) -> list[Path]:

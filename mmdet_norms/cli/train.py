@@ -9,6 +9,7 @@ from typing import Any
 from mmdet.registry import HOOKS, OPTIM_WRAPPERS
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import Runner
 
@@ -305,16 +306,29 @@ def guard_work_dir(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def clear_work_dir(runner: Runner, cfg: Config, args: argparse.Namespace) -> None:
-    """When all is ready to train: no earlier run, nothing half-written, and room for a checkpoint."""
+    """When all is ready to train: nothing half-written, room for a checkpoint, and soon no earlier run."""
     folder = CheckpointFolder.of(cfg)
     for path in tidy(folder):
         runner.logger.info(f'{path} was left half-written by a run that was killed, and is deleted')
     if args.overwrite:
-        removed = remove_earlier_run(folder)
-        if removed:
-            runner.logger.info(f'--overwrite: deleted {", ".join(path.name for path in removed)}')
+        runner.register_hook(_Overwrites(folder))
     weights = sum(value.numel() * value.element_size() for value in runner.model.state_dict().values())
     require_room(folder.folder / LAST, weights, 'training')
+
+
+class _Overwrites(Hook):
+    """Delete an earlier run when the training begins: data and weights are loaded, and no other hook refuses it."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self._folder = folder
+
+    def before_train(self, runner: Runner) -> None:
+        """Called behind all others, since it was registered last."""
+        removed = remove_earlier_run(self._folder)
+        if removed:
+            runner.logger.info(f'--overwrite: deleted {", ".join(path.name for path in removed)}')
 
 
 def _require_weights(cfg: Config, config: str) -> None:

@@ -314,8 +314,9 @@ def test_the_command_on_a_classifier_with_bnet_and_an(tmp_path, capsys):
     )
     (tmp_path / 'no.png').write_text('no picture')
     assert 'cannot be read' in fails(
-        capsys, analyze.main, 'kernels', work_dir, '--image', tmp_path / 'no.png', '--out', out
+        capsys, analyze.main, 'kernels', work_dir, '--image', tmp_path / 'no.png', '--out', tmp_path / 'none'
     )
+    assert not list((tmp_path / 'none').glob('*'))
     assert 'must be at least 1' in fails(capsys, analyze.main, 'attention', work_dir, '--images', 0, '--out', out)
     for word in ('stats', 'kernels', 'attention', 'curves'):
         assert 'nowhere' in fails(capsys, analyze.main, word, tmp_path / 'nowhere', '--out', out)

@@ -73,6 +73,10 @@ def test_overwrite_replaces_the_run_only_when_training_begins(copied, capsys):
     assert 'from which load_from starts' in fails(capsys, run, config, work_dir, '--overwrite', **start)
     fails(capsys, run, config, work_dir, '--overwrite', **{'model.neck.norm_cfg.type': 'BNTE'})
     assert content(work_dir) == before
+    looked = ('--norm-stats', '2', '--norm-stats-layers', '*.nope')
+    assert 'fits none of the' in fails(capsys, run, config, work_dir, '--overwrite', *looked)
+    kept = content(work_dir)
+    assert kept.pop('tiny.py') and before.pop('tiny.py') and kept == before  # but the config, which mmengine writes
     run(config, work_dir, '--overwrite', epochs=1)
     after = content(work_dir)
     assert sorted(name for name in after if name.endswith('.pth')) == ['epoch_1.pth', 'mine.pth']
