@@ -149,6 +149,14 @@ class TestMetrics:
             'At batch size 2, BN has a top-1 accuracy of 90.0 %; there is nothing to compare it with.'
         )
 
+    def test_one_run_without_ap_does_not_choose_another_metric(self):
+        """A NaN is no result. By AP50, which that run has as well, all others would be compared."""
+        found = grid()
+        for run in found:
+            run.results['bbox_mAP_50'] = run.results['bbox_mAP'] + 0.1
+        del found[0].results['bbox_mAP']
+        assert Content(found).metric.key == 'bbox_mAP' and Content(found).others == found[:1]
+
     def test_classes_are_no_metrics(self):
         results = coco('bbox', 0.3, CLASSES) | coco('segm', 0.2, CLASSES) | {'pascal_voc/mAP': 0.5}
         found = metrics.metrics([results])

@@ -68,7 +68,8 @@ def headline(results: Sequence[Mapping[str, float]], wanted: str | None = None) 
         said = f'; choose one of: {", ".join(names)}' if names else ', nor any other result'
         raise UserError(f'--metric {wanted}: no finished run has it{did_you_mean(wanted, names)}{said}')
     counts = {metric.key: sum(metric.key in result for result in results) for metric in known}
-    return max(known, key=lambda metric: counts[metric.key])
+    most = [metric for metric in known if 2 * counts[metric.key] > len(results)]
+    return most[0] if most else max(known, key=lambda metric: counts[metric.key])
 
 
 def of_classes(results: Mapping[str, float], metric: Metric) -> dict[str, float]:
