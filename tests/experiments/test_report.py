@@ -20,6 +20,7 @@ from mmdet_norms.experiments.report import figures, metrics, pictures, published
 from mmdet_norms.experiments.report.answer import answer, method, verdict
 from mmdet_norms.experiments.report.content import Content
 from mmdet_norms.experiments.runs import Run
+from mmdet_norms.placement import apply_norm
 
 CLASSES = ('disc', 'a "b" <i>')
 NOISE = (-0.002, 0.001, 0.002)  # of a seed, whatever the norm
@@ -180,6 +181,26 @@ class TestMetrics:
         cfg['model']['neck']['norm_cfg'] = dict(type='GN')
         assert published.published(Run('', {}, 'finished', config=config, cfg=cfg)) is None
         assert published.published(Run('', {}, 'finished', config='own.py', cfg=cfg)) is None
+
+    @pytest.mark.parametrize(
+        'change',
+        ['model.neck.norm_cfg.rho=0', 'model.backbone.depth=101', 'train_cfg.max_epochs=1', 'norm gn-ws', None],
+    )
+    def test_a_published_row_is_of_that_model_and_that_length(self, change, tmp_path):
+        """It stood beside every run whose norms have the same type: GN's beside GN + WS, CBN's beside rho 0."""
+        norm = 'gn' if change == 'norm gn-ws' else 'cbn'
+        name = f'mask-rcnn_r50_fpn_{norm}_1x_coco'
+        cfg = published.Config.fromfile(published._rows()[name][1])
+        if change == 'norm gn-ws':
+            cfg.model = apply_norm(cfg.model, 'gn-ws')
+        elif change is not None:
+            key, _, value = change.partition('=')
+            cfg.merge_from_dict({key: int(value)})
+        cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='another/place/of/resnet50.pth')
+        (tmp_path / 'now' / 'vis_data').mkdir(parents=True)
+        cfg.dump(tmp_path / 'now' / 'vis_data' / 'config.py')  # as a run has it
+        run = Run('', {}, 'finished', config=f'configs/{norm}/{name}.py', cfg=runs._config(tmp_path))
+        assert (published.published(run) is None) == (change is not None)
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,7 @@ from mmengine.fileio import load
 
 from mmdet_norms_start import own_configs
 
-from ..runs import Run, norm_of
+from ..runs import Run
 
 _NAMES = {
     **{f'{kind} {ap}': (short, key) for kind, short in (('box', 'bbox'), ('mask', 'segm'))
@@ -22,14 +22,14 @@ _TOP = {'Top 1 Accuracy': 'accuracy/top1', 'Top 5 Accuracy': 'accuracy/top5'}
 def published(run: Run) -> dict | None:
     """What the metafile says of the run's config: name, results in the unit of results.json, data and iterations.
 
-    None where there is no such row, or the run has other norms or another data set than its config.
+    None where there is no such row, or the run has another model, data set or number of epochs than its config.
     """
     entry = _rows().get(Path(run.config).stem)
     if entry is None or not run.cfg:
         return None
     model, path = entry
     theirs = Config.fromfile(path, import_custom_modules=False)
-    if norm_of(theirs.model.to_dict()) != norm_of(run.cfg.get('model') or {}) or _data(theirs) != _data(run.cfg):
+    if any(of(theirs.to_dict()) != of(run.cfg) for of in (_model, _data, _epochs)):
         return None
     results, data = {}, set()
     for result in model.get('Results') or ():
@@ -49,6 +49,22 @@ def _rows() -> dict[str, tuple[dict, Path]]:
     index = load(str(folder / 'model-index.yml'))
     models = (model for path in index['Import'] for model in load(str(folder / path))['Models'])
     return {Path(model['Config']).stem: (model, folder / model['Config']) for model in models}
+
+
+def _model(cfg: Mapping) -> object:
+    """All of it but where its weights come from: GN with and without WS, or CBN of another rho, are other models."""
+
+    def plain(node: object) -> object:
+        if isinstance(node, Mapping):
+            return {key: plain(value) for key, value in node.items() if key != 'init_cfg'}
+        return [plain(entry) for entry in node] if isinstance(node, (list, tuple)) else node
+
+    return plain(cfg.get('model'))
+
+
+def _epochs(cfg: Mapping) -> int | None:
+    """None of a training that counts iterations, which are others with another batch size."""
+    return (cfg.get('train_cfg') or {}).get('max_epochs')
 
 
 def _data(cfg: Mapping) -> tuple:
