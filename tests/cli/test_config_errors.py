@@ -168,3 +168,41 @@ def test_what_models_of_others_predict_is_left_to_them():
 def test_a_packaged_config_that_is_far_from_all_is_told_where_they_are(name):
     with pytest.raises(UserError, match=r'has no such config; those that it has are in \S+configs$'):
         read_config(name)
+
+
+@pytest.fixture
+def naming_a_module(config):
+    def write(name):
+        text = config.read_text().replace("imports=['mmdet_norms']", f"imports=['mmdet_norms', {name!r}]")
+        config.write_text(text)
+        return config
+
+    return write
+
+
+@pytest.mark.parametrize('name', ['norm_of_mine_a', 'package_of_mine.norm_of_mine'])
+def test_a_module_that_python_does_not_find_is_one_message(naming_a_module, name):
+    config = naming_a_module(name)
+    said = rf'custom_imports: there is no module {name.split(".")[0]}; .*PYTHONPATH=FOLDER in front'
+    with pytest.raises(UserError, match=said):
+        read_config(str(config))
+
+
+def test_a_package_without_that_module_is_one_message(naming_a_module):
+    with pytest.raises(UserError, match=r'custom_imports: mmdet_norms is there, but has no module mmdet_norms.bnt$'):
+        read_config(str(naming_a_module('mmdet_norms.bnt')))
+
+
+def test_a_module_beside_the_config_names_its_folder(naming_a_module, tmp_path):
+    config = naming_a_module('norm_of_mine_b')
+    config.with_name('norm_of_mine_b.py').touch()
+    with pytest.raises(UserError, match=f'PYTHONPATH={config.parent.resolve()} in front of the command$'):
+        read_config(str(config))
+
+
+def test_a_module_that_lacks_another_one_keeps_its_traceback(naming_a_module, monkeypatch):
+    config = naming_a_module('norm_of_mine_c')
+    config.with_name('norm_of_mine_c.py').write_text('import no_such_module_at_all\n')
+    monkeypatch.syspath_prepend(str(config.parent))
+    with pytest.raises(ImportError, match='Failed to import custom modules'):
+        read_config(str(config))
