@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from .compat.torch_internals import has_hooks
 from .errors import UserError, did_you_mean, some
-from .layers import BNET, NORMS, another_function_allowed, link_convs
+from .layers import BNET, NORMS, another_function_allowed, contract_of, link_convs
 
 Norm = Callable[[nn.Module], nn.Module | None]
 
@@ -113,8 +113,13 @@ def _by_name(name: str) -> Norm:
     with_size = re.fullmatch(r'bnet(\d+)', name)
     cls = BNET if with_size else known.get(name)
     if cls is None:
-        known = ['bnet3', 'bnet5', 'bnet7', *sorted(known)]
+        known = ['bnet3', 'bnet5', 'bnet7', *sorted(key for key, cls in known.items() if not _is_of_each_image(cls))]
         raise UserError(f'norm={name!r} is unknown{did_you_mean(name, known)}; choose one of: {", ".join(known)}')
+    if _is_of_each_image(cls):  # before it says that its groups do not fit
+        raise UserError(
+            f'norm={name!r} cannot be the function of a batch norm; to train it anew, pass a function: '
+            f'lambda bn: {cls.__name__}(bn.num_features)'
+        )
     options = dict(kernel_size=int(with_size[1])) if with_size else {}
 
     def build(bn: nn.Module) -> nn.Module:
@@ -122,6 +127,11 @@ def _by_name(name: str) -> Norm:
         return cls(bn.num_features, **shared, **options)
 
     return build
+
+
+def _is_of_each_image(cls: type) -> bool:
+    loads = contract_of(cls).loads
+    return 'affine' in loads and 'BN' not in loads
 
 
 def _parameters(cls: type) -> list[str]:

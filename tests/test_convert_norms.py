@@ -208,7 +208,9 @@ def test_cbn_is_linked_to_the_convolution_in_front():
     ('norm', 'said'),
     [
         ('bnett5', r"norm='bnett5' is unknown \(did you mean 'bnet5'\?\); choose one of: bnet3"),
-        ('ln2d', r"norm='ln2d' cannot be the function .*'bn1'.*lambda bn: LN2d\(bn.num_features\)"),
+        ('bnett5', r'choose one of: bnet3, bnet5, bnet7, an, bin, bnet, brn, cbn, frozenbn, ghostbn, mabn, rbn'),
+        ('ln2d', r"norm='ln2d' cannot be the function .*lambda bn: LN2d\(bn.num_features\)"),
+        ('gn', r"norm='gn' cannot be the function .*lambda bn: GN\(bn.num_features\)"),
         ('bnet4', 'kernel_size=4 must be an odd positive integer'),
         (5, 'norm=5 must be a name'),
     ],
