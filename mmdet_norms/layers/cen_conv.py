@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..compat.torch_internals import weight_source
 from ._numerics import statistics_dtype
 
-_FIX = "write conv_cfg=dict(type='CenConv') beside norm_cfg=dict(type='MABN')"
+_FIX = "write conv_cfg=dict(type='CenConv') beside norm_cfg=dict(type='MABN'), or, without mmdet, a CenConv2d"
 
 
 class CenConv2d(nn.Conv2d):

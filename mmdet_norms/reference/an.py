@@ -10,7 +10,7 @@ Li, Sun, Wu, "Attentive Normalization", https://arxiv.org/abs/1908.01259, sectio
     m, v, d       (N, C)
     lambda        (N, k)          gates, each by itself: they do not sum to 1
     weight, bias  (k, C)          weight_ and bias_, drawn around 1 and 0
-    A             C -> k          a 1x1 convolution of d; where batch norm makes x_hat, one of its outputs, too
+    A             C -> k          a 1x1 convolution; if x_hat is of batch norm, a batch norm of the k logits behind it
 
 Independent implementation from the paper's maths.
 """

@@ -14,6 +14,9 @@ the weights W_t of their time, a Taylor expansion says what the latter would be 
     x, y                        (N, C, H, W)
     m, q, mu, var, weight, bias (C,)                moments over N, H, W
     W, dm/dW, dq/dW             (C, C_in, k, k)     the statistics of a channel depend on its own filter only
+
+t runs over the last buffer_num iterations; in the first burnin ones there are none, and var is the unbiased one of the
+batch. In eval mode mu and var are the running ones, which follow the batch.
 """
 
 import torch

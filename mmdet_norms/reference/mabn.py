@@ -15,7 +15,8 @@ Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of Bat
     v, r, p, running_var, weight, bias   one value per channel
     buffer_x2, buffer_gz                 (m, C)                 E[x^2] and E[g z] of the last m iterations
 
-Until the window is full, v and p are those of the batch alone. In the first 1000 iterations r = 1.
+m = real_B / B: as many iterations of B images as make real_B. Until the window is full, and in the first 100 iterations
+(warmup_iters), v and p are those of the batch alone. In the first 1000 iterations r = 1.
 """
 
 import torch
