@@ -178,7 +178,7 @@ def in_words(outcome: Outcome) -> str:
     columns = headline([outcome.result])
     shown = {name: key for name, key in columns.items() if name.endswith(' AP')} or columns
     values = ', '.join(f'{name} {format_ap(outcome.result[key])}' for name, key in itertools.islice(shown.items(), 2))
-    return values or 'finished'
+    return values or 'finished, without a result'
 
 
 def _mean(values: Sequence[float]) -> str:

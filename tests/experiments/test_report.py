@@ -158,6 +158,13 @@ class TestMetrics:
         del found[0].results['bbox_mAP']
         assert Content(found).metric.key == 'bbox_mAP' and Content(found).others == found[:1]
 
+    def test_a_run_without_results_is_no_silent_gap(self):
+        """mmdet's metric has none where nothing is detected, which is the worst that a norm can do."""
+        found = grid()
+        found[0].results.clear()
+        (note,) = (note for note in Content(found).notes if 'without a result' in note)
+        assert note.startswith('1 run came to the end without a result, and is in no mean') and 'too high' in note
+
     def test_classes_are_no_metrics(self):
         results = coco('bbox', 0.3, CLASSES) | coco('segm', 0.2, CLASSES) | {'pascal_voc/mAP': 0.5}
         found = metrics.metrics([results])

@@ -285,6 +285,13 @@ def _notes(content: Content):
     for status, count in counts.items():
         text = 'failed' if status == FAILED else f'{"is" if count == 1 else "are"} {status}'
         yield f'{count} of {len(content.runs)} runs {text}, and counted in no mean.'
+    empty = sum(run.is_finished for run in content.not_finished)
+    if empty:
+        yield (
+            f'{empty} {"run" if empty == 1 else "runs"} came to the end without a result, and '
+            f'{"is" if empty == 1 else "are"} in no mean: the evaluation of a detector that detects nothing has none. '
+            'Where that is so, the means of its norm are too high.'
+        )
     if content.others:
         names = sorted({metric.key for metric in metrics(run.results for run in content.others)})
         have = 'run has' if len(content.others) == 1 else 'runs have'
