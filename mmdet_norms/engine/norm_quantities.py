@@ -81,7 +81,7 @@ class Seen:
             past: of a CBN, which also gets this call.
         """
         whole = as_map(norm, x.detach())
-        first = _first_group(norm, whole)
+        first = first_group(norm, whole)
         with no_autocast(x):
             mean, var = map_ops.moments(first)
             seen = cls(norm, first, mean, var, first.numel() // first.shape[1], len(whole))
@@ -109,7 +109,7 @@ class Seen:
         if not self.waits:  # a second backward pass, of second derivatives
             return
         self.waits = False
-        grad = _first_group(self.norm, as_map(self.norm, grad.detach())).to(self.x.dtype)
+        grad = first_group(self.norm, as_map(self.norm, grad.detach())).to(self.x.dtype)
         with no_autocast(self.x):
             self.sums = self._sums(grad)
         self.x = self.x.new_empty(0)  # the map is not needed any more
@@ -181,7 +181,8 @@ def _weight(norm: nn.Module, like: Tensor) -> Tensor:
     return torch.ones_like(like)
 
 
-def _first_group(norm: nn.Module, x: Tensor) -> Tensor:
+def first_group(norm: nn.Module, x: Tensor) -> Tensor:
+    """The images of a map that a norm with ``norm_batch`` normalizes together, the first of such groups; else all."""
     norm_batch = getattr(norm, 'norm_batch', None)
     return x if not norm.training or norm_batch is None else x[:norm_batch]
 

@@ -26,7 +26,7 @@ from ..layers import CBN
 from ..layers._args import is_count
 from ..layers._contract import contract_of, is_norm_class
 from ..layers._replay import in_backward
-from .norm_quantities import Past, Seen, as_map, is_synchronized, summary
+from .norm_quantities import Past, Seen, as_map, first_group, is_synchronized, summary
 
 NORM_STATS = 'norm_stats.json'
 """In ``vis_data`` of a run: a line of JSON for each look."""
@@ -239,7 +239,7 @@ def chosen(model: nn.Module, patterns: Sequence[str] | None, most: int = 8) -> d
 
 
 def _mean(norm: nn.Module, x: Tensor) -> Tensor:
-    return map_ops.moments(as_map(norm, x.detach()))[0]
+    return map_ops.moments(first_group(norm, as_map(norm, x.detach())))[0]
 
 
 def _wrappers(wrapper: object) -> list:

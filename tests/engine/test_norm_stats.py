@@ -383,6 +383,18 @@ def test_training_is_the_same_bit_by_bit(model, tmp_path):
             np.testing.assert_allclose(found[8][name]['psi'], line['psi'], rtol=tolerance, atol=tolerance * 1e-2)
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_groups_of_images_in_a_checkpoint_have_their_gradient(tmp_path):
+    norm = GhostBN(C, norm_batch=2)
+    hook, runner = NormStatsHook(1), runner_of(nn.Sequential(norm), tmp_path)
+    hook.before_train(runner)
+    hook.before_train_iter(runner, 0)
+    x = torch.arange(4.0 * C * 6).sin().view(4, C, 3, 2).requires_grad_()
+    checkpoint(norm, x, use_reentrant=True).square().sum().backward()
+    hook.after_train_iter(runner, 0)
+    assert None not in written(tmp_path)[1]['0']['psi']
+
+
 def in_two(rank, folder):
     looked, runner = run(folder / 'looked', [HOOK], rank)
     plain, _ = run(folder / 'plain', [], rank)
