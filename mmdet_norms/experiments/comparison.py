@@ -95,7 +95,9 @@ class Record:
         )
         if comparison.variants:
             self._head['variants'] = {name: [norm, *own] for name, (norm, own) in comparison.variants.items()}
-        before = {entry.get('name'): entry for entry in read_json(self.path).get('cells') or ()}
+        cells = read_json(self.path).get('cells')
+        cells = cells if isinstance(cells, list) else []
+        before = {cell['name']: cell for cell in cells if isinstance(cell, dict) and isinstance(cell.get('name'), str)}
         names = {cell.name for cell in self.cells}
         self._others = [entry for name, entry in before.items() if name not in names]
         for entry in self._others:

@@ -171,7 +171,8 @@ def _in_folder(folder: Path, grids: list[dict]) -> tuple[dict[Path, dict], list[
         place = Path(place)
         if GRID in files:
             grid = read_json(place / GRID)
-            listed = [cell for cell in grid.get('cells') or () if isinstance(cell, dict) and cell.get('name')]
+            listed = grid.get('cells') if isinstance(grid.get('cells'), list) else []
+            listed = [cell for cell in listed if isinstance(cell, dict) and cell.get('name')]
             for cell in listed:  # its log is named from there
                 log = {'log': str(place / str(cell['log']))} if cell.get('log') else {}
                 cells[place / str(cell['name'])] = {**cell, **log}

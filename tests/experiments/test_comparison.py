@@ -40,6 +40,14 @@ def outcome(cell, result=None, error=None, seconds=10.0):
     return Outcome(cell, result, error, seconds)
 
 
+@pytest.mark.parametrize('cells', ['[3, "x", {"name": 1}]', '5', '{"a": 1}', '[]'])
+def test_a_damaged_grid_json_is_written_anew(cells, tmp_path):
+    (tmp_path / 'grid.json').write_text(f'{{"cells": {cells}}}')
+    record = Record(tmp_path, dict(command='run'), Comparison('c.py', ['bn'], [4], [0]))
+    record.write()
+    assert [cell['name'] for cell in json.loads((tmp_path / 'grid.json').read_text())['cells']] == ['bn-b4-s0']
+
+
 def test_grid_json_says_what_every_cell_is(tmp_path):
     comparison = Comparison('c.py', ['bn', 'gn'], [2], [0, 1])
     cells = list(comparison.cells())
