@@ -202,8 +202,10 @@ def out_of_memory() -> Iterator[None]:
 
 
 def state_bytes(runner: Runner) -> int:
-    """About the size of a checkpoint: weights, buffers, and the state of the optimizers after a step."""
-    states = [runner.model.state_dict(), runner.optim_wrapper.state_dict()]
+    """About the size of a checkpoint: weights, buffers, averages of both, and the optimizers after a step."""
+    averages = (getattr(hook, 'ema_model', None) for hook in runner.hooks)  # of EMAHook
+    states = [model.state_dict() for model in (runner.model, *averages) if isinstance(model, nn.Module)]
+    states.append(runner.optim_wrapper.state_dict())
     return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in _tensors(states)}.values())
 
 

@@ -126,6 +126,14 @@ def test_what_would_write_elsewhere_is_left_out(tmp_path):
     assert [hook['type'] for hook in other.custom_hooks] == ['NormHook']
 
 
+def test_averages_of_the_weights_are_in_each_checkpoint(tmp_path):
+    config = tiny_cls.write_config(tmp_path)
+    plain = look(config, tmp_path / 'run', '--epochs', 1)
+    config.write_text(config.read_text() + "custom_hooks = [dict(type='EMAHook')]\n")
+    averaged = look(config, tmp_path / 'run', '--epochs', 1)
+    assert averaged['checkpoint_bytes'] - plain['checkpoint_bytes'] > 4 * plain['parts'][-1]['parameters']
+
+
 def test_a_work_dir_that_cannot_be_used(tmp_path, capsys, monkeypatch):
     config = tiny_cls.write_config(tmp_path)
     (tmp_path / 'file').write_text('')
