@@ -158,6 +158,9 @@ class TestMetrics:
         del found[0].results['bbox_mAP']
         assert Content(found).metric.key == 'bbox_mAP' and Content(found).others == found[:1]
 
+    def test_seeds_are_in_the_order_of_numbers(self):
+        assert Content([run_of('bn', 2, seed, 0.3) for seed in (10, 2, None, 0)]).seeds == [0, 2, 10, None]
+
     def test_a_run_without_results_is_no_silent_gap(self):
         """mmdet's metric has none where nothing is detected, which is the worst that a norm can do."""
         found = grid()

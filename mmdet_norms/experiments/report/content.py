@@ -139,7 +139,8 @@ class Content:
 
     @cached_property
     def seeds(self) -> list:
-        return sorted({run.labels['seed'] for run in self.compared}, key=str)
+        found = {run.labels['seed'] for run in self.compared}
+        return sorted(found, key=lambda seed: (seed, '') if isinstance(seed, int) else (float('inf'), str(seed)))
 
     def at(self, method: Method, batch_size: int | None) -> Setting | None:
         """The setting, if there is one."""
