@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
-from ..layers import CBN, contract_of, link_convs, warn_if_uncentred
+from ..layers import BRN, CBN, MABN, contract_of, link_convs, warn_if_uncentred
 from ..layers._args import is_count
 from ..layers._averaging import AveragesOnRequest
 
@@ -26,7 +26,7 @@ class NormHook(Hook):
     * ``norm_batch``: raises a :class:`UserError` if it does not divide the batches, the last of an epoch included.
     * Warns of settings that defeat a method: ``norm_eval=True`` or ``frozen_stages`` over CBN or MABN in the backbone,
       MABN behind a convolution that is not centred, CBN with gradient accumulation, ``norm_eval=True``, mmdet's
-      default, over batch norm that no pretrained weights have filled.
+      default, over batch norm that no pretrained weights have filled; a training that ends in a method's warm-up.
 
     In a config for mmdet's own tools: ``custom_hooks=[dict(type='NormHook')]``.
     """
@@ -49,7 +49,8 @@ class NormHook(Hook):
                 'images per estimate a larger buffer_num or batch',
                 stacklevel=2,
             )
-        for message in defeated(model):
+        left = getattr(runner, 'max_iters', math.inf) - getattr(runner, 'iter', 0)
+        for message in [*defeated(model), *never_begun(model, left)]:
             warnings.warn(message, stacklevel=2)
 
 
@@ -83,6 +84,27 @@ def require_whole_groups(model: nn.Module, loader: DataLoader) -> None:
                 f'{said} the last batch of an epoch, of {last} images ({len(batches.sampler)} in batches of {size}); '
                 'write train_dataloader.drop_last=True'
             )
+
+
+def never_begun(model: nn.Module, iterations: float) -> list[str]:
+    """Messages about norms whose warm-up takes all of the ``iterations`` left: that measures another method."""
+    longest = {}
+    for module in model.modules():
+        if isinstance(module, BRN):
+            warm_up = ('warmup_iters', module.warmup_iters, module.bn.num_batches_tracked, 'in which it is batch norm')
+        elif isinstance(module, MABN):
+            warm_up = ('warmup_iters', module.warmup_iters, module.iters, 'in which it averages over no iterations')
+        elif isinstance(module, CBN):
+            warm_up = ('burnin', module.burnin_iters or 0, module.iter_count, 'in which it is batch norm')
+        else:
+            continue
+        key, length, done, what = warm_up
+        if 0 < iterations <= length - int(done):
+            longest[type(module).__name__] = (
+                f'{type(module).__name__}: this training ends within its warm-up of {length} iterations, {what}; '
+                f'train longer than these {iterations}, or write a smaller norm_cfg.{key}'
+            )
+    return list(longest.values())
 
 
 def iterations_per_epoch(loader: DataLoader) -> int:

@@ -11,7 +11,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mmdet_norms.engine.norms import NormHook, defeated
+from mmdet_norms.engine.norms import NormHook, defeated, never_begun
 from mmdet_norms.errors import UserError
 
 
@@ -120,3 +120,23 @@ def test_statistics_of_new_layers_that_norm_eval_keeps_are_named(kind, reads):
     assert defeated(SimpleNamespace(backbone=backbone)) == []
     backbone = MODELS.build(dict(type='ResNet', depth=18, base_channels=8, norm_eval=False))
     assert defeated(SimpleNamespace(backbone=backbone)) == []
+
+
+@pytest.mark.parametrize(
+    ('norm_cfg', 'iterations', 'warned'),
+    [
+        (dict(type='BRN'), 272, True),
+        (dict(type='BRN', warmup_iters=100, r_iters=200, d_iters=200), 272, False),
+        (dict(type='MABN'), 34, True),
+        (dict(type='MABN'), 272, False),
+        (dict(type='MABN', norm_batch=2), 34, True),
+        (dict(type='CBN'), 8, True),
+        (dict(type='CBN'), 9, False),
+        (dict(type='BN'), 1, False),
+    ],
+)
+def test_a_training_that_ends_in_the_warm_up_is_named(norm_cfg, iterations, warned):
+    model = nn.Sequential(conv(norm_cfg))
+    said = never_begun(model, iterations)
+    assert len(said) == warned
+    assert not warned or f'{norm_cfg["type"]}: this training ends within its warm-up' in said[0]
