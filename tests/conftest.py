@@ -21,7 +21,8 @@ import pytest
 import torch
 import torch.utils.data._utils as torch_data
 from hypothesis import settings
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.runner import Runner
 from mmengine.utils import get_installed_path
 from mmengine.visualization import Visualizer
 
@@ -80,6 +81,20 @@ def _once_per_file(file2dict):
 mmengine_config.Config._file2dict = staticmethod(_once_per_file(mmengine_config.Config._file2dict))
 
 
+def _apart(init):
+    """Runs are told apart by config and second: one within a second of another would write into the other's log."""
+
+    @functools.wraps(init)
+    def begin(self, *args, **kwargs):
+        for known in (MMLogger, MessageHub, Visualizer):  # hooks take the newest, which need not be that of their run
+            known._instance_dict.clear()
+        init(self, *args, **kwargs)
+
+    return begin
+
+
+Runner.__init__ = _apart(Runner.__init__)
+
 # A loader that garbage collection ends has told its workers nothing, and waits so many seconds for each of them.
 torch_data.MP_STATUS_CHECK_INTERVAL = 0.1
 
@@ -111,9 +126,8 @@ def _seed(value):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
     _seed(1)
-    # Runs are told apart by config and second: one within a second of another would write into the other's log.
     MMLogger._instance_dict.clear()
-    Visualizer._instance_dict.clear()  # hooks take the newest, which need not be that of their run
+    Visualizer._instance_dict.clear()
     if torch.are_deterministic_algorithms_enabled():  # as a run with --deterministic in this process leaves it
         torch.use_deterministic_algorithms(False)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress
 
 from ..console import as_text, plain_column, plain_console
 from .executors import LOG
@@ -51,7 +51,7 @@ class GridProgress:
         self._bars = Progress(
             plain_column('{task.description}'),
             BarColumn(),
-            TextColumn('{task.fields[said]}', markup=False),
+            plain_column('{task.fields[said]}'),
             console=self.console,
             disable=not self.console.is_terminal,
             get_time=time.monotonic,
