@@ -89,7 +89,8 @@ import os, sys, torch, torch.distributed as dist
 dist.init_process_group('gloo')
 total = torch.ones(1) * (1 + dist.get_rank())
 dist.all_reduce(total)
-print(os.environ['LOCAL_RANK'], 'of', dist.get_world_size(), 'sums', total.item())
+line = ' '.join(map(str, (os.environ['LOCAL_RANK'], 'of', dist.get_world_size(), 'sums', total.item())))
+os.write(1, f'{line}\\n'.encode())  # at once, since both write into the same pipe
 sys.exit(int(sys.argv[1]) * dist.get_rank())
 """
 

@@ -2,11 +2,13 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -186,7 +188,8 @@ class Submitit:
         executor = self.submitit.AutoExecutor(folder / _SUBMITIT, self.cluster, slurm_max_num_timeout=1000)
         executor.update_parameters(name=folder.name, **self.parameters)
         training = _training_class()(list(command), str((folder / LOG).resolve()), here, os.getcwd())
-        job = executor.submit(training)
+        with _interruptible():
+            job = executor.submit(training)
         write_json(folder / JOB, dict(executor=self.cluster, job=job.job_id, time=time.time()))
         return SubmittedJob(job, lambda: self.gpus and self.gpus.give_back(gpus))
 
@@ -299,6 +302,20 @@ def _lives(pid: object) -> bool:
     except (TypeError, ValueError, OSError):
         return False
     return True
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let processes that begin inside end by SIGINT, by which submitit cancels, also where a shell has it ignored."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end(processes: Sequence[subprocess.Popen], told: bool = False) -> None:

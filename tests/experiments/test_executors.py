@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -72,8 +73,16 @@ def test_jobs_of_submitit_run_at_once_as_processes_do(folder, gpus):
     assert json.loads((folder / 'seed1' / JOB).read_text())['executor'] == LOCAL
 
 
+@pytest.fixture
+def in_the_background():
+    """As a shell starts what is not to hear of Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize('make', [Processes, lambda: Submitit(LOCAL)])
-def test_a_training_whose_grid_is_gone_is_nobody_elses(folder, make):
+def test_a_training_whose_grid_is_gone_is_nobody_elses(folder, make, in_the_background):
     executor, place = make(), folder / 'seed60'
     place.mkdir(parents=True)
     assert executor.is_free(place)
