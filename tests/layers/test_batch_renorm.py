@@ -103,11 +103,6 @@ class TestSchedule:
             layer(torch.randn(2, 4, 3, 3))
         assert limits == [(1, 0), (1, 0), (1, 0), (3, 5)]
 
-    def test_batches_are_counted_in_the_state_and_only_in_training(self):
-        layer = BRN(4)
-        layer(torch.randn(2, 4, 3, 3)), layer.eval()(torch.randn(2, 4, 3, 3))
-        assert layer.state_dict()['num_batches_tracked'] == 1
-
 
 class TestPlace:
     def test_the_state_dict_is_batch_norms_and_loads_into_one(self):

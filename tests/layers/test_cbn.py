@@ -499,14 +499,6 @@ class TestStateDict:
         assert set(CBN.drop_history(model[0][1].state_dict())) == PUBLISHED
         model.load_state_dict(dropped, strict=True)
 
-    def test_mmengine_saves_the_same_keys(self):
-        from mmengine.runner.checkpoint import get_state_dict, weights_to_cpu
-
-        model = conv_cbn()
-        train(model, batches(3))
-        state = weights_to_cpu(get_state_dict(model))
-        assert set(state) == set(model.state_dict()) and '1.history_index' in state
-
     def test_running_statistics_are_updated_in_place(self):
         model = conv_cbn()
         before = [(b, b.data_ptr()) for b in model.buffers()]
