@@ -15,6 +15,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
+from .norms import in_warm_up
 from .results import write_json
 
 try:
@@ -37,7 +38,8 @@ class CostHook(Hook):
     evaluations, the first iteration of an epoch and the first ten of a process. ``seconds`` is all the time from the
     first iteration on, evaluations included; of a run that was resumed, that up to its checkpoint is added.
     ``peak_memory_mb`` is what tensors took on a GPU, else the resident memory of the process; of several processes,
-    that of the one with the most. All of it changes nothing in the training.
+    that of the one with the most. ``in_warm_up`` names norms that are still another method. All of it changes nothing
+    in the training.
     """
 
     def __init__(self) -> None:
@@ -115,6 +117,7 @@ class CostHook(Hook):
             seconds=self._state['seconds'],
             peak_memory_mb=round(peak, 1) or None,
             peak_memory_of=peak_memory()[1],
+            in_warm_up=in_warm_up(model),
         )
 
 

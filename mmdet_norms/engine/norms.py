@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterator
 
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
@@ -88,23 +89,35 @@ def require_whole_groups(model: nn.Module, loader: DataLoader) -> None:
 
 def never_begun(model: nn.Module, iterations: float) -> list[str]:
     """Messages about norms whose warm-up takes all of the ``iterations`` left: that measures another method."""
-    longest = {}
+    return list(
+        {
+            kind: f'{kind}: this training ends within its warm-up of {length} iterations, {what}; train longer than '
+            f'these {iterations}, or write a smaller norm_cfg.{key}'
+            for kind, key, length, done, what in _warm_ups(model)
+            if 0 < iterations <= length - done
+        }.values()
+    )
+
+
+def in_warm_up(model: nn.Module) -> list[str]:
+    """Types of norms that have begun their warm-up and not left it, and are another method until then: ``['BRN']``."""
+    return sorted({kind for kind, _, length, done, _ in _warm_ups(model) if 0 < done <= length})
+
+
+def _warm_ups(model: nn.Module) -> Iterator[tuple[str, str, int, int, str]]:
+    """Of norms with a warm-up: type, key of the norm_cfg, iterations, how many of them it has done, and what it is."""
     for module in model.modules():
         if isinstance(module, BRN):
-            warm_up = ('warmup_iters', module.warmup_iters, module.bn.num_batches_tracked, 'in which it is batch norm')
+            warm_up = 'warmup_iters', module.warmup_iters, module.bn.num_batches_tracked, 'in which it is batch norm'
         elif isinstance(module, MABN):
-            warm_up = ('warmup_iters', module.warmup_iters, module.iters, 'in which it averages over no iterations')
+            warm_up = 'warmup_iters', module.warmup_iters, module.iters, 'in which it averages over no iterations'
         elif isinstance(module, CBN):
-            warm_up = ('burnin', module.burnin_iters or 0, module.iter_count, 'in which it is batch norm')
+            warm_up = 'burnin', module.burnin_iters or 0, module.iter_count, 'in which it is batch norm'
         else:
             continue
         key, length, done, what = warm_up
-        if 0 < iterations <= length - int(done):
-            longest[type(module).__name__] = (
-                f'{type(module).__name__}: this training ends within its warm-up of {length} iterations, {what}; '
-                f'train longer than these {iterations}, or write a smaller norm_cfg.{key}'
-            )
-    return list(longest.values())
+        if length:
+            yield type(module).__name__, key, length, int(done), what
 
 
 def iterations_per_epoch(loader: DataLoader) -> int:

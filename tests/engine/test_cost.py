@@ -10,6 +10,7 @@ from torch import nn
 
 from mmdet_norms.engine import cost
 from mmdet_norms.engine.cost import COST, CostHook
+from mmdet_norms.layers import BRN, CBN, MABN
 
 
 @pytest.fixture
@@ -57,6 +58,19 @@ def test_the_median_leaves_out_the_first_iterations_and_validations(runner, cloc
     assert (found['parameters'], found['trainable_parameters']) == (14, 8)
     assert (found['batch_size'], found['processes'], found['device']) == (4, 1, 'cpu')
     assert found['peak_memory_of'] == 'process' and 50 < found['peak_memory_mb'] < 100_000
+
+
+@pytest.mark.parametrize(
+    'norm, counter, length',
+    [(BRN(2), 'bn.num_batches_tracked', 5000), (MABN(2), 'iters', 100), (CBN(2), 'iter_count', 8)],
+)
+def test_norms_that_are_in_their_warm_up_are_named(norm, counter, length, runner, clock, tmp_path):
+    hook, runner.model = CostHook(), nn.Sequential(nn.BatchNorm2d(2), norm)
+    hook.before_train(runner)
+    for done in (0, 1, length, length + 1):  # 0: a norm of which training makes no use
+        norm.get_buffer(counter).fill_(done)
+        hook.after_train(runner)
+        assert written(tmp_path)['in_warm_up'] == [type(norm).__name__] * (0 < done <= length)
 
 
 def test_a_resumed_training_adds_to_what_its_checkpoint_says(runner, clock, tmp_path):

@@ -168,6 +168,12 @@ class TestMetrics:
         (note,) = (note for note in Content(found).notes if 'without a result' in note)
         assert note.startswith('1 run came to the end without a result, and is in no mean') and 'too high' in note
 
+    def test_a_norm_that_never_left_its_warm_up_is_named(self):
+        found = grid()
+        found[6].cost['in_warm_up'] = found[7].cost['in_warm_up'] = ['MABN']
+        (note,) = (note for note in Content(found).notes if 'warm-up' in note)
+        assert note.startswith('MABN: 2 trainings ended within the warm-up of MABN, and measured what it is until then')
+
     def test_classes_are_no_metrics(self):
         results = coco('bbox', 0.3, CLASSES) | coco('segm', 0.2, CLASSES) | {'pascal_voc/mAP': 0.5}
         found = metrics.metrics([results])

@@ -317,6 +317,16 @@ def _notes(content: Content):
         if len(lengths - {None}) > 1:
             said = ', '.join(map(str, sorted(lengths - {None})))
             yield f'At batch size {size} the runs were trained for different numbers of iterations ({said}).'
+    within = Counter(
+        (run.labels['norm'], kind) for run in content.compared for kind in run.cost.get('in_warm_up') or ()
+    )
+    for (norm, kind), count in within.items():
+        norm = NORM_NAMES.get(str(norm), str(norm))
+        trainings = '1 training' if count == 1 else f'{count} trainings'
+        yield (
+            f'{norm}: {trainings} ended within the warm-up of {kind}, and measured what it is until then, another '
+            'method: train longer, or shorten it (docs/norms.md).'
+        )
     devices = {run.cost['device'] for run in content.compared if run.cost.get('device')}
     if len(devices) > 1:
         yield f'Costs were measured on different devices ({", ".join(sorted(devices))}).'
