@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..choice import evenly
 from ..console import as_text
 from ..engine.norm_quantities import mixture_weights
 from ..engine.results import write_json
-from ..errors import UserError
-from ..experiments.detections import EvaluatedRun, answers, load_model
+from ..experiments.detections import EvaluatedRun, answers
 from ..layers import AN
-from .figures import LAMBDA, heat, legend, look_of, sheet, short, stage, styled, write
-from .runs import choose
+from .figures import LAMBDA, heat, legend, look_of, sheet, short, styled, write
+from .runs import load_norms
 
 ALL = 'all instances'
 _BINS = 20
@@ -53,18 +53,13 @@ def collect(run: EvaluatedRun, number: int, layers: Sequence[str] | None = None)
     Raises:
         UserError: no AN, no such layer, no validation set.
     """
-    model = load_model(run)
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, AN)}
-    if not norms:
-        raise UserError(f'the model of {run.checkpoint} has no AN, whose mixture weights could be drawn')
-    last = list({stage(name): name for name in norms}.values())
-    names = choose(list(norms), layers, 4) if layers else last[:4]
-    ids = list(run.infos)
-    ids = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, min(number, len(ids))).round().astype(int))]
+    model, norms = load_norms(run, AN, layers, 4, ', whose mixture weights could be drawn')
+    names = list(norms)
+    ids = evenly(list(run.infos), number)
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     labels: list[set[int]] = []
     whole = dict.fromkeys(names, True)
-    with _watched({name: norms[name] for name in names}, rows):
+    with _watched(norms, rows):
         done = dict.fromkeys(names, 0)
         for samples in answers(run, ids, model):
             for sample in samples:

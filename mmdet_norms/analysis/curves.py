@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ..choice import fitting
 from ..errors import UserError, some
 from ..experiments.runs import Run
 from .figures import course, legend, look_of, sheet, styled, write
@@ -22,10 +23,14 @@ def draw(runs: Sequence[Run], out: Path, keys: Sequence[str] | None = None) -> l
         UserError: no run has such a quantity.
     """
     known = sorted({key for run in runs for key in run.curves}, key=lambda key: (key != 'loss', key))
-    for pattern in keys or ():
-        if not any(fnmatch(key, pattern) for key in known):
-            raise UserError(f'--keys {pattern}: the runs have no such quantity; there are {some(known, 12)}')
-    shown = [key for key in known if any(fnmatch(key, pattern) for pattern in keys or _FIRST)]
+    if keys:
+        shown = fitting(
+            known,
+            keys,
+            lambda pattern, _: f'--keys {pattern}: the runs have no such quantity; there are {some(known, 12)}',
+        )
+    else:
+        shown = [key for key in known if any(fnmatch(key, pattern) for pattern in _FIRST)]
     if not shown:
         raise UserError(f'the runs have no {" and no ".join(_FIRST)}; name others with --keys: {some(known, 12)}')
     groups = names_of(runs, without=('seed',))

@@ -126,10 +126,3 @@ def stage(layer: str) -> str:
     if found:
         return found[1]
     return '.'.join([part for part in layer.split('.') if not part.isdigit()][:2])
-
-
-def evenly(names: Sequence[str], most: int) -> list[str]:
-    """At most so many of the names, evenly spread, the first and the last among them."""
-    if len(names) <= most:
-        return list(names)
-    return [names[round(i * (len(names) - 1) / max(most - 1, 1))] for i in range(most)]

@@ -16,10 +16,10 @@ from ..checkpoints.read import read_checkpoint
 from ..engine.inference import Inference, displayable
 from ..engine.results import write_json
 from ..errors import UserError
-from ..experiments.detections import EvaluatedRun, load_model
+from ..experiments.detections import EvaluatedRun
 from ..layers import BNET
 from .figures import heat, sheet, short, stage, styled, write
-from .runs import choose
+from .runs import load_norms
 
 _WEIGHT = '.bnconv.weight'
 _RESPONSES = 'RdBu_r'
@@ -144,12 +144,7 @@ def draw_responses(
     Raises:
         UserError: no BNET, no such layer, or an image that cannot be read.
     """
-    model = load_model(run)
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, BNET)}
-    if not norms:
-        raise UserError(f'the model of {run.checkpoint} has no BNET whose responses could be drawn')
-    last = list({stage(name): name for name in norms}.values())
-    names = choose(list(norms), layers, 6) if layers else last[:6]
+    model, norms = load_norms(run, BNET, layers, 6, ' whose responses could be drawn')
     init_default_scope(run.cfg.get('default_scope') or 'mmdet')
     try:
         inference = Inference(model, run.cfg)
@@ -163,14 +158,14 @@ def draw_responses(
     def look(_: BNET, args: tuple, y: Tensor, name: str) -> None:
         seen.setdefault(name, (args[0], y.clone()))  # what comes after may work in place
 
-    handles = [norms[name].register_forward_hook(partial(look, name=name)) for name in names]
+    handles = [norms[name].register_forward_hook(partial(look, name=name)) for name in norms]
     try:
         with torch.no_grad():
             model.test_step(pseudo_collate([read.prepared]))
     finally:
         for handle in handles:
             handle.remove()
-    found = {name: responses_of(norms[name], *seen[name], name, channels) for name in names if name in seen}
+    found = {name: responses_of(norms[name], *seen[name], name, channels) for name in norms if name in seen}
     return _responses(found, displayable(read.pixels), channels, out)
 
 

@@ -1,16 +1,19 @@
 """The runs that a figure is of: their names in it, and what NormStatsHook recorded of them."""
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
+from torch import nn
+
+from ..choice import evenly, fitting
 from ..commands import typed
 from ..console import as_text
 from ..engine.norm_stats import NORM_STATS
 from ..errors import UserError, some
+from ..experiments.detections import EvaluatedRun, load_model
 from ..experiments.runs import Run, parts_of
+from .figures import stage
 
 Looks = dict[int, dict[str, dict]]
 """Iteration -> layer -> what was recorded of it."""
@@ -67,16 +70,35 @@ def choose(names: Sequence[str], patterns: Sequence[str] | None, most: int, what
     Raises:
         UserError: a pattern fits none.
     """
-    from .figures import evenly
-
     names = list(dict.fromkeys(names))
-    for pattern in patterns or ():
-        if not any(fnmatch(name, pattern) for name in names):
-            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names
-            raise UserError(f'--{what} {pattern}: fits none of {len(names)}; there are such as {some(close)}')
-    if patterns:
-        return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
-    return evenly(names, most)
+    if not patterns:
+        return evenly(names, most)
+    return fitting(
+        names,
+        patterns,
+        lambda pattern, close: f'--{what} {pattern}: fits none of {len(names)}; there are such as {some(close)}',
+    )
+
+
+def load_norms(
+    run: EvaluatedRun, kind: type[nn.Module], layers: Sequence[str] | None, most: int, what: str
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The model of a run, and norms of a kind in it: those that fit ``layers``, else the last one of each stage.
+
+    Args:
+        most: of these, how many at most.
+        what: ``'whose mixture weights could be drawn'``, for the message.
+
+    Raises:
+        UserError: the model has none, or a pattern fits none.
+    """
+    model = load_model(run)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    if not norms:
+        raise UserError(f'the model of {run.checkpoint} has no {kind.__name__}{what}')
+    last = list({stage(name): name for name in norms}.values())
+    names = choose(list(norms), layers, most) if layers else last[:most]
+    return model, {name: norms[name] for name in names}
 
 
 def series(looks: Looks, layer: str, key: str, channel: int | None = None) -> tuple[list[int], list[float]]:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from mmdet_norms.choice import evenly
 from mmdet_norms.commands import typed
 from mmdet_norms.console import as_text
 from mmdet_norms.engine.coco_detections import category_ids, read_coco_detections
@@ -89,9 +89,8 @@ def make_pairs(truth: dict, results: list[dict], colours: Colours, num: int, sco
     unknown = [result['img_id'] for result in results if result['img_id'] not in truth]
     if unknown:
         raise UserError(f"the results are of other data: the config's test data have no image {unknown[0]}")
-    chosen = np.unique(np.linspace(0, len(results) - 1, min(num, len(results))).round().astype(int))
     pairs = []
-    for result in (results[i] for i in chosen):
+    for result in evenly(results, num):
         info = truth[result['img_id']]
         try:
             image = read_image(info['img_path'])

@@ -12,13 +12,14 @@ import numpy as np
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 
+from mmdet_norms.choice import sample
 from mmdet_norms.commands import runnable
 from mmdet_norms.entries import mappings, name_of, parameter_of
 
 from .annotations import DataError, class_order, no_collection, other_order, read_annotations
 from .columns import boxes, decompressed, is_id, is_mask, is_polygon, numbers, positions, size_of
 from .complete import Needs, complete
-from .images import Header, decode, missing_files, read_header, same_but_for_case, sample
+from .images import Header, decode, missing_files, read_header, same_but_for_case
 from .sources import SPLITS, Source, evaluated_files, sources, wants_masks
 
 LEVELS = ('error', 'warning', 'note')

@@ -116,10 +116,3 @@ def _files(folder: str) -> set[str] | None:
             return {entry.name for entry in entries if not entry.is_dir()}
     except (OSError, ValueError):  # ValueError: a name with a zero byte
         return None
-
-
-def sample(total: int, limit: int) -> list[int]:
-    """``limit`` of ``total`` positions, evenly spread, the first and the last among them."""
-    if total <= limit:
-        return list(range(total))
-    return np.unique(np.linspace(0, total - 1, limit).round().astype(int)).tolist()

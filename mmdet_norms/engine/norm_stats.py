@@ -1,11 +1,9 @@
 """A look inside the norms while they train: what each layer sees, forward and backward, every few iterations."""
 
-import difflib
 import json
 import warnings
 from collections import deque
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from mmengine.utils import is_seq_of
 from mmengine.visualization import LocalVisBackend
 from torch import Tensor, nn
 
+from ..choice import evenly, fitting
 from ..errors import UserError
 from ..kernels import map_ops
 from ..layers import CBN
@@ -226,16 +225,16 @@ def chosen(model: nn.Module, patterns: Sequence[str] | None, most: int = 8) -> d
     if patterns is None:
         others = [name for name, norm in norms.items() if contract_of(norm).kind not in _PLAIN]
         names = others or list(norms)
-        places = {round(i * (len(names) - 1) / (most - 1)) for i in range(most)}
-        return {names[place]: norms[names[place]] for place in sorted(places)}
-    for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in norms):
-            close = difflib.get_close_matches(pattern, norms, n=3, cutoff=0.3) or list(norms)[:3]
-            raise UserError(
-                f'NormStatsHook: layers={pattern!r} fits none of the {len(norms)} norm layers; their names are such as '
-                f'{", ".join(close)}'
-            )
-    return {name: norm for name, norm in norms.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+        return {name: norms[name] for name in evenly(names, most)}
+    names = fitting(
+        list(norms),
+        patterns,
+        lambda pattern, close: (
+            f'NormStatsHook: layers={pattern!r} fits none of the {len(norms)} norm layers; their '
+            f'names are such as {", ".join(close[:3])}'
+        ),
+    )
+    return {name: norms[name] for name in names}
 
 
 def _mean(norm: nn.Module, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset, Subset
 
 from ..checkpoints.fit import fit
 from ..checkpoints.read import read_checkpoint
+from ..choice import evenly
 from ..classification.image_folder import image_folders, problems_of
 from ..commands import typed
 from ..console import as_text, plain_column, plain_console
@@ -245,7 +246,7 @@ def spread(run: EvaluatedRun, number: int) -> list:
         image for image, info in run.infos.items() if any(not i.get('ignore_flag') for i in info.get('instances', ()))
     ]
     full = full or list(run.infos)
-    return [full[i] for i in np.unique(np.linspace(0, len(full) - 1, min(number, len(full))).round().astype(int))]
+    return evenly(full, number)
 
 
 def instances(run: EvaluatedRun, entries: Iterable[dict], score_thr: float) -> dict[object, list[Instance]]:

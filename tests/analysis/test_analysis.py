@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from helpers import tiny_cls
 from helpers.commands import fails
 from mmdet_norms.analysis import attention, curves, kernels, stats
-from mmdet_norms.analysis.figures import evenly, stage
+from mmdet_norms.analysis import runs as analysis_runs
+from mmdet_norms.analysis.figures import stage
 from mmdet_norms.analysis.runs import looks_of, names_of
+from mmdet_norms.choice import evenly
 from mmdet_norms.cli import analyze, train
 from mmdet_norms.engine.norm_stats import NORM_STATS
 from mmdet_norms.errors import UserError
@@ -240,7 +242,7 @@ def test_weights_by_the_classes_in_an_image(monkeypatch, tmp_path):
             batch.numbers = part
             yield model.test_step(batch)
 
-    monkeypatch.setattr(attention, 'load_model', lambda run: model)
+    monkeypatch.setattr(analysis_runs, 'load_model', lambda run: model)
     monkeypatch.setattr(attention, 'answers', answers)
     found = attention.collect(run, 200, ['*'])
     m, v = images.mean((2, 3)), images.var((2, 3))
@@ -255,7 +257,7 @@ def test_weights_by_the_classes_in_an_image(monkeypatch, tmp_path):
     np.testing.assert_allclose(found['body'].means()['cat'], expected.detach()[:2].mean(0), rtol=1e-4)
     assert 'dog' in drawn(attention.draw(found, tmp_path), 'attention')['attention']
     with pytest.raises(UserError, match='has no AN, whose mixture weights'):
-        monkeypatch.setattr(attention, 'load_model', lambda run: nn.Conv2d(1, 1, 1))
+        monkeypatch.setattr(analysis_runs, 'load_model', lambda run: nn.Conv2d(1, 1, 1))
         attention.collect(run, 200)
 
 
