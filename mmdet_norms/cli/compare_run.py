@@ -21,7 +21,7 @@ from mmdet_norms.engine.results import read_json
 from mmdet_norms.engine.threads import fixed_by
 from mmdet_norms.experiments import executors, report, run
 from mmdet_norms.experiments.comparison import FINISHED, WAITING, Comparison, Record, in_words, table
-from mmdet_norms.experiments.grid import LOG, Cell, Outcome, command_of, finished
+from mmdet_norms.experiments.grid import Cell, Outcome, command_of, finished
 from mmdet_norms.experiments.progress import GridProgress
 from mmdet_norms.experiments.runs import GRID
 from mmdet_norms.files import require_writable
@@ -29,9 +29,9 @@ from mmdet_norms.placement import apply_norm
 
 from . import batch_size, train
 from .common import UserError, command, read_config, require_annotations
+from .grids import end, require_at_least, require_different
 from .options import add_option_arguments, merge_options
 
-_DIGITS = 2**32
 _KEPT_CHECKPOINTS = 'default_hooks.checkpoint.max_keep_ckpts'
 # Of train, what this command says itself.
 _OURS = (
@@ -85,12 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths = report.write([args.out], Path(args.out) / 'report', images=args.images)
         print(''.join(f'{text}\n\n' for text in report.said(paths)), end='')
         print('written:', *map(str, paths))
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
-    for outcome in failed:
-        print(as_text(f'failed: {outcome.cell.name}: {outcome.error} ({Path(args.out) / outcome.cell.name / LOG})'))
-    if failed:
-        print(f'{len(failed)} of {len(outcomes)} trainings failed; the same command tries them again')
-        sys.exit(1)
+    end(outcomes, args.out)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -99,15 +94,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     before, behind = (argv[: argv.index('--')], argv[argv.index('--') + 1 :]) if '--' in argv else (argv, [])
     args = _parser().parse_args(before)
     args.said, args.for_train = shlex.join(argv), behind
-    for option, least in (('batch-sizes', 1), ('seeds', 0)):
-        values = getattr(args, option.replace('-', '_')) or [least]
-        if min(values) < least or max(values) >= _DIGITS or len(set(values)) < len(values):
-            said = ' '.join(map(str, values))
-            raise UserError(f'--{option} {said}: must be different whole numbers of at least {least}')
-    for option, least in (('jobs', 1), ('threads', 1), ('gpus', 0), ('images', 0)):
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise UserError(f'--{option} {value}: must be at least {least}')
+    require_different(args, batch_sizes=1, seeds=0)
+    require_at_least(args, jobs=1, threads=1, gpus=0, images=0)
     args.variants = _variants(args.variant)
     names = [*args.norms, *args.variants]
     if not names:

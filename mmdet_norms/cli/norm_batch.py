@@ -8,15 +8,14 @@ from pathlib import Path
 
 from mmdet_norms.benchmark.measure import describe_machine, now
 from mmdet_norms.commands import runnable, typed
-from mmdet_norms.console import as_text
 from mmdet_norms.engine.results import write_json
 from mmdet_norms.entries import name_of
 from mmdet_norms.experiments import Outcome, norm_batch, run
-from mmdet_norms.experiments.grid import LOG
 from mmdet_norms.experiments.progress import GridProgress
 from mmdet_norms.files import require_writable, write_text
 
 from .common import UserError, command, read_config
+from .grids import end, require_at_least, require_different
 from .options import add_option_arguments, merge_options
 
 CONFIG = 'mmdet_norms::demo/resnet18_{}_norm-batch_shapes-cls.py'
@@ -36,12 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = write(outcomes, args.out, f'{runnable("norm-batch")} {args.said}')
     print(paths[1].read_text(encoding='utf-8'))
     print('written:', *map(str, paths))
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
-    for outcome in failed:
-        print(as_text(f'failed: {outcome.cell.name}: {outcome.error} ({Path(args.out) / outcome.cell.name / LOG})'))
-    if failed:
-        print(f'{len(failed)} of {len(outcomes)} trainings failed; the same command tries them again')
-        sys.exit(1)
+    end(outcomes, args.out)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -88,14 +82,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=1, metavar='N', help='CPU threads of each; default 1')
     args = parser.parse_args(argv)
     args.said = shlex.join(sys.argv[1:] if argv is None else argv)
-    for option in ('jobs', 'threads'):
-        if getattr(args, option) < 1:
-            raise UserError(f'--{option} {getattr(args, option)}: must be at least 1')
-    for option, least in (('batches', 1), ('seeds', 0)):
-        values = getattr(args, option)
-        if min(values) < least or max(values) >= 2**32 or len(set(values)) < len(values):
-            said = ' '.join(map(str, values))
-            raise UserError(f'--{option} {said}: must be different whole numbers of at least {least}')
+    require_at_least(args, jobs=1, threads=1)
+    require_different(args, batches=1, seeds=0)
     args.configs = _by_norm(args.configs or [CONFIG.format(norm) for norm in dict.fromkeys(args.norms)])
     for suffix in SUFFIXES:
         require_writable(Path(args.out) / f'{STEM}{suffix}', '--out')

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from helpers.grids import cells, grid_of
 from mmdet_norms.errors import UserError
-from mmdet_norms.experiments import Cell, executors, grid, run
+from mmdet_norms.experiments import executors, grid, run
 from mmdet_norms.experiments.executors import JOB, LOCAL, LOG, SLURM, Gpus, Processes, Submitit
 
 # In place of `train`: says which GPUs it sees, and when it ran.
@@ -35,19 +36,12 @@ if seed == 60:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    (tmp_path / 'train.py').write_text(TRAIN)
-    (tmp_path / 'config.py').write_text('lr = 1')
-    monkeypatch.setattr(grid, 'TRAIN', (sys.executable, str(tmp_path / 'train.py')))
-    return tmp_path / 'grid'
+    return grid_of(tmp_path, monkeypatch, TRAIN)
 
 
 @pytest.fixture
 def gpus(monkeypatch):
     monkeypatch.setattr(executors, '_visible_gpus', lambda: ['4', '5', '6', '7'])
-
-
-def cells(folder, *seeds):
-    return [Cell(f'seed{s}', str(folder.parent / 'config.py'), ('--seed', str(s))) for s in seeds]
 
 
 def test_trainings_at_a_time_have_gpus_of_their_own(gpus):

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from helpers import warm
+from helpers.grids import cells, grid_of
 from mmdet_norms.engine.work_dir import claimed
 from mmdet_norms.errors import UserError
-from mmdet_norms.experiments import Cell, grid, run
+from mmdet_norms.experiments import grid, run
 
 # In place of `train`: says what it was asked, and does what its seed says.
 TRAIN = """
@@ -38,14 +39,7 @@ if seed != 404:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    (tmp_path / 'train.py').write_text(TRAIN)
-    (tmp_path / 'config.py').write_text('lr = 1')
-    monkeypatch.setattr(grid, 'TRAIN', (sys.executable, str(tmp_path / 'train.py')))
-    return tmp_path / 'grid'
-
-
-def cells(folder, *seeds, more=()):
-    return [Cell(f'seed{s}', str(folder.parent / 'config.py'), ('--seed', str(s), *more)) for s in seeds]
+    return grid_of(tmp_path, monkeypatch, TRAIN)
 
 
 def ran(folder):
