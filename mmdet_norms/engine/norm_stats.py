@@ -100,7 +100,8 @@ class NormStatsHook(Hook):
         self._release()
         ahead = -(runner.iter + 1) % self.interval
         self._looks = ahead == 0
-        self._loss_scale, self._accumulated = _loss_scale(runner.optim_wrapper), _accumulated(runner.optim_wrapper)
+        if self._looks:
+            self._loss_scale, self._accumulated = _loss_scale(runner.optim_wrapper), _accumulated(runner.optim_wrapper)
         for name, norm in self._norms.items():
             past = self._pasts.get(name)
             if self._looks:

@@ -492,6 +492,16 @@ def test_a_loss_scale_is_taken_out(tmp_path):
     assert found[0] == found[1]
 
 
+def test_a_loss_scale_is_asked_for_by_looks_alone(tmp_path):
+    asked = []  # on a GPU each waits for it
+    wrapper = SimpleNamespace(loss_scaler=SimpleNamespace(get_scale=lambda: asked.append(runner.iter) or 1.0))
+    hook, runner = NormStatsHook(5), runner_of(Net('BN'), tmp_path, wrapper)
+    hook.before_train(runner)
+    for runner.iter in range(12):
+        hook.before_train_iter(runner, 0)
+    assert asked == [4, 9]
+
+
 def test_the_number_of_accumulated_batches_is_noted(tmp_path):
     found = []
     for counts in (1, 3):
