@@ -9,14 +9,12 @@ from mmengine.fileio import load
 
 from mmdet_norms_start import own_configs
 
+from ...engine.results import COLUMNS
 from ..runs import Run
+from .metrics import KIND_NAMES
 
-_NAMES = {
-    **{f'{kind} {ap}': (short, key) for kind, short in (('box', 'bbox'), ('mask', 'segm'))
-       for ap, key in (('AP', 'mAP'), ('AP50', 'mAP_50'), ('AP75', 'mAP_75'),
-                       ('APs', 'mAP_s'), ('APm', 'mAP_m'), ('APl', 'mAP_l'))},
-}  # fmt: skip
-_TOP = {'Top 1 Accuracy': 'accuracy/top1', 'Top 5 Accuracy': 'accuracy/top5'}
+_KEYS = {f'{name} {ap}': f'{kind}_{key}' for kind, name in KIND_NAMES.items() for ap, key in COLUMNS.items()}
+_KEYS |= {'Top 1 Accuracy': 'accuracy/top1', 'Top 5 Accuracy': 'accuracy/top5'}
 
 
 def published(run: Run) -> dict | None:
@@ -28,17 +26,15 @@ def published(run: Run) -> dict | None:
     if entry is None or not run.cfg:
         return None
     model, path = entry
-    theirs = Config.fromfile(path, import_custom_modules=False)
-    if any(of(theirs.to_dict()) != of(run.cfg) for of in (_model, _data, _epochs)):
+    theirs = _config(path)
+    if any(of(theirs) != of(run.cfg) for of in (_model, _data, _epochs)):
         return None
     results, data = {}, set()
     for result in model.get('Results') or ():
         data.add(result.get('Dataset', ''))
         for name, value in (result.get('Metrics') or {}).items():
-            if name in _NAMES:
-                results['_'.join(_NAMES[name])] = value / 100
-            elif name in _TOP:
-                results[_TOP[name]] = value / 100
+            if name in _KEYS:
+                results[_KEYS[name]] = value / 100
     return dict(name=model['Name'], data=', '.join(sorted(data)), results=results) if results else None
 
 
@@ -49,6 +45,11 @@ def _rows() -> dict[str, tuple[dict, Path]]:
     index = load(str(folder / 'model-index.yml'))
     models = (model for path in index['Import'] for model in load(str(folder / path))['Models'])
     return {Path(model['Config']).stem: (model, folder / model['Config']) for model in models}
+
+
+@functools.cache
+def _config(path: Path) -> dict:
+    return Config.fromfile(path, import_custom_modules=False).to_dict()
 
 
 def _model(cfg: Mapping) -> object:
