@@ -92,10 +92,7 @@ def make_pairs(truth: dict, results: list[dict], colours: Colours, num: int, sco
     pairs = []
     for result in evenly(results, num):
         info = truth[result['img_id']]
-        try:
-            image = read_image(info['img_path'])
-        except FileNotFoundError as error:
-            raise UserError(str(error)) from error
+        image = read_image(info['img_path'])
         pairs.append(
             Pair(
                 image,

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from pycocotools import mask as rle_codec
 
 from ..console import as_text
+from ..errors import UserError
 from ..files import replacing
 
 Colour = tuple[int, int, int]
@@ -232,10 +233,14 @@ def class_colours(classes: Sequence[object], palette: Sequence[Colour] | None = 
 
 
 def read_image(path: str) -> np.ndarray:
-    """RGB, uint8."""
+    """RGB, uint8.
+
+    Raises:
+        UserError: there is no such image, or it cannot be read.
+    """
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if image is None:
-        raise FileNotFoundError(f'cannot read the image {path}')
+        raise UserError(f'cannot read the image {path}')
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 

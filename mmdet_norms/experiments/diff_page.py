@@ -13,7 +13,6 @@ from PIL import Image
 from ..console import as_text
 from ..engine.picture import Instance, draw_panel, read_image
 from ..engine.results import write_json
-from ..errors import UserError
 from ..files import write_text
 from .bootstrap import FEW_IMAGES
 from .detections import EvaluatedRun, detections, instances, picture_of
@@ -156,11 +155,7 @@ def _detected(content: dict, runs: Sequence[EvaluatedRun], images: Sequence):
 
 
 def _classified(change: dict) -> list[dict]:
-    try:
-        pixels = read_image(change['file'])
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from error
-    return [_panel(as_text(change['label']), pixels, [], '')]
+    return [_panel(as_text(change['label']), read_image(change['file']), [], '')]
 
 
 def _panel(caption: str, pixels, drawn: Sequence[Instance], if_empty: str) -> dict:
