@@ -39,6 +39,7 @@ from ..entries import is_a, is_classifier
 from ..errors import UserError, some
 from ..files import write_text
 from ..version import __version__
+from .runs import configs_of
 
 FOLDER = 'detections'
 """In the folder of a run: ``val-CHECKPOINT-DIGEST.json``, of some images only ``val-CHECKPOINT-DIGEST-IMAGES.json``."""
@@ -132,15 +133,13 @@ def open_run(run: str | os.PathLike) -> EvaluatedRun:
 
 
 def config_file(work_dir: Path) -> Path:
-    """The config that a run was trained with, as mmengine wrote it down: a later test may have changed it for itself.
+    """The config that a run was trained with: the first one of :func:`.runs.configs_of`, or the only one beside it.
 
     Raises:
         UserError: there is none.
     """
-    written = sorted(work_dir.glob('*/vis_data/config.py'), reverse=True)
-    trained = [path for path in written if _has_trained(path.with_name('scalars.json'))]
     beside = sorted(work_dir.glob('*.py'))
-    found = [*trained, *written, *(beside if len(beside) == 1 else ())]
+    found = [*configs_of(work_dir), *(beside if len(beside) == 1 else ())]
     if not found:
         raise UserError(
             f'{work_dir} is no work dir of {typed("train")}: it has no DATE_TIME/vis_data/config.py, which says what '
@@ -266,10 +265,7 @@ def instances(run: EvaluatedRun, entries: Iterable[dict], score_thr: float) -> d
 def picture_of(run: EvaluatedRun, image: object) -> tuple[np.ndarray, list[Instance]]:
     """An image of the validation set (RGB, uint8), and its ground truth."""
     info = run.infos[image]
-    try:
-        pixels = read_image(info['img_path'])
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from error
+    pixels = read_image(info['img_path'])
     return pixels, objects_of(info, run.colours, pixels.shape)
 
 
@@ -388,12 +384,3 @@ def _read(place: Path) -> list[dict] | None:
 
 def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:12]
-
-
-def _has_trained(scalars: Path) -> bool:
-    """Whether mmengine's log is one of a training, and not of a test."""
-    try:
-        with scalars.open(encoding='utf-8') as file:
-            return any('"loss"' in line for line in file)
-    except (OSError, ValueError):
-        return False

@@ -11,12 +11,13 @@ from numbers import Real
 from pathlib import Path
 from statistics import median
 
+from ..engine.cost import COST
 from ..engine.results import describe, kept_results, read_json
 from ..engine.work_dir import FINISHED, RESULTS
 from ..errors import UserError
 from .grid import CELL, LOG
 
-GRID, COST = 'grid.json', 'cost.json'
+GRID = 'grid.json'
 FINISHED_RUN, FAILED, UNFINISHED = 'finished', 'failed', 'unfinished'
 
 _ORIGIN = ('split', 'config', 'checkpoint', 'epoch', 'iter', 'partial_checkpoint')  # in results.json, no results
@@ -45,7 +46,6 @@ class Run:
         cfg: what it came to; empty where the work dir has none.
         error: of one that failed.
         log: where to read more of that.
-        key: of its grid and cell.
     """
 
     folder: str
@@ -117,7 +117,7 @@ def read(folder: str | os.PathLike, cell: Mapping | None = None) -> Run:
     if not metrics and not damaged:
         metrics, of = {key: points[-1][1] for key, points in curves.items() if key != 'loss'}, 'val'
     iterations = end or max(trained, default=None)
-    status = FINISHED_RUN if finished or _came_to_its_end(cfg, trained, validations, described) else UNFINISHED
+    status = FINISHED_RUN if finished or _came_to_its_end(cfg, validations, described) else UNFINISHED
     if status == UNFINISHED:
         status = cell.get('status') if cell.get('status') not in (None, FINISHED_RUN) else UNFINISHED
     error = cell.get('error') if status == FAILED else None
@@ -149,11 +149,29 @@ def parts_of(folder: str | os.PathLike, *names: str) -> list[Path]:
     parts = sorted({path.parent for name in (SCALARS, *names) for path in Path(folder).glob(f'*/vis_data/{name}')})
 
     def begins(part: Path) -> bool:
-        trained = any((part / name).is_file() for name in names) or '"loss"' in _text(part / SCALARS)
+        trained = any((part / name).is_file() for name in names) or _has_trained(part)
         return trained and bool(_ANEW.search(_text(part / 'config.py')))
 
     first = next((i for i in reversed(range(len(parts))) if begins(parts[i])), 0)
     return parts[first:]
+
+
+def configs_of(folder: str | os.PathLike) -> list[Path]:
+    """What each start of a run came to, as mmengine wrote it down: the newest training first, then other starts.
+
+    A test that came later may have changed the config for itself.
+    """
+    written = sorted(Path(folder).glob('*/vis_data/config.py'), reverse=True)
+    return list(dict.fromkeys([*(path for path in written if _has_trained(path.parent)), *written]))
+
+
+def _has_trained(part: Path) -> bool:
+    """Whether mmengine's log is one of a training, and not of a test."""
+    try:
+        with open(part / SCALARS, encoding='utf-8', errors='replace') as lines:
+            return any('"loss"' in line for line in lines)
+    except OSError:
+        return False
 
 
 def _text(path: Path) -> str:
@@ -192,10 +210,8 @@ def _is_run(folder: Path, files: Sequence[str]) -> bool:
 
 
 def _config(folder: Path) -> Mapping:
-    """What the last of its processes was started with, as mmengine wrote it down: literals, of which none is run."""
-    written = sorted(folder.glob('*/vis_data/config.py'), reverse=True)
-    trained = [path for path in written if path.with_name('scalars.json').is_file()]  # the others are of tests
-    for path in [*trained, *written] or sorted(folder.glob('*.py')):
+    """What the last of its processes was started with: literals, of which none is run."""
+    for path in configs_of(folder) or sorted(folder.glob('*.py')):
         try:
             statements = ast.parse(path.read_text(encoding='utf-8')).body
             return {node.targets[0].id: _value(node.value) for node in statements if isinstance(node, ast.Assign)}
@@ -312,7 +328,7 @@ def _curves(trained: Mapping, validations: Sequence, cfg: Mapping, per_epoch: fl
     return curves
 
 
-def _came_to_its_end(cfg: Mapping, trained: Mapping, validations: Sequence, described: Mapping) -> bool:
+def _came_to_its_end(cfg: Mapping, validations: Sequence, described: Mapping) -> bool:
     """Of a run of mmdet's own tool, which does not note it: whether the last validation is that of the end."""
     if described or not validations:
         return False

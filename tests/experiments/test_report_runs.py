@@ -131,6 +131,14 @@ def test_a_config_is_read_and_not_run(tmp_path):
     assert runs.read(run).labels['norm'] == 'unknown' and not (tmp_path / 'made').exists()
 
 
+def test_the_config_is_that_of_the_training_not_of_a_later_test(tmp_path):
+    run = write_run(tmp_path / 'run', BN)
+    later = run / '20260202_000000' / 'vis_data'
+    dump(later / 'scalars.json', {'coco/bbox_mAP': 0.1, 'step': 0})
+    (later / 'config.py').write_text("model = dict(norm_cfg=dict(type='GN'))\n")
+    assert runs.read(run).labels['norm'] == 'bn'
+
+
 def test_no_run_is_an_error(tmp_path):
     with pytest.raises(UserError, match='holds no run'):
         runs.find([tmp_path])
