@@ -1,14 +1,8 @@
 """What :mod:`.diff` found, for people: a page with pictures that needs no network, Markdown, and a few sentences."""
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from jinja2.utils import markupsafe
-from PIL import Image
 
 from ..console import as_text
 from ..engine.picture import Instance, draw_panel, read_image
@@ -17,13 +11,11 @@ from ..files import write_text
 from .bootstrap import FEW_IMAGES
 from .detections import EvaluatedRun, detections, instances, picture_of
 from .diff import BETTER, IOU, KIND_NAMES, WORSE
-from .effects import LEVEL, number, signed
-from .report.page import typeset
+from .effects import INTERVAL, LEVEL, number, p_in_words, signed
+from .report.page import escaped, jpeg, markdown_row, rendered
 
 JSON, PAGE, MARKDOWN = 'diff.json', 'diff.html', 'diff.md'
 
-_TEMPLATES = Path(__file__).with_name('report') / 'templates'
-_INTERVAL = f'{100 * LEVEL:.0f} % interval'
 _BAR = 80  # pixels of half a bar
 _QUALITY = 85
 
@@ -48,7 +40,7 @@ def sentences(content: dict) -> list[str]:
     a, b = (as_text(content[side]['name']) for side in 'ab')
     if 'accuracy' in content:
         found = content['accuracy']
-        return [f'top-1: {_in_words(found, a, b, content["images"])}, {_p_value(found["p"])} (McNemar)']
+        return [f'top-1: {_in_words(found, a, b, content["images"])}, {p_in_words(found["p"])} (McNemar)']
     return [
         f'AP of {KIND_NAMES[kind]}: {_in_words(found["overall"]["AP"], a, b, content["images"])}'
         for kind, found in content['kinds'].items()
@@ -63,12 +55,12 @@ def markdown(content: dict) -> str:
     for table in _tables(content):
         lines += ['', f'## {table["title"]}', '']
         lines += [table['note'], ''] if table['note'] else []
-        lines += [f'| {" | ".join(map(_escaped, table["columns"]))} |']
+        lines += [markdown_row(map(escaped, table['columns']))]
         lines += [f'|---|{"---:|" * (len(table["columns"]) - 1)}']
-        lines += [f'| {" | ".join(map(_escaped, row["cells"]))} |' for row in table['rows']]
+        lines += [markdown_row(map(escaped, entry['cells'])) for entry in table['rows']]
     lines += ['', '## Images', '', counted(content), '']
     for title, changes in _groups(content, 20):
-        lines += [f'{title}:', '', *(f'* {_escaped(_caption(content, change))}' for change in changes), '']
+        lines += [f'{title}:', '', *(f'* {escaped(_caption(content, change))}' for change in changes), '']
     return '\n'.join(lines)
 
 
@@ -78,16 +70,8 @@ def html(content: dict, groups: Sequence[dict]) -> str:
     Args:
         groups: as :func:`pictures` gives them.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters['typeset'] = typeset
-    style, script = (
-        markupsafe.Markup((_TEMPLATES / name).read_text(encoding='utf-8')) for name in ('style.css', 'sort.js')
-    )
-    return environment.get_template('diff.html.jinja').render(
-        style=style,
-        script=script,
+    return rendered(
+        'diff.html.jinja',
         made_by=content['made_by'],
         **{side: {key: as_text(content[side][key]) for key in ('name', 'checkpoint')} for side in 'ab'},
         said=sentences(content),
@@ -159,10 +143,7 @@ def _classified(change: dict) -> list[dict]:
 
 
 def _panel(caption: str, pixels, drawn: Sequence[Instance], if_empty: str) -> dict:
-    data = io.BytesIO()
-    panel: Image.Image = draw_panel(pixels, drawn, if_empty, longest=420)
-    panel.save(data, 'JPEG', quality=_QUALITY)
-    return dict(caption=caption, source=f'data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}')
+    return dict(caption=caption, source=jpeg(draw_panel(pixels, drawn, if_empty, longest=420), _QUALITY))
 
 
 def _groups(content: dict, number: int) -> list[tuple[str, list[dict]]]:
@@ -233,7 +214,7 @@ def _table(
                 None if value is None else _BAR + round(value / reach * (_BAR - 5), 1) for value in row['ends']
             )
             row['bar'] = None if at is None else dict(at=at, low=low, high=high)
-    columns = [*first, 'A', 'B', 'B - A', _INTERVAL, *more]
+    columns = [*first, 'A', 'B', 'B - A', INTERVAL, *more]
     return dict(title=title, columns=columns, rows=rows, marked=before + 2, note=note, bars=bars)
 
 
@@ -265,7 +246,7 @@ def _in_words(found: dict, a: str, b: str, images: int) -> str:
     values = f'{_number(found["a"])} and {_number(found["b"])}'
     if low is None:
         return f'{_signed(difference)} ({values}), no interval: too few images'
-    details = f'{_INTERVAL} {_number(low)} to {_number(high)}, {images} images ({values})'
+    details = f'{INTERVAL} {_number(low)} to {_number(high)}, {images} images ({values})'
     if low <= 0 <= high:
         return f'no difference seen: {_signed(difference)}, {details}'
     return f'{b} is {"better" if low > 0 else "worse"} than {a}: {_signed(difference)}, {details}'
@@ -278,14 +259,3 @@ def _number(value: float | None) -> str:
 
 def _signed(value: float | None) -> str:
     return '-' if value is None else signed(100 * value)
-
-
-def _p_value(p: float) -> str:
-    return 'p < 0.001' if p < 0.001 else f'p = {p:.2g}'
-
-
-def _escaped(text: str) -> str:
-    """For Markdown."""
-    for mark in '\\|*_`[]<>':
-        text = text.replace(mark, f'\\{mark}')
-    return text

@@ -9,6 +9,7 @@ from scipy import stats
 
 LEVEL = 0.95
 ALPHA = 1 - LEVEL
+INTERVAL = f'{LEVEL * 100:.0f} % interval'
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,17 @@ def interval(found: Effect, digits: int = 1) -> str:
     """``'95 % interval -0.9 to 1.7'``, or ``'no interval'``."""
     if found.low is None:
         return 'no interval'
-    return f'{LEVEL * 100:.0f} % interval {number(found.low, digits)} to {number(found.high, digits)}'
+    return f'{INTERVAL} {number(found.low, digits)} to {number(found.high, digits)}'
 
 
 def p_value(found: Effect) -> str:
     """``'p = 0.012'``, after the correction if there was one; ``'no p value'`` of one seed."""
     p = found.p if found.adjusted is None else found.adjusted
-    if p is None:
-        return 'no p value'
+    return 'no p value' if p is None else p_in_words(p)
+
+
+def p_in_words(p: float) -> str:
+    """``'p = 0.012'``."""
     return 'p < 0.001' if p < 0.001 else f'p = {p:.2g}'
 
 

@@ -51,7 +51,7 @@ def words(content: Content, effect: Effect) -> str:
     return effects.in_words(scaled(content, effect), content.metric.digits)
 
 
-def ratio(content: Content, setting: Setting, other: Setting, key: str) -> float | None:
+def ratio(setting: Setting, other: Setting, key: str) -> float | None:
     """Of a cost of two settings."""
     ours, theirs = setting.cost(key), other.cost(key)
     return ours / theirs if ours and theirs else None
@@ -132,7 +132,7 @@ def _second(content: Content, ranked: Sequence[Setting]) -> Iterator[str]:
 def _cost(content: Content, difference: Difference) -> Iterator[str]:
     ours, base, said = difference.setting, difference.baseline, []
     for key, name in _COSTS:
-        times = ratio(content, ours, base, key)
+        times = ratio(ours, base, key)
         if times:
             theirs = base.method.name
             said.append(

@@ -1,11 +1,14 @@
-"""The page and the Markdown, from the templates beside this file."""
+"""The page and the Markdown, from the templates beside this file; and what :mod:`..diff_page` makes of them, too."""
 
+import base64
+import io
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jinja2
 from jinja2.utils import markupsafe
+from PIL import Image
 
 from ...version import __version__
 
@@ -14,16 +17,20 @@ _MINUS = re.compile(r'(?<![\w.)-])-(?=\d)')
 
 
 def page(view: Mapping) -> str:
-    """``index.html``: everything inside, nothing asked for from outside."""
+    """``index.html``."""
+    return rendered('page.html.jinja', **view, version=__version__)
+
+
+def rendered(template: str, **values: object) -> str:
+    """A page: everything inside, nothing asked for from outside."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters['typeset'] = typeset
-    style, script = ((_TEMPLATES / name).read_text(encoding='utf-8') for name in ('style.css', 'sort.js'))
-    template = environment.get_template('page.html.jinja')
-    return template.render(
-        **view, style=markupsafe.Markup(style), script=markupsafe.Markup(script), version=__version__
+    style, script = (
+        markupsafe.Markup((_TEMPLATES / name).read_text(encoding='utf-8')) for name in ('style.css', 'sort.js')
     )
+    return environment.get_template(template).render(**values, style=style, script=script)
 
 
 def markdown(view: Mapping) -> str:
@@ -38,16 +45,18 @@ def markdown(view: Mapping) -> str:
         lines += ['## Failed', '']
         lines += [f'* {_line(run.folder)}: {_line(run.error or "no word of why")}' for run in view['failed']] + ['']
     for table in view['tables']:
-        lines += [f'## {_line(table.title)}', '', _line(table.caption), '', _row(table.columns)]
-        lines += [_row(':---' if table.is_words(i) else '---:' for i in range(len(table.columns)))]
+        lines += [f'## {_line(table.title)}', '', _line(table.caption), '', markdown_row(table.columns)]
+        lines += [markdown_row(':---' if table.is_words(i) else '---:' for i in range(len(table.columns)))]
         lines += [
-            _row(f'**{cell.text}**' if cell.kind == 'best' else _line(cell.text) for cell in row) for row in table.rows
+            markdown_row(f'**{cell.text}**' if cell.kind == 'best' else _line(cell.text) for cell in cells)
+            for cells in table.rows
         ]
         lines += ['']
     return '\n'.join(line for i, line in enumerate(lines) if line or (i and lines[i - 1]))
 
 
-def _row(cells: Iterable[str]) -> str:
+def markdown_row(cells: Iterable[str]) -> str:
+    """Of a table."""
     return f'| {" | ".join(cells)} |'
 
 
@@ -59,6 +68,18 @@ def typeset(text: str) -> markupsafe.Markup:
     )
 
 
+def escaped(text: str) -> str:
+    """For Markdown: nothing in it is markup."""
+    return re.sub(r'([\\`*_<>|\[\]])', r'\\\1', text)
+
+
+def jpeg(image: Image.Image, quality: int) -> str:
+    """A picture as the source of an ``<img>``."""
+    file = io.BytesIO()
+    image.save(file, 'JPEG', quality=quality)
+    return f'data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}'
+
+
 def _line(text: str) -> str:
     """One line in which nothing is markup."""
-    return re.sub(r'([\\`*_<>|\[\]])', r'\\\1', ' '.join(str(text).split()))
+    return escaped(' '.join(str(text).split()))

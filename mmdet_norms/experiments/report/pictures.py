@@ -1,12 +1,11 @@
 """The same images as each norm sees them."""
 
-import base64
-import io
 from typing import NamedTuple
 
 from PIL import Image
 
 from .content import Content
+from .page import jpeg
 
 _WIDEST, _QUALITY = 2400, 82
 _MOST_COLUMNS = 8
@@ -45,6 +44,4 @@ def _data(array) -> str:
     image = Image.fromarray(array)
     if image.width > _WIDEST:
         image = image.resize((_WIDEST, round(image.height * _WIDEST / image.width)))
-    file = io.BytesIO()
-    image.save(file, 'JPEG', quality=_QUALITY)
-    return f'data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}'
+    return jpeg(image, _QUALITY)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from ..effects import Effect, number, signed, spread
+from ..effects import INTERVAL, Effect, number, signed, spread
 from .answer import ratio, scaled
 from .content import Content, Setting
 
@@ -102,7 +102,7 @@ def _differences(content: Content) -> list[Table]:
                 row += [_interval(effect, metric.digits), _p(effect.p), _p(effect.adjusted), Cell(_said(effect))]
             rows.append(row)
         columns = ['norm', 'batch size', 'against', 'difference']
-        columns += ['95 % interval', 'p', 'p (Holm)', 'in words'] if sure else []
+        columns += [INTERVAL, 'p', 'p (Holm)', 'in words'] if sure else []
         title = f'Difference from {content.baseline_name}, {metric.name}'
         caption = 'Paired over the seeds. Holm corrects p for the comparisons of the same batch size.'
         caption = caption if sure else 'Of one seed each, so without an interval.'
@@ -127,10 +127,10 @@ def _falls(content: Content) -> Table:
                 _p(more.adjusted if more else None),
             ]
         )
-    columns = ['norm', 'batch size', 'change', '95 % interval', 'p (Holm)', f'beyond {content.baseline_name}']
+    columns = ['norm', 'batch size', 'change', INTERVAL, 'p (Holm)', f'beyond {content.baseline_name}']
     title = f'What a smaller batch costs, {content.metric.name}'
     caption = f'Paired over the seeds; beyond {content.baseline_name}: how much less a norm loses than it.'
-    return Table('falls', title, caption, [*columns, '95 % interval', 'p (Holm)'], rows)
+    return Table('falls', title, caption, [*columns, INTERVAL, 'p (Holm)'], rows)
 
 
 def _costs(content: Content) -> Table:
@@ -142,7 +142,7 @@ def _costs(content: Content) -> Table:
         other = content.at(baseline, setting.batch_size) if baseline else None
         for key, _, shown in keys:
             value = setting.cost(key)
-            times = ratio(content, setting, other, key) if other and key != 'images_per_second' else None
+            times = ratio(setting, other, key) if other and key != 'images_per_second' else None
             text = (
                 NOTHING if value is None else shown(value) + (f' ({times:.2f}\N{MULTIPLICATION SIGN})' if times else '')
             )
