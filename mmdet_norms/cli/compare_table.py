@@ -17,8 +17,8 @@ from mmdet_norms.engine.results import (
     coco_kinds,
     describe,
     format_ap,
-    is_accuracy,
     kept_results,
+    other_keys,
     read_json,
 )
 from mmdet_norms.engine.work_dir import RESULTS
@@ -28,7 +28,6 @@ from .common import UserError, command
 
 _MOST = 10**300  # a larger whole number is no float
 _PARTIAL = ('started_anew', 'weights')
-_ORIGIN = ('split', 'config', 'checkpoint', 'epoch', 'iter')  # in results.json beside the numbers
 
 
 class Row(NamedTuple):
@@ -127,17 +126,7 @@ def _other_table(keys: Sequence[str], rows: Sequence[Row]) -> Table:
 
 def _others(result: dict) -> list[str]:
     """The numbers that no other table shows."""
-    of_coco = tuple(f'{kind}_' for kind in coco_kinds(result))
-    shown = {f'{kind}_{key}' for kind in coco_kinds(result) for key in COLUMNS.values()}
-    return [
-        key
-        for key, value in result.items()
-        if (value is None or isinstance(value, Real))
-        and key not in _ORIGIN
-        and key not in shown
-        and not is_accuracy(key)
-        and not (key.startswith(of_coco) and key.endswith(('_precision', '_copypaste')))
-    ]
+    return [key for key in other_keys(result) if result[key] is None or isinstance(result[key], Real)]
 
 
 def read(name: str) -> dict:

@@ -34,9 +34,12 @@ COLUMNS = {
     'APm': 'mAP_m',
     'APl': 'mAP_l',
 }
-_PER_CLASS_SUFFIX = '_precision'
+PER_CLASS_SUFFIX = '_precision'
 _TOP = re.compile(r'accuracy/top(\d+)')
-_TOP1_OF_CLASS = 'accuracy/top1_'
+TOP1_OF_CLASS = 'accuracy/top1_'
+ORIGIN = ('split', 'config', 'checkpoint', 'epoch', 'iter', 'partial_checkpoint', 'precise_bn')
+"""In results.json beside the numbers."""
+
 _KEPT = re.compile(r'results-(val|test).*\.json')
 _TABLE_WIDTH = 100  # fixed, and ASCII lines, so that any log file reads like the terminal
 
@@ -109,7 +112,7 @@ class PerClassCocoMetric(CocoMetric):
             for kind in kinds:
                 self.metrics = [kind]
                 for key, value in super().compute_metrics(results).items():
-                    per_class = key.endswith(_PER_CLASS_SUFFIX)
+                    per_class = key.endswith(PER_CLASS_SUFFIX)
                     merged[f'{kind}_{key}' if per_class else key] = value
         finally:
             self.metrics = kinds
@@ -215,7 +218,7 @@ def results_table(results: dict[str, float | None], title: str = '') -> str:
     if tops:
         accuracy = {'accuracy': [results[key] for key in tops.values()]}
         tables += ['' if kinds else as_text(title), _table(tops, accuracy)]  # narrower than a title, which would break
-        names = {key.removeprefix(_TOP1_OF_CLASS): [results[key]] for key in results if key.startswith(_TOP1_OF_CLASS)}
+        names = {key.removeprefix(TOP1_OF_CLASS): [results[key]] for key in results if key.startswith(TOP1_OF_CLASS)}
         tables += ['accuracy per class', _table(['top-1'], names, first='class')] if names else []
     return _as_text(*tables) if tables else ''
 
@@ -238,7 +241,7 @@ def accuracies(results: Mapping[str, object]) -> dict[str, str]:
 
 def is_accuracy(key: str) -> bool:
     """Whether a key is one that :func:`results_table` shows of a classifier, of its classes included."""
-    return bool(_TOP.fullmatch(key)) or key.startswith(_TOP1_OF_CLASS)
+    return bool(_TOP.fullmatch(key)) or key.startswith(TOP1_OF_CLASS)
 
 
 def coco_kinds(results: dict[str, object]) -> list[str]:
@@ -249,6 +252,20 @@ def coco_kinds(results: dict[str, object]) -> list[str]:
     found = [key.removesuffix('_mAP') for key in results if key.endswith('_mAP')]
     found = [kind for kind in found if kind.rpartition('/')[2] in KINDS]
     return sorted(found, key=lambda kind: KINDS.index(kind.rpartition('/')[2]))
+
+
+def other_keys(results: Mapping[str, object]) -> list[str]:
+    """Keys of results that no :func:`results_table` shows: VOC's mAP, recalls of proposals."""
+    kinds = coco_kinds(results)
+    shown = {f'{kind}_{key}' for kind in kinds for key in COLUMNS.values()} | set(ORIGIN)
+    of_coco = tuple(f'{kind}_' for kind in kinds)
+    return [
+        key
+        for key in results
+        if key not in shown
+        and not is_accuracy(key)
+        and not (key.startswith(of_coco) and key.endswith((PER_CLASS_SUFFIX, '_copypaste')))
+    ]
 
 
 def _only_formats(runner: Runner, split: str) -> bool:
@@ -263,8 +280,8 @@ def _per_class_tables(results: dict[str, float | None], kinds: list) -> list:
     classes: dict[str, dict[str, float | None]] = {}
     for key, value in results.items():
         for kind in kinds:
-            if key.startswith(f'{kind}_') and key.endswith(_PER_CLASS_SUFFIX):
-                name = key[len(kind) + 1 : -len(_PER_CLASS_SUFFIX)]
+            if key.startswith(f'{kind}_') and key.endswith(PER_CLASS_SUFFIX):
+                name = key[len(kind) + 1 : -len(PER_CLASS_SUFFIX)]
                 classes.setdefault(name, {})[kind] = value
     rows = {name: [values.get(kind) for kind in kinds] for name, values in classes.items()}
     return [_table([f'{kind} AP' for kind in kinds], rows, 'AP per class', 'class')] if rows else []

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from ..engine.cost import COST
-from ..engine.results import describe, kept_results, read_json
+from ..engine.results import ORIGIN, describe, kept_results, read_json
 from ..engine.work_dir import FINISHED, RESULTS
 from ..errors import UserError
 from .grid import CELL, LOG
@@ -20,7 +20,6 @@ from .grid import CELL, LOG
 GRID = 'grid.json'
 FINISHED_RUN, FAILED, UNFINISHED = 'finished', 'failed', 'unfinished'
 
-_ORIGIN = ('split', 'config', 'checkpoint', 'epoch', 'iter', 'partial_checkpoint')  # in results.json, no results
 _NO_METRIC = ('step', 'epoch', 'iter', 'time', 'data_time', 'memory', 'lr')  # in a line of scalars.json
 SCALARS = 'scalars.json'
 _SCALARS = f'*/vis_data/{SCALARS}'
@@ -113,7 +112,7 @@ def read(folder: str | os.PathLike, cell: Mapping | None = None) -> Run:
     results, of, damaged = _results(folder)
     end = finished.get('iter') or (results.get('iter') if results.get('split') == 'val' else None)
     curves = _curves(trained, validations, cfg, _per_epoch(finished, results), end)
-    metrics = {key: float(value) for key, value in results.items() if key not in _ORIGIN and _is_number(value)}
+    metrics = {key: float(value) for key, value in results.items() if key not in ORIGIN and _is_number(value)}
     if not metrics and not damaged:
         metrics, of = {key: points[-1][1] for key, points in curves.items() if key != 'loss'}, 'val'
     iterations = end or max(trained, default=None)

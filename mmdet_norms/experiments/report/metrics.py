@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...engine.results import COLUMNS, accuracies, coco_kinds, is_accuracy
+from ...engine.results import COLUMNS, PER_CLASS_SUFFIX, TOP1_OF_CLASS, accuracies, coco_kinds, other_keys
 from ...errors import UserError, did_you_mean
 
 KIND_NAMES = {'bbox': 'box', 'segm': 'mask'}
-_PER_CLASS, _TOP1_OF = '_precision', 'accuracy/top1_'
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,7 @@ def metrics(results: Iterable[Mapping[str, float]]) -> list[Metric]:
         if f'{kind}_{key}' in merged
     ]
     found += [Metric(key, f'{name} accuracy', unit='%') for name, key in accuracies(merged).items()]
-    known = {metric.key for metric in found}
-    kinds = tuple(f'{kind}_' for kind in coco_kinds(merged))
-    others = (
-        key
-        for key in merged
-        if key not in known
-        and not is_accuracy(key)
-        and not (key.startswith(kinds or ('\0',)) and key.endswith((_PER_CLASS, '_copypaste')))
-    )
-    return found + [Metric(key, key, scale=1.0, digits=3, step=0.0) for key in others]
+    return found + [Metric(key, key, scale=1.0, digits=3, step=0.0) for key in other_keys(merged)]
 
 
 def headline(results: Sequence[Mapping[str, float]], wanted: str | None = None) -> Metric:
@@ -75,9 +65,9 @@ def headline(results: Sequence[Mapping[str, float]], wanted: str | None = None) 
 def of_classes(results: Mapping[str, float], metric: Metric) -> dict[str, float]:
     """The same by class, where the evaluation says it: COCO's AP, top-1 accuracy."""
     if metric.key.endswith('_mAP'):
-        start, end = f'{metric.key.removesuffix("_mAP")}_', _PER_CLASS
+        start, end = f'{metric.key.removesuffix("_mAP")}_', PER_CLASS_SUFFIX
     elif metric.key == 'accuracy/top1':
-        start, end = _TOP1_OF, ''
+        start, end = TOP1_OF_CLASS, ''
     else:
         return {}
     return {
