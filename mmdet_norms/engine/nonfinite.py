@@ -19,6 +19,7 @@ from ..commands import runnable
 from ..compat.torch_internals import copy_all, largest_magnitudes
 from ..errors import UserError, some
 from ..files import replacing
+from .optim import wrappers_of
 from .rng import kept_random_state, pack, random_state, set_random_state, unpack
 from .together import announce_saving
 
@@ -92,7 +93,7 @@ class NonFiniteHook(Hook):
         self._watched = dict(finite)
         self._buffers = list(model.buffers())
         self._kept = [buffer.detach().clone() for buffer in self._buffers]
-        wrappers = _wrappers(runner.optim_wrapper)
+        wrappers = wrappers_of(runner.optim_wrapper)
         for wrapper in wrappers:
             self._guard(runner, wrapper)
         if get_world_size() == 1:  # processes that compute again on their own would wait for the others
@@ -207,7 +208,7 @@ class NonFiniteHook(Hook):
         copy_all(self._buffers, self._kept)
         state = {key: value.clone() for key, value in model.state_dict().items()}
         model.load_state_dict(state, strict=False)  # layers with copies on the host read them again
-        wrapper = _wrappers(runner.optim_wrapper)[0]
+        wrapper = wrappers_of(runner.optim_wrapper)[0]
         findings = [find(model, entry, wrapper) for entry in self._window]
         model.load_state_dict(state, strict=False)
         said = [_sentence(entry, finding) for entry, finding in zip(self._window, findings) if finding]
@@ -265,7 +266,7 @@ class NonFiniteHook(Hook):
             except Exception as error:
                 copy_all(self._buffers, self._kept)
                 try:
-                    finding = find(_model(runner), self._window[-1], _wrappers(runner.optim_wrapper)[0])
+                    finding = find(_model(runner), self._window[-1], wrappers_of(runner.optim_wrapper)[0])
                 except Exception:
                     raise error  # noqa: B904  (the first one says it)
                 if not finding.explains_errors:
@@ -478,11 +479,6 @@ def _sentence(entry: dict, finding: Finding) -> str:
 
 def _model(runner: Runner) -> nn.Module:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
-
-
-def _wrappers(optim_wrapper: object) -> list[OptimWrapper]:
-    """One, or those of an ``OptimWrapperDict``."""
-    return list(getattr(optim_wrapper, 'optim_wrappers', {'': optim_wrapper}).values())
 
 
 def _in_any_process(flag: Tensor) -> bool:

@@ -26,6 +26,7 @@ from ..layers._args import is_count
 from ..layers._contract import contract_of, is_norm_class
 from ..layers._replay import in_backward
 from .norm_quantities import Past, Seen, as_map, first_group, is_synchronized, summary
+from .optim import wrappers_of
 
 NORM_STATS = 'norm_stats.json'
 """In ``vis_data`` of a run: a line of JSON for each look."""
@@ -242,19 +243,15 @@ def _mean(norm: nn.Module, x: Tensor) -> Tensor:
     return map_ops.moments(first_group(norm, as_map(norm, x.detach())))[0]
 
 
-def _wrappers(wrapper: object) -> list:
-    return list(wrapper.values()) if hasattr(wrapper, 'optim_wrappers') else [wrapper]
-
-
 def _accumulated(wrapper: object) -> int:
     """By which the loss of this iteration is divided, because gradients of several batches are added."""
-    scaled = [one.scale_loss(torch.ones(())) for one in _wrappers(wrapper) if isinstance(one, OptimWrapper)]
+    scaled = [one.scale_loss(torch.ones(())) for one in wrappers_of(wrapper) if isinstance(one, OptimWrapper)]
     return round(1 / float(scaled[0])) if scaled else 1
 
 
 def _loss_scale(wrapper: object) -> float:
     """By which a loss scaler multiplies the loss of this iteration."""
-    scalers = [scaler for one in _wrappers(wrapper) if (scaler := getattr(one, 'loss_scaler', None)) is not None]
+    scalers = [scaler for one in wrappers_of(wrapper) if (scaler := getattr(one, 'loss_scaler', None)) is not None]
     return float(scalers[0].get_scale()) if scalers else 1.0
 
 

@@ -15,6 +15,11 @@ from .dist import CPUAmpOptimWrapper
 from .second_order import SecondOrderOptimWrapper, require_second_derivatives
 
 
+def wrappers_of(optim_wrapper: object) -> list[OptimWrapper]:
+    """One, or those of an ``OptimWrapperDict``."""
+    return list(getattr(optim_wrapper, 'optim_wrappers', {'': optim_wrapper}).values())
+
+
 class NormOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """mmengine's ``DefaultOptimWrapperConstructor`` whose ``norm_decay_mult`` also means this package's norms.
 
