@@ -110,12 +110,16 @@ class EvaluatedRun:
         return _digest([*parts, images])
 
 
-def open_run(run: str | os.PathLike) -> EvaluatedRun:
+def open_run(run: EvaluatedRun | str | os.PathLike) -> EvaluatedRun:
     """A run by its work dir, of which the newest checkpoint counts, or by one of the checkpoints in there.
+
+    One that is open is given as it is.
 
     Raises:
         UserError: there is no such folder or file, or none of its configs or checkpoints.
     """
+    if isinstance(run, EvaluatedRun):
+        return run
     path = Path(run)
     if not path.exists():
         raise UserError(f'there is no run {run}: name a work dir of {typed("train")}, or a checkpoint in one')
@@ -154,13 +158,13 @@ def detections(run: EvaluatedRun | str | os.PathLike, images: Sequence | None = 
     Computed as the run's own validation does, and kept in the run's folder until checkpoint, config or data change.
 
     Args:
-        run: as :func:`open_run` takes or gives it.
+        run: as :func:`open_run` takes it.
         images: ids of some of the validation set's; all by default.
 
     Raises:
         UserError: the run has no detector, or cannot be evaluated; the message says why.
     """
-    run = run if isinstance(run, EvaluatedRun) else open_run(run)
+    run = open_run(run)
     if run.is_classifier:
         raise UserError(f'the model of {run.path} is an image classifier, which detects nothing')
     ids = _known(run, images)
@@ -185,7 +189,7 @@ def predictions(run: EvaluatedRun | str | os.PathLike) -> list[dict]:
 
     As for :func:`detections`.
     """
-    run = run if isinstance(run, EvaluatedRun) else open_run(run)
+    run = open_run(run)
     if not run.is_classifier:
         raise UserError(f'the model of {run.path} is no image classifier')
 
@@ -214,7 +218,7 @@ def side_by_side(
     """The same images as several runs see them: a column for the ground truth and for each run, a row for each image.
 
     Args:
-        runs: as :func:`open_run` takes or gives them, of one validation set.
+        runs: as :func:`open_run` takes them, of one validation set.
         images: ids of images; by default ``number`` of those with objects, spread over the set.
         labels: what is above the columns; the names of the runs by default.
         score_thr: least score of what is drawn.
@@ -225,7 +229,7 @@ def side_by_side(
     Raises:
         UserError: an image is not in the validation set of each run; and as for :func:`detections`.
     """
-    runs = [run if isinstance(run, EvaluatedRun) else open_run(run) for run in runs]
+    runs = [open_run(run) for run in runs]
     first = runs[0]
     images = spread(first, number) if images is None else _known(first, images)
     require_same_images(runs, images)

@@ -108,7 +108,7 @@ def _size_lines(axis: Axes, content: Content, metric: Metric) -> bool:
             continue
         aside = 2 ** (0.05 * (i - (len(content.ordered) - 1) / 2))  # so that bars do not hide each other
         x = [setting.batch_size * aside for setting in known]
-        values = [[v * metric.scale for v in content.values(s, metric).values()] for s in known]
+        values = [_values(content, setting, metric) for setting in known]
         y = [mean(v) for v in values]
         _line(axis, x, y, i)
         axis.vlines(x, list(map(min, values)), list(map(max, values)), color=_colour(i), lw=1.2, alpha=0.55)
@@ -133,7 +133,7 @@ def _at_one_batch_size(content: Content) -> Section | None:
     def draw(axis: Axes, metric: Metric) -> bool:
         known = [s for s in content.settings if content.values(s, metric)]
         for row, setting in enumerate(known):
-            values = [value * metric.scale for value in content.values(setting, metric).values()]
+            values = _values(content, setting, metric)
             i = content.ordered.index(setting.method)
             axis.plot([min(values), max(values)], [row, row], color=_colour(i), lw=1.4, alpha=0.55)
             axis.plot(values, [row] * len(values), '.', color=_colour(i), ms=4, alpha=0.8)
@@ -239,7 +239,7 @@ def _costs(content: Content) -> Section | None:
     def draw(axis: Axes, size: int | None, key: str, name: str) -> bool:
         known = [s for s in content.settings if s.batch_size == size and content.values(s) and s.cost(key)]
         for setting in known:
-            values = [v * content.metric.scale for v in content.values(setting).values()]
+            values = _values(content, setting, content.metric)
             i, x = content.ordered.index(setting.method), setting.cost(key)
             axis.vlines([x], [min(values)], [max(values)], color=_colour(i), lw=1.2, alpha=0.55)
             _dots(axis, [x], [mean(values)], i, 7)
@@ -438,6 +438,11 @@ def _dash(i: int) -> str | tuple:
 
 def _marker(i: int) -> str:
     return MARKERS[(i + i // COLOURS) % len(MARKERS)]
+
+
+def _values(content: Content, setting: Setting, metric: Metric) -> list[float]:
+    """Of the seeds, in the unit that is shown."""
+    return [value * metric.scale for value in content.values(setting, metric).values()]
 
 
 def _named(metric: Metric) -> str:
