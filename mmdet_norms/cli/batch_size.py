@@ -1,21 +1,33 @@
 """``--batch-size``: another number of images per iteration, and learning rate and schedule that fit it."""
 
 import argparse
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmdet.registry import HOOKS, PARAM_SCHEDULERS
 from mmengine.config import Config
-from mmengine.registry import LOOPS, OPTIMIZERS
+from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
 
 from mmdet_norms.engine.dist import number_of_processes
-from mmdet_norms.entries import class_of, is_a, name_of, parameter_of
+from mmdet_norms.entries import class_of, is_a, name_of
 from mmdet_norms.errors import UserError
+from mmdet_norms.layers._args import is_number
 
-from .schedule import CHECKPOINTS, RATES, TIMES, end_warm_ups, epoch_length, issubclass_of_iter_loop, schedulers
+from .options import given_options
+from .schedule import (
+    CHECKPOINTS,
+    counts_epochs,
+    end_warm_ups,
+    epoch_length,
+    issubclass_of_iter_loop,
+    learning_rate_of,
+    require_once,
+    scale_rates,
+    schedulers,
+    stretch,
+)
 
 IMAGES, ITERS = 'images', 'iters'
 
@@ -73,10 +85,7 @@ def begin(cfg: Config, args: argparse.Namespace) -> None:
         raise UserError(f'{said}: must be 1 or more')
     if args.auto_scale_lr:
         raise UserError(f'{said} scales the learning rate by itself: leave --auto-scale-lr out')
-    options = {**(args.cfg_options_new or {}), **(args.cfg_options or {})}
-    inside = options.get('train_dataloader')
-    if 'train_dataloader.batch_size' in options or (isinstance(inside, Mapping) and 'batch_size' in inside):
-        raise UserError(f'{said}: --cfg-options train_dataloader.batch_size says something else; give one of the two')
+    require_once(said, given_options(args), 'train_dataloader', ('batch_size',))
     processes = number_of_processes(args.launcher)
     if args.batch_size % processes:
         raise UserError(f'{said}: is of all processes together, and must be a multiple of their number, {processes}')
@@ -122,7 +131,7 @@ class _Change:
             self._scale_iterations(factor)
             self.notes.append(f'as many images: {self.loop["max_iters"]} iterations')
         else:
-            if any(not _counts_epochs(entry) for entry in schedulers(self.cfg.get('param_scheduler'))):
+            if any(not counts_epochs(entry) for entry in schedulers(self.cfg.get('param_scheduler'))):
                 reference = self._epoch_length()
                 self.cfg.train_dataloader.batch_size = self.batch / number_of_processes(self.launcher)
                 self._scale_iterations(self._epoch_length() / reference)
@@ -137,8 +146,8 @@ class _Change:
             self.cfg.auto_scale_lr.enable = False  # mmengine would do it once more
         found = list(_optimizers(self.cfg.get('optim_wrapper')))
         for optimizer in found:
-            old = optimizer.get('lr', getattr(parameter_of(optimizer, 'lr', OPTIMIZERS), 'default', None))
-            if isinstance(old, bool) or not isinstance(old, (int, float)):
+            old = learning_rate_of(optimizer)
+            if not is_number(old):
                 found = []
                 break
             optimizer['lr'] = old * factor
@@ -147,9 +156,7 @@ class _Change:
                 f'--batch-size {self.batch}: the config has no optim_wrapper.optimizer.lr to scale; leave it as it is '
                 'by --no-scale-lr'
             )
-        for entry in schedulers(self.cfg.get('param_scheduler')):
-            if 'Momentum' not in getattr(class_of(entry, PARAM_SCHEDULERS), '__name__', ''):
-                entry.update({key: entry[key] * factor for key in RATES if _is_number(entry.get(key))})
+        scale_rates(self.cfg, factor)
         rates = ' and '.join(dict.fromkeys(f'{optimizer["lr"]:g}' for optimizer in found))
         self.notes.append(f'learning rate {rates} by the linear rule')
 
@@ -175,8 +182,8 @@ class _Change:
             loop.pop(key, None)
         loop.update(type='IterBasedTrainLoop', max_iters=total)
         for entry in schedulers(self.cfg.get('param_scheduler')):
-            if _counts_epochs(entry) and not is_a(entry, 'ReduceOnPlateauParamScheduler', PARAM_SCHEDULERS):
-                _scale(entry, length)
+            if counts_epochs(entry) and not is_a(entry, 'ReduceOnPlateauParamScheduler', PARAM_SCHEDULERS):
+                stretch(entry, length)
                 entry['by_epoch'] = False
                 entry.pop('convert_to_iter_based', None)
         hooks = self.cfg.get('default_hooks') or {}
@@ -192,12 +199,12 @@ class _Change:
 
     def _scale_loop(self, factor: float, default_interval: int | None = None) -> None:
         loop = self.loop
-        if _is_number(loop.get('max_iters')):
+        if is_number(loop.get('max_iters')):
             loop['max_iters'] = max(1, round(loop['max_iters'] * factor))
         interval = loop.get('val_interval', default_interval)
-        if _is_number(interval):
+        if is_number(interval):
             loop['val_interval'] = max(1, round(interval * factor))
-        if _is_number(loop.get('val_begin')):
+        if is_number(loop.get('val_begin')):
             loop['val_begin'] = max(1, round(loop['val_begin'] * factor))
         if loop.get('dynamic_intervals'):
             loop['dynamic_intervals'] = [
@@ -208,8 +215,8 @@ class _Change:
     def _scale_iterations(self, factor: float) -> None:
         """What counts iterations beside the loop: schedules, and the interval of checkpoints."""
         for entry in schedulers(self.cfg.get('param_scheduler')):
-            if not _counts_epochs(entry):
-                _scale(entry, factor)
+            if not counts_epochs(entry):
+                stretch(entry, factor)
         end_warm_ups(self.cfg)
         checkpoint = (self.cfg.get('default_hooks') or {}).get('checkpoint') or {}
         interval = checkpoint.get('interval')
@@ -218,24 +225,6 @@ class _Change:
 
     def _epoch_length(self) -> int:
         return epoch_length(self.cfg, self.launcher)
-
-
-def _scale(entry: dict, factor: float) -> None:
-    """Let a scheduler take ``factor`` times as many steps."""
-
-    def to(value: float) -> int:
-        return round(value * factor)
-
-    entry.update({key: max(int(key != 'begin'), to(entry[key])) for key in TIMES if _is_number(entry.get(key))})
-    if isinstance(entry.get('milestones'), (list, tuple)):
-        entry['milestones'] = [max(1, to(value)) for value in entry['milestones']]
-    if isinstance(entry.get('periods'), (list, tuple)):  # what is rounded off one is the next one's
-        ends = [0, *map(to, itertools.accumulate(entry['periods']))]
-        entry['periods'] = [max(1, after - before) for before, after in itertools.pairwise(ends)]
-    if _is_number(entry.get('end')):
-        entry['end'] = max(entry['end'], entry.get('begin', 0) + 1)
-    if is_a(entry, 'ExponentialParamScheduler', PARAM_SCHEDULERS) and 'gamma' in entry:
-        entry['gamma'] **= 1 / factor  # the same in the end
 
 
 def _optimizers(wrapper: Any) -> Iterator[dict]:
@@ -248,11 +237,3 @@ def _optimizers(wrapper: Any) -> Iterator[dict]:
     for part in wrapper.values():
         if isinstance(part, Mapping):
             yield from _optimizers(part)
-
-
-def _counts_epochs(entry: Mapping) -> bool:
-    return bool(entry.get('by_epoch', True))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -44,7 +44,7 @@ from mmdet_norms.models.legacy import CONVENTIONS, use_geometry
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 from mmdet_norms_start import own_configs
 
-from .options import add_option_arguments, merge_options
+from .options import add_option_arguments, given_options, merge_options
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
@@ -309,7 +309,7 @@ def move_and_merge(cfg: Config, args: argparse.Namespace) -> None:
     if args.data_root is not None:
         temporary = getattr(args, 'copies', None)
         copies = temporary if hasattr(args, 'copies') else copies_folder(_work_dir(args, cfg))
-        options = {**(getattr(args, 'cfg_options_new', None) or {}), **(args.cfg_options or {})}
+        options = given_options(args)
         speaks = os.environ.get(RANKS.get(getattr(args, 'launcher', 'none'), ''), '0') == '0'
         reads = getattr(args, 'reads', SPLITS)
         move_data_root(

@@ -158,6 +158,11 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def given_options(args: argparse.Namespace) -> dict:
+    """What both options say: key -> value."""
+    return {**(getattr(args, 'cfg_options_new', None) or {}), **(args.cfg_options or {})}
+
+
 def merge_options(cfg: Config, args: argparse.Namespace, leave: Callable[[str], bool] = lambda key: False) -> None:
     """Change ``cfg`` as the two options say, but for keys that ``leave`` is true for.
 

@@ -17,8 +17,9 @@ from mmengine.runner import IterBasedTrainLoop
 from mmdet_norms.engine.dist import number_of_processes
 from mmdet_norms.entries import class_of, is_a, parameter_of
 from mmdet_norms.errors import UserError
+from mmdet_norms.layers._args import is_number
 
-from .options import merge_options
+from .options import given_options, merge_options
 
 WARM_UP = 0.1
 """The part of a training that a warm-up in iterations may take at most."""
@@ -27,12 +28,12 @@ CHECKPOINTS = 5
 """How many a training writes at least."""
 
 # What of a scheduler is a point in time or a length.
-TIMES = ('begin', 'end', 'T_max', 'step_size', 'total_steps')
+_TIMES = ('begin', 'end', 'T_max', 'step_size', 'total_steps')
 _LISTS = ('milestones', 'periods')
 # Of hooks that act at an epoch.
 _OF_HOOKS = ('num_last_epochs', 'switch_epoch', 'begin_epoch')
 # Values that are learning rates, not parts of one.
-RATES = ('eta_min', 'eta_max', 'min_value')
+_RATES = ('eta_min', 'eta_max', 'min_value')
 _SCALED = ('train_cfg', 'param_scheduler', 'default_hooks', 'optim_wrapper')
 
 
@@ -67,17 +68,17 @@ def apply_schedule_options(cfg: Config, args: argparse.Namespace) -> list[str]:
     args.schedule_options = given
     if not given:
         return []
-    options = {**(args.cfg_options_new or {}), **(args.cfg_options or {})}
+    options = given_options(args)
     notes = []
     if args.epochs is not None:
         if args.epochs < 1:
             raise UserError(f'--epochs {args.epochs}: must be 1 or more')
-        _once(f'--epochs {args.epochs}', options, 'train_cfg', ('max_epochs', 'max_iters'))
+        require_once(f'--epochs {args.epochs}', options, 'train_cfg', ('max_epochs', 'max_iters'))
         notes += scale_to(cfg, args.epochs, args.launcher)
     if args.lr is not None:
         if not (args.lr > 0 and math.isfinite(args.lr)):
             raise UserError(f'--lr {args.lr}: must be positive, such as 0.02')
-        _once(f'--lr {args.lr}', options, 'optim_wrapper.optimizer', ('lr',))
+        require_once(f'--lr {args.lr}', options, 'optim_wrapper.optimizer', ('lr',))
         notes += set_learning_rate(cfg, args.lr)
         if args.auto_scale_lr:
             notes[-1] += ', for auto_scale_lr.base_batch_size images; --auto-scale-lr multiplies it'
@@ -89,7 +90,7 @@ def require_order(cfg: Config) -> None:
     """Raise if a scheduler would end before it begins, as one without an end does that begins after the training."""
     loop = cfg.get('train_cfg') or {}
     for i, entry in enumerate(schedulers(cfg.get('param_scheduler'))):
-        epochs = _counts_epochs(entry)
+        epochs = counts_epochs(entry)
         begin, end = entry.get('begin', 0), entry.get('end', loop.get('max_epochs' if epochs else 'max_iters'))
         if isinstance(begin, (int, float)) and isinstance(end, (int, float)) and end <= begin:
             name = getattr(class_of(entry, PARAM_SCHEDULERS), '__name__', entry.get('type'))
@@ -107,7 +108,7 @@ def end_warm_ups(cfg: Config) -> None:
     mmengine's begins with its factor there and takes its next step never: the rate would stay a hundredth for good.
     """
     for entry in schedulers(cfg.get('param_scheduler')):
-        if _counts_epochs(entry) or not _is_warm_up(entry) or entry.get('end', math.inf) - entry.get('begin', 0) > 1:
+        if counts_epochs(entry) or not _is_warm_up(entry) or entry.get('end', math.inf) - entry.get('begin', 0) > 1:
             continue
         name = getattr(class_of(entry, PARAM_SCHEDULERS), '__name__', '')
         if name.startswith('Linear'):
@@ -184,21 +185,22 @@ class _Scaling:
         return self._length
 
     def _shorten_warm_up(self, entry: dict) -> None:
-        if _counts_epochs(entry) or entry.get('begin', 0) != 0 or not _is_warm_up(entry) or 'end' not in entry:
+        if counts_epochs(entry) or entry.get('begin', 0) != 0 or not _is_warm_up(entry) or 'end' not in entry:
             return
         end = min(entry['end'], max(1, int(WARM_UP * self.epochs * self.length)))
         self.warm_up[entry['end']] = entry['end'] = end
 
     def _scale(self, entry: dict) -> None:
-        if not _counts_epochs(entry) and entry.get('end') in self.warm_up.values() and _is_warm_up(entry):
+        if not counts_epochs(entry) and entry.get('end') in self.warm_up.values() and _is_warm_up(entry):
             return
-        times = {key: entry[key] for key in TIMES if isinstance(entry.get(key), (int, float))}
+        times = {key: entry[key] for key in _TIMES if is_number(entry.get(key))}
         lists = {key: list(entry[key]) for key in _LISTS if isinstance(entry.get(key), (list, tuple))}
         whole_length = times.get('T_max') == times.get('end', 0) - times.get('begin', 0)
+        inside = [value < times.get('end', math.inf) for value in lists.get('milestones', ())]
         times = {key: value * self.factor for key, value in times.items()}
         lists = {key: [value * self.factor for value in values] for key, values in lists.items()}
-        unit = 1
-        if _counts_epochs(entry):
+        unit, begin = 1, None
+        if counts_epochs(entry):
             whole = all(map(_is_whole, [*times.values(), *(value for values in lists.values() for value in values)]))
             # a curve that moves after each epoch stands still in one
             still = not {'milestones', 'step_size'} & {*lists, *times} and not entry.get('convert_to_iter_based')
@@ -207,25 +209,38 @@ class _Scaling:
                 unit = self.length
                 entry['by_epoch'] = False
                 entry.pop('convert_to_iter_based', None)
-        elif entry.get('begin') in self.warm_up:
-            times['begin'] = self.warm_up[entry['begin']]
-        entry.update({key: max(int(key != 'begin'), round(value * unit)) for key, value in times.items()})
-        if 'periods' in lists:  # one after the other: what is rounded off one is the next one's
-            ends = [0, *(round(end * unit) for end in itertools.accumulate(lists['periods']))]
-            entry['periods'] = [max(1, after - before) for before, after in itertools.pairwise(ends)]
-        if 'milestones' in lists:
-            entry['milestones'] = [max(1, round(value * unit)) for value in lists['milestones']]
-        if 'end' in times:
-            entry['end'] = max(entry['end'], entry.get('begin', 0) + 1)
-        if 'milestones' in lists:  # one that was in it stays in it
-            end = entry.get('end', round(self.epochs * (1 if _counts_epochs(entry) else self.length)))
-            before = [value < times.get('end', math.inf) for value in lists['milestones']]
-            steps = zip(entry['milestones'], before)
-            entry['milestones'] = [min(step, max(1, end - 1)) if inside else step for step, inside in steps]
+        else:
+            begin = self.warm_up.get(entry.get('begin'))
+        stretch(entry, self.factor, unit, begin)
+        if inside:  # a milestone that was in it stays in it
+            end = entry.get('end', round(self.epochs * (1 if counts_epochs(entry) else self.length)))
+            steps = zip(entry['milestones'], inside)
+            entry['milestones'] = [min(step, max(1, end - 1)) if was_in else step for step, was_in in steps]
         if whole_length:
             entry['T_max'] = entry['end'] - entry.get('begin', 0)
-        if is_a(entry, 'ExponentialParamScheduler', PARAM_SCHEDULERS) and 'gamma' in entry:
-            entry['gamma'] **= 1 / (self.factor * unit)  # the same in the end
+
+
+def stretch(entry: dict, factor: float, unit: int = 1, begin: int | None = None) -> None:
+    """Let a scheduler take ``factor`` times as many steps, which are counted in ``unit`` times smaller ones.
+
+    Args:
+        begin: where it begins then, if that is known otherwise.
+    """
+    times = {key: round(entry[key] * factor * unit) for key in _TIMES if is_number(entry.get(key))}
+    times |= {} if begin is None else {'begin': begin}
+    entry.update({key: max(int(key != 'begin'), value) for key, value in times.items()})
+    lists = {
+        key: [value * factor for value in entry[key]] for key in _LISTS if isinstance(entry.get(key), (list, tuple))
+    }
+    if 'periods' in lists:  # one after the other: what is rounded off one is the next one's
+        ends = [0, *(round(end * unit) for end in itertools.accumulate(lists['periods']))]
+        entry['periods'] = [max(1, after - before) for before, after in itertools.pairwise(ends)]
+    if 'milestones' in lists:
+        entry['milestones'] = [max(1, round(value * unit)) for value in lists['milestones']]
+    if 'end' in times:
+        entry['end'] = max(entry['end'], entry.get('begin', 0) + 1)
+    if is_a(entry, 'ExponentialParamScheduler', PARAM_SCHEDULERS) and 'gamma' in entry:
+        entry['gamma'] **= 1 / (factor * unit)  # the same in the end
 
 
 def set_learning_rate(cfg: Config, lr: float) -> list[str]:
@@ -236,13 +251,24 @@ def set_learning_rate(cfg: Config, lr: float) -> list[str]:
             f'--lr {lr}: the config has no optim_wrapper.optimizer, of which it is the learning rate; set that of each '
             'optimizer by --cfg-options'
         )
-    old = optimizer.get('lr', getattr(parameter_of(optimizer, 'lr', OPTIMIZERS), 'default', None))
+    old = learning_rate_of(optimizer)
     optimizer['lr'] = lr
-    old = old if isinstance(old, (int, float)) and old > 0 else None
-    for entry in schedulers(cfg.get('param_scheduler')) if old else ():
-        if 'Momentum' not in getattr(class_of(entry, PARAM_SCHEDULERS), '__name__', ''):
-            entry.update({key: entry[key] * lr / old for key in RATES if isinstance(entry.get(key), (int, float))})
+    old = old if is_number(old) and old > 0 else None
+    if old:
+        scale_rates(cfg, lr, old)
     return [f'--lr {lr}: the learning rate' + (f' (the config has {old:g})' if old else '')]
+
+
+def learning_rate_of(optimizer: Mapping) -> Any:
+    """What an entry says, or the default of its class; None where there is neither."""
+    return optimizer.get('lr', getattr(parameter_of(optimizer, 'lr', OPTIMIZERS), 'default', None))
+
+
+def scale_rates(cfg: Config, new: float, old: float = 1) -> None:
+    """Multiply the learning rates that schedulers name by ``new / old``."""
+    for entry in schedulers(cfg.get('param_scheduler')):
+        if 'Momentum' not in getattr(class_of(entry, PARAM_SCHEDULERS), '__name__', ''):
+            entry.update({key: entry[key] * new / old for key in _RATES if is_number(entry.get(key))})
 
 
 def issubclass_of_iter_loop(loop: Mapping) -> bool:
@@ -253,7 +279,7 @@ def issubclass_of_iter_loop(loop: Mapping) -> bool:
     return isinstance(kind, type) and issubclass(kind, IterBasedTrainLoop)
 
 
-def _once(option: str, options: Mapping, where: str, keys: tuple[str, ...]) -> None:
+def require_once(option: str, options: Mapping, where: str, keys: tuple[str, ...]) -> None:
     """Raise if ``--cfg-options`` set the same."""
     for key in keys:
         inside = isinstance(options.get(where), Mapping) and key in options[where]
@@ -270,7 +296,8 @@ def schedulers(node: Any) -> list[dict]:
     return [node] if isinstance(node, dict) else []
 
 
-def _counts_epochs(entry: Mapping) -> bool:
+def counts_epochs(entry: Mapping) -> bool:
+    """Whether a scheduler does."""
     return bool(entry.get('by_epoch', True))
 
 
@@ -293,7 +320,7 @@ def _interval(value: float) -> int:
 
 
 def _described(entry: Mapping) -> str:
-    unit = 'epochs' if _counts_epochs(entry) else 'iterations'
+    unit = 'epochs' if counts_epochs(entry) else 'iterations'
     name = getattr(class_of(entry, PARAM_SCHEDULERS), '__name__', str(entry.get('type')))
     times = [f'{key} {entry[key]}' for key in (*_LISTS, 'step_size') if key in entry]
     end = f'{entry.get("begin", 0)} to {entry["end"]}' if 'end' in entry else ''

@@ -51,6 +51,7 @@ from .common import (
 )
 from .config_checks import require_none, training_problems
 from .dry_run import add_dry_run_arguments, dry_run, nothing_kept
+from .options import given_options
 from .precise_bn import add_precise_bn_argument, use_precise_bn
 from .schedule import add_schedule_arguments, apply_schedule_options, require_order
 from .trackers import add_tracker_arguments, use_trackers
@@ -185,7 +186,7 @@ def train_config(args: argparse.Namespace) -> Config:
 
 
 def _use_seed(cfg: Config, args: argparse.Namespace) -> None:
-    options = {**(args.cfg_options_new or {}), **(args.cfg_options or {})}
+    options = given_options(args)
     inside = options.get('randomness')
     inside = dict(inside) if isinstance(inside, dict) else {}
     seed = options.get('randomness.seed', inside.get('seed'))
