@@ -27,6 +27,7 @@ from mmdet_norms.console import as_text, plain_console
 from mmdet_norms.datasets.annotations import forget, read_annotations
 from mmdet_norms.datasets.counts import Counts, count
 from mmdet_norms.datasets.sources import sources
+from mmdet_norms.engine.cost import device_name, images_per_iteration
 from mmdet_norms.engine.course import Rates, epoch_length
 from mmdet_norms.engine.dist import number_of_processes
 from mmdet_norms.engine.dry_run import (
@@ -211,14 +212,13 @@ def _facts(runner: Runner, hook: DryRunHook, cfg: Config, args: argparse.Namespa
     batches = time_validation(runner)
     precise = time_precise_statistics(runner, course)
     by_iter = isinstance(loop, IterBasedTrainLoop)
-    size, processes = _batch_size(loop), number_of_processes(args.launcher)
     facts = dict(
         config=args.config,
         work_dir=cfg.work_dir,
         start=_start(cfg, args),
         notes=list(args.notes),
-        device=torch.cuda.get_device_name() if get_device() == 'cuda' else get_device(),
-        processes=processes,
+        device=device_name(),
+        processes=number_of_processes(args.launcher),
         precision=_precision(cfg),
         **_config_facts(cfg, args),
         model=name_of(cfg.model),
@@ -235,7 +235,7 @@ def _facts(runner: Runner, hook: DryRunHook, cfg: Config, args: argparse.Namespa
             start_iteration=course.iteration,
             iterations=loop.max_iters,
             iterations_per_epoch=epoch_length(loop),
-            batch_size=size and size * processes,
+            batch_size=images_per_iteration(runner),
             learning_rates=[_rates(rates) for rates in course.rates],
             evaluations=course.validations,
             checkpoints=[dict(unit=unit, after=steps, kept=kept) for unit, steps, kept in course.checkpoints],
@@ -342,12 +342,6 @@ def _time(
         seconds_per_precise_statistics=seconds,
         seconds=training + whole if training is not None else None,
     )
-
-
-def _batch_size(loop: object) -> int | None:
-    loader = loop.dataloader
-    size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None)
-    return size if isinstance(size, int) else None
 
 
 def _memory_of_gpu() -> int | None:

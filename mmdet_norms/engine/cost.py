@@ -103,14 +103,14 @@ class CostHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         # of few iterations, all are among the first; the very first is the slowest
         times = self._state['times'][-_KEPT:] or self._first[1:] or self._first
-        batch = _batch_size(runner)
+        batch = images_per_iteration(runner)
         each = median(times) if times else None
         return dict(
             parameters=_count(model),
             trainable_parameters=_count(model, trained=True),
             batch_size=batch,
             processes=get_world_size(),
-            device=torch.cuda.get_device_name() if get_device() == 'cuda' else get_device(),
+            device=device_name(),
             iterations=runner.iter,
             seconds_per_iteration=each,
             images_per_second=batch / each if batch and each else None,
@@ -125,11 +125,16 @@ def _count(model: nn.Module, trained: bool = False) -> int:
     return sum(math.prod(p.shape) for p in model.parameters() if p.requires_grad or not trained)
 
 
-def _batch_size(runner: Runner) -> int | None:
-    """Images of an iteration, of all processes together."""
+def images_per_iteration(runner: Runner) -> int | None:
+    """Of all processes together; None where the data loader does not say."""
     loader = runner.train_dataloader
     size = getattr(loader, 'batch_size', None) or getattr(getattr(loader, 'batch_sampler', None), 'batch_size', None)
     return size * get_world_size() if isinstance(size, int) else None
+
+
+def device_name() -> str:
+    """What computes, such as ``NVIDIA H100 80GB HBM3``, or ``cpu``."""
+    return torch.cuda.get_device_name() if get_device() == 'cuda' else get_device()
 
 
 def peak_memory() -> tuple[int, str]:

@@ -15,7 +15,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
-from .cost import peak_memory
+from .cost import images_per_iteration, peak_memory
 from .course import Rates, checkpoints, epoch_length, learning_rates, validations
 from .precise_bn import PreciseBNHook
 
@@ -171,9 +171,8 @@ def time_precise_statistics(runner: Runner, course: Course) -> tuple[int, float]
     hook = next((hook for hook in runner.hooks if isinstance(hook, PreciseBNHook)), None)
     if hook is None:
         return None
-    loader = runner.train_dataloader
-    size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 1
-    each, wanted = size * get_world_size(), min(hook.num_images, len(loader.dataset))
+    each = images_per_iteration(runner) or get_world_size()
+    wanted = min(hook.num_images, len(runner.train_dataloader.dataset))
     hook.num_images = min(wanted, _PRECISE_BATCHES * each)
     hook.compute(runner)
     if not hook.batch_seconds:  # no norm has any
