@@ -17,7 +17,6 @@ from mmdet.registry import HOOKS
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import CheckpointHook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from rich.table import Table
 from torch import nn
@@ -43,6 +42,7 @@ from mmdet_norms.engine.dry_run import (
 from mmdet_norms.engine.nonfinite import NonFiniteError
 from mmdet_norms.engine.results import write_json
 from mmdet_norms.engine.safe_checkpoints import LAST, CheckpointFolder
+from mmdet_norms.engine.together import model_of
 from mmdet_norms.engine.work_dir import require_unclaimed
 from mmdet_norms.entries import is_a, name_of, spell_out
 from mmdet_norms.errors import UserError, some
@@ -208,7 +208,6 @@ def _require_writable_later(work_dir: str) -> None:
 def _facts(runner: Runner, hook: DryRunHook, cfg: Config, args: argparse.Namespace) -> dict:
     """All that there is to say, as JSON has it."""
     loop, course, timing = runner.train_loop, hook.course, hook.timing
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     batches = time_validation(runner)
     precise = time_precise_statistics(runner, course)
     by_iter = isinstance(loop, IterBasedTrainLoop)
@@ -222,7 +221,7 @@ def _facts(runner: Runner, hook: DryRunHook, cfg: Config, args: argparse.Namespa
         precision=_precision(cfg),
         **_config_facts(cfg, args),
         model=name_of(cfg.model),
-        parts=[_part(part) for part in summarize(model.train())],
+        parts=[_part(part) for part in summarize(model_of(runner).train())],
         data={
             split: _data(loader, cfg, split)
             for split, loader in (('train', loop.dataloader), ('val', runner.val_loop and runner.val_dataloader))

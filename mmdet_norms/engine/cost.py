@@ -10,13 +10,13 @@ import torch
 from mmengine.device import get_device
 from mmengine.dist import all_reduce, get_world_size, is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
 from .norms import in_warm_up
 from .results import write_json
+from .together import model_of
 
 try:
     import resource
@@ -100,7 +100,7 @@ class CostHook(Hook):
             write_json(Path(runner.work_dir) / COST, self._cost(runner, peak.item()))
 
     def _cost(self, runner: Runner, peak: float) -> dict:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = model_of(runner)
         # of few iterations, all are among the first; the very first is the slowest
         times = self._state['times'][-_KEPT:] or self._first[1:] or self._first
         batch = images_per_iteration(runner)

@@ -11,13 +11,13 @@ import torch
 from mmengine.device import get_device
 from mmengine.dist import broadcast, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
 from .cost import images_per_iteration, peak_memory
 from .course import Rates, checkpoints, epoch_length, learning_rates, validations
 from .precise_bn import PreciseBNHook
+from .together import model_of, models_of
 
 _ITERATIONS = 8  # that are timed, in as much time as there is
 _SECONDS = 20.0
@@ -125,7 +125,7 @@ class DryRunHook(Hook):
         if done > self._warm_up and batch_idx:  # not the start of a loader's workers
             self._timed.append(self._all[-1])
         if done == 1:
-            self._warm_up += self.settle(runner.model.module if is_model_wrapper(runner.model) else runner.model)
+            self._warm_up += self.settle(model_of(runner))
         timing.settled = done > self._warm_up
         late = now - self._begun > _SECONDS and done >= 2
         enough = len(self._timed) >= _ITERATIONS or done >= self._warm_up + 2 * _ITERATIONS
@@ -202,8 +202,7 @@ def out_of_memory() -> Iterator[None]:
 
 def state_bytes(runner: Runner) -> int:
     """About the size of a checkpoint: weights, buffers, averages of both, and the optimizers after a step."""
-    averages = (getattr(hook, 'ema_model', None) for hook in runner.hooks)  # of EMAHook
-    states = [model.state_dict() for model in (runner.model, *averages) if isinstance(model, nn.Module)]
+    states = [model.state_dict() for model in models_of(runner)]
     states.append(runner.optim_wrapper.state_dict())
     return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in _tensors(states)}.values())
 

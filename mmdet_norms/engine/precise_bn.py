@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from ..compat.loading import has_batches, replace_batch_sampler
 from ..errors import UserError
 from .rng import NumberedBatches, random_state, set_random_state
 from .statistics import recompute_statistics, updated_norms
-from .together import announce_saving
+from .together import announce_saving, model_of, models_of
 
 KEY = 'precise_bn'
 """Where a checkpoint says so: ``dict(version, images, batch_size, training)``, the last being training's own."""
@@ -90,9 +89,8 @@ class PreciseBNHook(Hook):
 
     def compute(self, runner: Runner) -> None:
         """Compute them with the weights of training, or their averages; the model stays as it is."""
-        averages = (getattr(hook, 'ema_model', None) for hook in runner.hooks)
-        average = next((model for model in averages if isinstance(model, nn.Module)), None)
-        self._compute(runner, _model(runner) if average is None else average.module)
+        model, *averages = models_of(runner)
+        self._compute(runner, averages[0].module if averages else model)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Precise statistics into the weights, training's own beside them."""
@@ -108,7 +106,7 @@ class PreciseBNHook(Hook):
         self._own = []
 
     def _put_in(self, runner: Runner) -> None:
-        model = _model(runner)
+        model = model_of(runner)
         if self._fresh is None:
             self._compute(runner, model)
         state = _buffers(model)
@@ -272,10 +270,6 @@ def _inside(node: object) -> Iterator[object]:
             yield from _inside(child)
     else:
         yield node
-
-
-def _model(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

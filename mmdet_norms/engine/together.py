@@ -53,7 +53,7 @@ class SyncBuffersHook(_SyncBuffersHook):
 
     def _share(self, runner: Runner) -> None:
         if get_world_size() > 1:
-            for model in _models(runner):
+            for model in models_of(runner):
                 share_state(model)
 
 
@@ -142,8 +142,12 @@ def _on_cpu(state: dict) -> dict:
     return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
-def _models(runner: Runner) -> list[nn.Module]:
+def model_of(runner: Runner) -> nn.Module:
+    """The model without its wrapper."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def models_of(runner: Runner) -> list[nn.Module]:
     """The model without its wrapper, and the averages of it that hooks keep."""
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     averages = [getattr(hook, 'ema_model', None) for hook in runner.hooks]
-    return [model, *(average for average in averages if isinstance(average, nn.Module))]
+    return [model_of(runner), *(average for average in averages if isinstance(average, nn.Module))]
