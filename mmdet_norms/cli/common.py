@@ -446,3 +446,11 @@ def add_hook(cfg: Config, name: str) -> None:
     hooks = list(cfg.get('custom_hooks') or [])
     if not any(is_a(hook, name, HOOKS) for hook in hooks):
         cfg.custom_hooks = [*hooks, dict(type=name)]
+
+
+def set_on_hook(cfg: Config, name: str, **arguments: Any) -> None:
+    """Give a custom hook these arguments; it keeps what else the config says of it, and is added where it is not."""
+    add_hook(cfg, name)
+    hooks = [dict(hook) for hook in cfg.custom_hooks]
+    next(hook for hook in hooks if is_a(hook, name, HOOKS)).update(arguments)
+    cfg.custom_hooks = hooks

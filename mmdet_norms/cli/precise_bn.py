@@ -2,11 +2,11 @@
 
 import argparse
 
-from mmdet.registry import HOOKS
 from mmengine.config import Config
 
-from mmdet_norms.entries import is_a
 from mmdet_norms.errors import UserError
+
+from .common import set_on_hook
 
 
 def add_precise_bn_argument(parser: argparse.ArgumentParser, when: str) -> None:
@@ -33,7 +33,4 @@ def use_precise_bn(cfg: Config, images: int | None, at_test: bool = False) -> No
         raise UserError(
             f'--precise-bn {images}: the config has no train_dataloader, whose images the statistics would be of'
         )
-    hooks = [dict(hook) for hook in cfg.get('custom_hooks') or []]
-    ours = [hook for hook in hooks if is_a(hook, 'PreciseBNHook', HOOKS)] or [dict(type='PreciseBNHook')]
-    ours[0].update(num_images=images, at_test=at_test)
-    cfg.custom_hooks = [hook for hook in hooks if hook not in ours] + ours[:1]
+    set_on_hook(cfg, 'PreciseBNHook', num_images=images, at_test=at_test)

@@ -4,9 +4,8 @@ import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-from mmdet.registry import HOOKS, OPTIM_WRAPPERS
+from mmdet.registry import OPTIM_WRAPPERS
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import Hook
@@ -29,7 +28,7 @@ from mmdet_norms.engine.work_dir import (
     require_replaceable,
     tidy,
 )
-from mmdet_norms.entries import class_of, is_a, name_of
+from mmdet_norms.entries import class_of, name_of
 from mmdet_norms.files import require_room
 
 from . import batch_size
@@ -47,6 +46,7 @@ from .common import (
     require_annotations,
     require_checkpoint,
     run_with_checkpoint,
+    set_on_hook,
     use_threads,
 )
 from .config_checks import require_none, training_problems
@@ -164,7 +164,7 @@ def train_config(args: argparse.Namespace) -> Config:
     said = apply_schedule_options(cfg, args)
     said += batch_size.apply(cfg, args)
     require_order(cfg)
-    _set_on_hook(cfg, 'ScheduleHook', 'options', args.schedule_options)
+    set_on_hook(cfg, 'ScheduleHook', options=args.schedule_options)
     _resume(cfg, args)
     _require_weights(cfg, cfg.filename or args.config)
     require_shared_memory(cfg, ('train_dataloader', 'val_dataloader'))
@@ -228,25 +228,18 @@ def _use_mixed_precision(cfg: Config) -> None:
 def _watch_for_nonfinite(cfg: Config, asked: str | None) -> None:
     add_hook(cfg, 'NonFiniteHook')
     if asked is not None:
-        _set_on_hook(cfg, 'NonFiniteHook', 'on_nonfinite', asked)
+        set_on_hook(cfg, 'NonFiniteHook', on_nonfinite=asked)
 
 
 def _record_norms(cfg: Config, args: argparse.Namespace) -> None:
     if args.norm_stats is not None:
         if args.norm_stats < 1:
             raise UserError(f'--norm-stats {args.norm_stats}: must be a number of iterations, at least 1')
-        _set_on_hook(cfg, 'NormStatsHook', 'interval', args.norm_stats)
+        set_on_hook(cfg, 'NormStatsHook', interval=args.norm_stats)
         if args.norm_stats_layers:
-            _set_on_hook(cfg, 'NormStatsHook', 'layers', args.norm_stats_layers)
+            set_on_hook(cfg, 'NormStatsHook', layers=args.norm_stats_layers)
     elif args.norm_stats_layers:
         raise UserError('--norm-stats-layers says of which layers, and --norm-stats N how often: give that, too')
-
-
-def _set_on_hook(cfg: Config, name: str, key: str, value: Any) -> None:
-    add_hook(cfg, name)
-    hooks = [dict(hook) for hook in cfg.custom_hooks]
-    next(hook for hook in hooks if is_a(hook, name, HOOKS))[key] = value
-    cfg.custom_hooks = hooks
 
 
 def _scale_learning_rate(cfg: Config) -> None:

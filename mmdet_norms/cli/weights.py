@@ -35,7 +35,7 @@ from mmdet_norms.errors import UserError
 from mmdet_norms.layers import MABN, CenConv2d
 from mmdet_norms.placement import PLACEMENTS, apply_norm
 
-from .common import read_config
+from .common import add_hook, read_config
 from .options import literal
 
 ALLOW_PARTIAL = '--allow-partial'
@@ -485,6 +485,5 @@ def _take_in(cfg: Config, args: argparse.Namespace) -> None:
 
 def _start_hook(cfg: Config) -> dict:
     """The config's entry of :class:`mmdet_norms.engine.StartHook`."""
-    if not any(is_a(hook, 'StartHook', HOOKS) for hook in cfg.get('custom_hooks') or []):
-        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='StartHook')]
+    add_hook(cfg, 'StartHook')
     return next(hook for hook in cfg.custom_hooks if is_a(hook, 'StartHook', HOOKS))
