@@ -1,12 +1,12 @@
 """``tools/compare.py diff RUN_A RUN_B``: which images and classes gained or lost, and how sure that is."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmdet_norms.commands import typed
 from mmdet_norms.console import as_text
+from mmdet_norms.engine.results import read_json
 from mmdet_norms.experiments.bootstrap import SAMPLES
 from mmdet_norms.experiments.detections import open_run
 from mmdet_norms.experiments.diff import compare
@@ -14,8 +14,6 @@ from mmdet_norms.experiments.diff_page import JSON, MARKDOWN, PAGE, sentences, w
 from mmdet_norms.files import remove_unfinished, require_writable
 
 from .common import UserError, add_seed_argument, add_threads_argument, command, use_threads
-
-_MADE_BY = 'mmdet_norms'
 
 
 @command
@@ -79,18 +77,10 @@ def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f'--out {out}: is a file; name a folder')
     there = [name for name in (PAGE, MARKDOWN, JSON) if (out / name).exists()]
-    if there and not _is_ours(out / JSON):
+    if there and not str(read_json(out / JSON).get('made_by', '')).startswith('mmdet_norms '):
         raise UserError(f'--out {out}: holds a {there[0]} that this command did not write; name another folder')
     require_writable(out / PAGE, '--out')
     remove_unfinished(out)
-
-
-def _is_ours(file: Path) -> bool:
-    try:
-        content = json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and str(content.get('made_by', '')).startswith(f'{_MADE_BY} ')
 
 
 if __name__ == '__main__':
