@@ -11,8 +11,8 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
 from .norms import iterations_per_epoch
+from .schedule import NEVER
 
-_NEVER = 10**9  # what mmengine writes for no end
 _MOST = 5_000_000  # iterations that are stepped through
 
 
@@ -122,7 +122,7 @@ def _rates(name: str, groups: list[dict], schedulers: list[Any], loop: BaseLoop)
 def _turns(scheduler: Any, length: int) -> list[int]:
     """Iterations at which a scheduler begins, steps or ends."""
     steps = [scheduler.begin, *(getattr(scheduler, 'milestones', None) or ())]
-    steps += [scheduler.end] if scheduler.end < _NEVER else []
+    steps += [scheduler.end] if scheduler.end < NEVER else []
     if hasattr(scheduler, 'step_size'):
         steps += [scheduler.begin + scheduler.step_size * k for k in range(1, 4)]
     if hasattr(scheduler, 'periods'):

@@ -15,7 +15,7 @@ _MADE_OF = (
     *('milestones', 'step_size', 'T_max', 'periods', 'total_steps', 'begin', 'end', 'total_iters', 'by_epoch', 'gamma'),
     *('factor', 'start_factor', 'end_factor', 'power', 'eta_min', 'eta_min_ratio', 'restart_weights'),
 )
-_NEVER = 10**9  # what mmengine writes for no end
+NEVER = 10**9  # what mmengine writes for no end
 _LONG = 0.5  # of the training, for a warm-up; and for what is left after the last step
 
 
@@ -117,7 +117,7 @@ class _Training:
                     f'{name} of one {"epoch" if s.by_epoch else "iteration"} never ends: the {_what(s)} stays at '
                     f'{factor:g} of what it should be. Write end={s.begin + 2}, or leave it out'
                 )
-            elif s.end < _NEVER and length < s.end - s.begin:
+            elif s.end < NEVER and length < s.end - s.begin:
                 yield f'the warm-up ends at {self._at(s, s.end)} and the training at {self._end}: it is never over'
             elif s.begin == 0 and s.end < total and s.end > _LONG * total:
                 yield f'the warm-up takes {self._at(s, s.end)} of {self._end}'
@@ -232,7 +232,7 @@ def _length(s: Any) -> float | None:
     if hasattr(s, 'periods'):
         return sum(s.periods)
     towards = hasattr(s, 'total_iters') and not type(s).__name__.startswith('Constant')
-    return s.end - s.begin if towards and s.end < _NEVER else None
+    return s.end - s.begin if towards and s.end < NEVER else None
 
 
 def _end_of(s: Any) -> float:

@@ -34,7 +34,7 @@ class Part:
     fixed: Counter = field(default_factory=Counter)
 
     def described(self) -> str:
-        """``13 BN (of them 3 fixed), 4 BNET (kernel 5)``."""
+        """``13 BN, 3 of them fixed; 4 BNET (kernel 5)``."""
         listed = []
         for label, n in sorted(self.norms.items(), key=lambda item: (-item[1], item[0])):
             fixed = self.fixed[label]
