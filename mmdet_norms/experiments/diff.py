@@ -5,7 +5,7 @@ import copy
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -117,8 +117,9 @@ def _detectors(
     outcomes = [list(of_run.outcomes(IOU)) for of_run in matches[shown]]
     thresholds = [best_threshold(part) if score_thr is None else score_thr for part in outcomes]
     found.update(a=dict(score_thr=thresholds[0]), b=dict(score_thr=thresholds[1]), shown=shown)
-    found['classes'] = _classes(a, categories, outcomes, thresholds)
-    found['changes'] = _changes(a, truth, outcomes, thresholds)
+    per_place = {place: _count(pair, thresholds) for place, pair in _paired(outcomes).items()}
+    found['classes'] = _classes(a, categories, per_place)
+    found['changes'] = _changes(a, truth, per_place)
     found['counts'] = _counts(found['changes'], found['images'])
     return found
 
@@ -216,33 +217,32 @@ def best_threshold(outcomes: Iterable[Outcome]) -> float:
     return float(scores[np.argmax(f1)])
 
 
-def _classes(run: EvaluatedRun, categories: Sequence, outcomes: Sequence, thresholds: Sequence[float]) -> list[dict]:
+def _classes(run: EvaluatedRun, categories: Sequence, per_place: Mapping[tuple, dict[str, int]]) -> list[dict]:
     """Of each class, how many objects which of the runs finds, and how many false detections it has."""
-    counts = {category: Counter() for category in categories}
-    for (_, category), pair in _paired(outcomes).items():
-        counts[category].update(_count(pair, thresholds))
+    totals = {category: Counter() for category in categories}
+    for (_, category), own in per_place.items():
+        totals[category].update(own)
     names = dict(zip(run.category_ids, run.classes))
-    return [dict(name=names[category], **_plain(counts[category])) for category in categories]
+    return [dict(name=names[category], **_plain(totals[category])) for category in categories]
 
 
-def _changes(run: EvaluatedRun, truth: COCO, outcomes: Sequence, thresholds: Sequence[float]) -> list[dict]:
+def _changes(run: EvaluatedRun, truth: COCO, per_place: Mapping[tuple, dict[str, int]]) -> list[dict]:
     """The images on which the runs differ, the greatest gain first: objects found less false detections."""
     names = dict(zip(run.category_ids, run.classes))
     images: dict[object, Counter] = {}
-    gained: dict[object, tuple[list, list]] = {}
-    for (image, category), pair in _paired(outcomes).items():
-        images.setdefault(image, Counter()).update(_count(pair, thresholds))
-        for own, other, listed in zip(pair, reversed(pair), gained.setdefault(image, ([], []))):
-            t, s = (thresholds[i] for i in ((0, 1) if own is pair[0] else (1, 0)))
-            listed += [names[category]] * len(_found(own, t) - _found(other, s))
+    listed: dict[object, dict[str, list]] = {}
+    for (image, category), own in per_place.items():
+        images.setdefault(image, Counter()).update(own)
+        for key, objects in listed.setdefault(image, dict(only_a=[], only_b=[])).items():
+            objects += [names[category]] * own[key]
     changes = []
     for image, counts in images.items():
         counts = _plain(counts)
         gain = counts['found_b'] - counts['false_b'] - counts['found_a'] + counts['false_a']
         if gain or counts['only_a'] or counts['only_b']:
             file = str(truth.imgs[image].get('file_name', ''))
-            only_a, only_b = gained[image]
-            changes.append(dict(image=image, file=file, gain=gain, **counts, lost=only_a, gained=only_b))
+            lost, gained = listed[image]['only_a'], listed[image]['only_b']
+            changes.append(dict(image=image, file=file, gain=gain, **counts, lost=lost, gained=gained))
     return sorted(changes, key=lambda change: (-change['gain'], str(change['file'])))
 
 
