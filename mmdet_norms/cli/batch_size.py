@@ -108,6 +108,8 @@ def apply(cfg: Config, args: argparse.Namespace) -> list[str]:
     elif cfg.get('auto_scale_lr'):
         cfg.auto_scale_lr.enable = False
     cfg.train_dataloader.batch_size = args.batch_size // number_of_processes(args.launcher)
+    if args.budget == IMAGES:
+        end_warm_ups(cfg, lambda: epoch_length(cfg, args.launcher))
     given = [f'--batch-size {args.batch_size}', f'--budget {args.budget}', *['--no-scale-lr'] * args.no_scale_lr]
     args.schedule_options = [*args.schedule_options, ' '.join(given)]
     return [f'--batch-size {args.batch_size} in place of {change.reference}: {"; ".join(change.notes)}']
@@ -217,7 +219,6 @@ class _Change:
         for entry in schedulers(self.cfg.get('param_scheduler')):
             if not counts_epochs(entry):
                 stretch(entry, factor)
-        end_warm_ups(self.cfg)
         checkpoint = (self.cfg.get('default_hooks') or {}).get('checkpoint') or {}
         interval = checkpoint.get('interval')
         if checkpoint.get('by_epoch') is False and isinstance(interval, int) and interval > 0:

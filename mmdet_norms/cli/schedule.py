@@ -6,7 +6,7 @@ import copy
 import io
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmdet.registry import DATASETS, HOOKS, PARAM_SCHEDULERS
@@ -102,13 +102,19 @@ def require_order(cfg: Config) -> None:
             )
 
 
-def end_warm_ups(cfg: Config) -> None:
+def end_warm_ups(cfg: Config, length: Callable[[], int]) -> None:
     """Let a warm-up that was shortened to one iteration change nothing.
 
     mmengine's begins with its factor there and takes its next step never: the rate would stay a hundredth for good.
+
+    Args:
+        length: iterations of an epoch, which are asked for where a warm-up takes one.
     """
     for entry in schedulers(cfg.get('param_scheduler')):
-        if counts_epochs(entry) or not _is_warm_up(entry) or entry.get('end', math.inf) - entry.get('begin', 0) > 1:
+        steps = entry.get('end', math.inf) - entry.get('begin', 0)
+        if not _is_warm_up(entry) or steps > 1:
+            continue
+        if counts_epochs(entry) and not (entry.get('convert_to_iter_based') and length() == 1):
             continue
         name = getattr(class_of(entry, PARAM_SCHEDULERS), '__name__', '')
         if name.startswith('Linear'):
@@ -159,7 +165,7 @@ class _Scaling:
             self._shorten_warm_up(entry)
         for entry in entries:
             self._scale(entry)
-        end_warm_ups(self.cfg)
+        end_warm_ups(self.cfg, lambda: self.length)
         checkpoint = (self.cfg.get('default_hooks') or {}).get('checkpoint') or {}
         counts_iters = not checkpoint.get('by_epoch', True)
         if counts_iters == by_iter and isinstance(checkpoint.get('interval'), int) and checkpoint['interval'] > 0:

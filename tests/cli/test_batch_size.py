@@ -93,6 +93,9 @@ def test_a_warm_up_that_becomes_one_iteration_leaves_the_rate_alone(budget):
     wanted = (1, 1.0) if budget == IMAGES else (4, 0.001)
     for warm_up in (cfg.param_scheduler[0], iters.param_scheduler[0]):
         assert (warm_up.end, warm_up.start_factor) == wanted
+    # an epoch of one iteration
+    changed(cfg := config(dict(WARM_UP, by_epoch=True, convert_to_iter_based=True, end=1)), SET, budget=budget)
+    assert cfg.param_scheduler[0].start_factor == (1.0 if budget == IMAGES else 0.001)
 
 
 def test_the_reference_is_the_batch_that_the_learning_rate_is_for():

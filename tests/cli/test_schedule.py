@@ -44,7 +44,7 @@ def ends(cfg):
     return epochs, (cfg.train_cfg.max_iters if epochs is None else epochs * LENGTH)
 
 
-def built(cfg):
+def built(cfg, length=None):
     """The schedulers as mmengine's runner builds them, and their optimizer."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
     optimizer.step()
@@ -54,7 +54,9 @@ def built(cfg):
         for entry in [entries] if isinstance(entries, dict) else entries:
             entry = dict(copy.deepcopy(entry))
             entry.setdefault('end', (epochs or 1) if entry.get('by_epoch', True) else iters)
-            found.append(PARAM_SCHEDULERS.build(entry, default_args=dict(optimizer=optimizer, epoch_length=LENGTH)))
+            found.append(
+                PARAM_SCHEDULERS.build(entry, default_args=dict(optimizer=optimizer, epoch_length=length or LENGTH))
+            )
     return found, optimizer
 
 
@@ -167,15 +169,20 @@ def test_all_of_mmdets_schedules_come_through(monkeypatch):
 
 @pytest.mark.parametrize(
     'warm_up',
-    [WARM_UP, dict(type='ConstantLR', factor=0.1, by_epoch=False, begin=0, end=50)],
-    ids=['linear', 'constant'],
+    [
+        WARM_UP,
+        dict(type='ConstantLR', factor=0.1, by_epoch=False, begin=0, end=50),
+        dict(WARM_UP, by_epoch=True, convert_to_iter_based=True, end=3),
+    ],
+    ids=['linear', 'constant', 'epochs of one iteration'],
 )
 def test_a_warm_up_that_becomes_one_iteration_leaves_the_rate_alone(warm_up, monkeypatch):
     """mmengine's of one iteration never comes to its end: few images were trained at a thousandth of the rate."""
-    monkeypatch.setattr(schedule, 'epoch_length', lambda cfg, launcher: 3)
+    length = 1 if warm_up['by_epoch'] else 3
+    monkeypatch.setattr(schedule, 'epoch_length', lambda cfg, launcher: length)
     cfg = config(warm_up)
     scale_to(cfg, 4)
-    (scheduler,), optimizer = built(cfg)
+    (scheduler,), optimizer = built(cfg, length)
     assert optimizer.param_groups[0]['lr'] == 0.02
     scheduler.step()
     assert optimizer.param_groups[0]['lr'] == 0.02
