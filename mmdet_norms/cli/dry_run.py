@@ -100,8 +100,8 @@ def dry_run(cfg: Config, args: argparse.Namespace) -> None:
         print('dry run: building all of it and timing some iterations ...', flush=True)
     threads = use_threads(args, cfg.get('train_dataloader'))
     said = _Warnings()
-    with contextlib.redirect_stdout(io.StringIO()), said:
-        runner, hook = _run(cfg, args)
+    with contextlib.redirect_stdout(io.StringIO()):
+        runner, hook = _run(cfg, args, said)
         facts = _facts(runner, hook, cfg, args)
     if not first:
         return
@@ -119,10 +119,11 @@ def dry_run(cfg: Config, args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
-def _run(cfg: Config, args: argparse.Namespace) -> tuple[Runner, DryRunHook]:
-    """Train until :class:`DryRunHook` ends it, in another work dir."""
+def _run(cfg: Config, args: argparse.Namespace, said: logging.Handler) -> tuple[Runner, DryRunHook]:
+    """Train until :class:`DryRunHook` ends it, in another work dir; ``said`` gets what it logs."""
     hook = DryRunHook(_settle)
     runner = build_runner(_elsewhere(cfg, args))
+    runner.logger.addHandler(said)
     runner.register_hook(hook)
     try:
         with out_of_memory():
@@ -178,13 +179,6 @@ class _Warnings(logging.Handler):
         line = record.getMessage()
         if line not in self.lines:
             self.lines.append(line)
-
-    def __enter__(self) -> '_Warnings':
-        logging.getLogger('mmengine').addHandler(self)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        logging.getLogger('mmengine').removeHandler(self)
 
 
 def _nearest(work_dir: str) -> Path:

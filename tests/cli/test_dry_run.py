@@ -1,7 +1,6 @@
 """tools/train.py --dry-run: all checks of a training, what it would do, and nothing of it done."""
 
 import json
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +38,8 @@ def test_a_detector(tmp_path, capsys):
         tmp_path,
         "visualizer = dict(vis_backends=[dict(type='TensorboardVisBackend')])\n"
         f"default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2, out_dir='{tmp_path / 'elsewhere'}'))\n"
-        "param_scheduler = [dict(type='MultiStepLR', milestones=[4, 5])]\n",
+        "param_scheduler = [dict(type='MultiStepLR', milestones=[4, 5]), "
+        "dict(type='MultiStepMomentum', milestones=[9])]\n",
     )
     before = state(tmp_path)
     work_dir = tmp_path / 'work' / 'run'
@@ -63,6 +63,7 @@ def test_a_detector(tmp_path, capsys):
     assert schedule['evaluations'] == [2, 4, 6]
     assert schedule['checkpoints'] == [dict(unit='epochs', after=[1, 2, 3, 4, 5, 6], kept=2)]
     assert facts['checkpoint_bytes'] > 3 * 4 * whole['parameters']  # AdamW has two moments
+    assert any('MultiStepMomentum' in line for line in facts['warnings']) and 'MultiStepMomentum' in said
     cost = facts['time']
     assert cost['settled'] and cost['timed_iterations'] >= 3 and 0 <= cost['waiting_for_data'] < 1
     assert cost['fastest'] <= cost['seconds_per_iteration'] <= cost['slowest']
@@ -168,11 +169,11 @@ def test_too_little_memory_is_told_from_other_errors(error):
 
 
 def test_warnings_of_the_log_are_kept_once():
-    with dry_run._Warnings() as said:
-        for _ in range(2):
-            logging.getLogger('mmengine').warning('the schedule %s', 'ends')
-        logging.getLogger('mmengine').info('no warning')
-    logging.getLogger('mmengine').warning('after it')
+    said, logger = dry_run._Warnings(), MMLogger.get_instance('warnings')  # of mmengine's own kind, as a runner has
+    logger.addHandler(said)
+    for _ in range(2):
+        logger.warning('the schedule %s', 'ends')
+    logger.info('no warning')
     assert said.lines == ['the schedule ends']
 
 
