@@ -8,6 +8,7 @@ from pathlib import Path
 from mmdet.registry import OPTIM_WRAPPERS
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import Runner
@@ -80,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         start_trackers(runner)
         if first:
-            clear_work_dir(runner, cfg, args)
+            clear_work_dir(runner, cfg)
+        if args.overwrite:
+            runner.register_hook(_Overwrites(CheckpointFolder.of(cfg)))
         run_with_checkpoint(runner.train, args)
         if first:
             mark_finished(cfg.work_dir, runner.epoch, runner.iter, _end(cfg))
@@ -299,13 +302,11 @@ def guard_work_dir(cfg: Config, args: argparse.Namespace) -> None:
         require_fresh(folder)
 
 
-def clear_work_dir(runner: Runner, cfg: Config, args: argparse.Namespace) -> None:
-    """When all is ready to train: nothing half-written, room for a checkpoint, and soon no earlier run."""
+def clear_work_dir(runner: Runner, cfg: Config) -> None:
+    """When all is ready to train: nothing half-written, and room for a checkpoint."""
     folder = CheckpointFolder.of(cfg)
     for path in tidy(folder):
         runner.logger.info(f'{path} was left half-written by a run that was killed, and is deleted')
-    if args.overwrite:
-        runner.register_hook(_Overwrites(folder))
     weights = sum(value.numel() * value.element_size() for value in runner.model.state_dict().values())
     require_room(folder.folder / LAST, weights, 'training')
 
@@ -320,7 +321,8 @@ class _Overwrites(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Called behind all others, since it was registered last."""
-        removed = remove_earlier_run(self._folder)
+        barrier()  # one that refuses in another process only has ended that by now, and this one with it
+        removed = remove_earlier_run(self._folder) if is_main_process() else []
         if removed:
             runner.logger.info(f'--overwrite: deleted {", ".join(path.name for path in removed)}')
 

@@ -2,22 +2,27 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 import mmdet_norms  # noqa: F401
 from helpers import tiny, warm
+from helpers.processes import run_in_two
 from mmdet_norms.cli import test, train
 from mmdet_norms.engine import shared_memory
+from mmdet_norms.engine.safe_checkpoints import CheckpointFolder
 from mmdet_norms.engine.work_dir import TRAINING
 
 
@@ -81,6 +86,26 @@ def test_overwrite_replaces_the_run_only_when_training_begins(copied, capsys):
     after = content(work_dir)
     assert sorted(name for name in after if name.endswith('.pth')) == ['epoch_1.pth', 'mine.pth']
     assert after['mine.pth'] == b'mine' and json.loads(after['results.json'])['epoch'] == 1
+
+
+def test_overwrite_deletes_what_all_processes_agree_on(tmp_path):
+    """A hook may refuse the training in one of them only."""
+    for refuses in (1, None):
+        (tmp_path / 'epoch_1.pth').write_text('earlier')
+        ends = run_in_two(tmp_path, _overwrite, tmp_path, refuses)
+        assert ends == ([False, False] if refuses else [True, True])
+        assert (tmp_path / 'epoch_1.pth').exists() == bool(refuses)
+
+
+def _overwrite(rank, folder, refuses):
+    hook = train._Overwrites(CheckpointFolder.of(Config(dict(work_dir=str(folder)))))
+    try:
+        if rank != refuses:
+            hook.before_train(SimpleNamespace(logger=logging.getLogger('test')))
+            return True
+    except RuntimeError:  # the other one has gone
+        pass
+    return False
 
 
 def test_a_finished_run_says_so_and_can_be_made_longer(copied, capsys):
