@@ -29,6 +29,7 @@ from mmdet_norms.classification.image_folder import image_folders
 from mmdet_norms.commands import runnable, several, typed
 from mmdet_norms.compat import mmcv_ops
 from mmdet_norms.compat.checkpoints import explain_refusal
+from mmdet_norms.config_files import read_config_file
 from mmdet_norms.datasets.locate import DataRootError, use_data_root
 from mmdet_norms.datasets.sources import SPLITS, datasets
 from mmdet_norms.engine import end_processes, start_cpu_processes, threads
@@ -267,33 +268,7 @@ def read_config(name: str) -> Config:
         return _packaged_config(name)
     if not Path(name).is_file():
         raise UserError(f'there is no config file {name}')
-    try:
-        return Config.fromfile(name)
-    except ImportError as error:
-        said = _module_not_found(name, error)
-        if said is None:  # of the module's own code
-            raise
-        raise UserError(said) from error
-
-
-def _module_not_found(config: str, error: ImportError) -> str | None:
-    """What to do where Python finds no module of the name that ``custom_imports`` has; None: that is not the reason."""
-    failed = re.fullmatch(r'Failed to import (\S+)', str(error.__cause__))  # mmengine's words
-    missing = getattr(error.__cause__, '__context__', None)
-    if failed is None or not isinstance(missing, ModuleNotFoundError):
-        return None
-    if not f'{failed[1]}.'.startswith(f'{missing.name}.'):
-        return None
-    first = failed[1].split('.')[0]
-    if missing.name != first:
-        return f'config {config}: custom_imports: {first} is there, but has no module {missing.name}'
-    folders = (Path(), Path(config).parent)
-    near = [folder for folder in folders if (folder / f'{first}.py').is_file() or (folder / first).is_dir()]
-    folder = near[0].resolve() if near else 'FOLDER'
-    return (
-        f'config {config}: custom_imports: there is no module {missing.name}; Python looks for it in PYTHONPATH: '
-        f'write PYTHONPATH={folder} in front of the command{"" if near else ", the folder that it is in"}'
-    )
+    return read_config_file(name)
 
 
 def move_and_merge(cfg: Config, args: argparse.Namespace) -> None:
@@ -401,7 +376,7 @@ def _packaged_config(name: str) -> Config:
     mim = own_configs.folder() if package == own_configs.NAME else Path(spec.origin).parent / '.mim'
     file = mim / 'configs' / path
     if file.is_file():  # without the metafile that get_config looks up, which not every config has
-        return Config.fromfile(file)
+        return read_config_file(file)
     try:
         return get_config(name)
     except (FileNotFoundError, ValueError) as error:

@@ -27,6 +27,7 @@ from ..checkpoints.read import read_checkpoint
 from ..choice import evenly
 from ..classification.image_folder import image_folders, problems_of
 from ..commands import typed
+from ..config_files import read_config_file
 from ..console import as_text, plain_column, plain_console
 from ..datasets.generated import sha256
 from ..datasets.sources import sources
@@ -124,7 +125,7 @@ def open_run(run: EvaluatedRun | str | os.PathLike) -> EvaluatedRun:
     if not path.exists():
         raise UserError(f'there is no run {run}: name a work dir of {typed("train")}, or a checkpoint in one')
     work_dir = path if path.is_dir() else path.parent
-    cfg = Config.fromfile(config_file(work_dir))
+    cfg = read_config_file(config_file(work_dir))
     cfg.work_dir = str(work_dir)
     name = os.path.basename(os.path.abspath(work_dir))
     if path.is_dir():

@@ -44,6 +44,14 @@ def test_detections_are_computed_once_until_the_checkpoint_is_another(folder, co
     assert len(list((run / 'detections').iterdir())) == 1  # what is outdated is gone
 
 
+def test_a_run_whose_own_module_is_not_found_is_one_message(folder, tmp_path):
+    run = write_run(tmp_path / 'run', folder / 'tiny.py')
+    with open(config_file(run), 'a') as config:
+        config.write("\ncustom_imports = dict(imports=['mmdet_norms', 'norm_of_mine_c'])\n")
+    with pytest.raises(UserError, match=r'custom_imports: there is no module norm_of_mine_c; .*PYTHONPATH'):
+        open_run(run)
+
+
 def test_predictions_of_a_classifier(folder, computed):
     found = predictions(folder / 'c')
     assert predictions(folder / 'c') == found and computed == [None] and len(found) == 12
