@@ -3,7 +3,6 @@
 import functools
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
@@ -11,6 +10,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..layers import BNET
+from .together import model_of
 
 
 @HOOKS.register_module()
@@ -44,7 +44,7 @@ class FreezeBNETHook(Hook):
                 f'FreezeBNETHook: epoch={self.epoch} of a training in iterations, which has no epochs; write '
                 "train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=...), or leave the hook out"
             )
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = model_of(runner)
         self._frozen = [value for m in model.modules() if isinstance(m, BNET) for value in m.bnconv.parameters()]
         if not self._frozen:
             runner.logger.warning('FreezeBNETHook: the model has no BNET, so nothing will be frozen')

@@ -7,6 +7,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from ..deploy import fuse, is_fused
+from .together import model_of
 
 
 @HOOKS.register_module()
@@ -39,7 +40,7 @@ class FuseHook(Hook):
     def before_test_epoch(self, runner: Runner) -> None:
         """Put a fused copy in the model's place."""
         if self.fuse:
-            self._unfused = _model(runner)
+            self._unfused = model_of(runner)
             fused = fuse(self._unfused)
             _set_model(runner, fused)
             runner.logger.info(f'Testing the fused model: {fused.fuse_report}')
@@ -63,14 +64,10 @@ class _FusedFirst(Hook):
                 f'load_from={runner._load_from!r} is the checkpoint of a fused model, which has no norms to train; '
                 'start from the checkpoint that it was made from'
             )
-        fuse(_model(runner), inplace=True)
+        fuse(model_of(runner), inplace=True)
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):  # it copied the model before
                 hook.before_run(runner)
-
-
-def _model(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _set_model(runner: Runner, model: nn.Module) -> None:

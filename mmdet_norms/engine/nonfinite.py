@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -21,7 +20,7 @@ from ..errors import UserError, some
 from ..files import replacing
 from .optim import wrappers_of
 from .rng import kept_random_state, pack, random_state, set_random_state, unpack
-from .together import announce_saving
+from .together import announce_saving, model_of, models_of
 
 FOLDER = 'nonfinite'
 """Where in the work dir the files to replay lie."""
@@ -79,7 +78,7 @@ class NonFiniteHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Look at the weights to start from, and put the check in front of the optimizer's step."""
-        model = _model(runner)
+        model = model_of(runner)
         bad = [name for name, value in model.named_parameters() if bool(any_nonfinite([value]))]
         # Buffers may be infinite by design, as masks are; those that are finite now are watched.
         floating = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
@@ -129,9 +128,7 @@ class NonFiniteHook(Hook):
             if _in_any_process(flag | _none_is_false(self._loss_flag, flag)):
                 self._met(runner)
                 runner.optim_wrapper.zero_grad()
-        averages = [getattr(hook, 'ema_model', None) for hook in runner.hooks]
-        models = [_model(runner), *(model for model in averages if isinstance(model, nn.Module))]
-        weights = [value for model in models for value in model.parameters()]
+        weights = [value for model in models_of(runner) for value in model.parameters()]
         if _in_any_process(any_nonfinite([*weights, *self._watched.values()])):
             self._stop_for_weights(runner, f'before {what}, after iteration {runner.iter}')
 
@@ -203,7 +200,7 @@ class NonFiniteHook(Hook):
 
     def _met(self, runner: Runner, why: str | None = None) -> None:
         """Undo, explain, and stop or go on."""
-        model = _model(runner)
+        model = model_of(runner)
         states = [name for name, buffer in self._watched.items() if bool(any_nonfinite([buffer]))]
         copy_all(self._buffers, self._kept)
         state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -244,7 +241,7 @@ class NonFiniteHook(Hook):
         raise NonFiniteError(f'training stopped at {text} {_advice(runner)}')
 
     def _stop_for_weights(self, runner: Runner, when: str) -> None:
-        model = _model(runner)
+        model = model_of(runner)
         values = [*model.named_parameters(), *self._watched.items()]
         bad = [name for name, value in values if bool(any_nonfinite([value]))]
         raise NonFiniteError(
@@ -266,7 +263,7 @@ class NonFiniteHook(Hook):
             except Exception as error:
                 copy_all(self._buffers, self._kept)
                 try:
-                    finding = find(_model(runner), self._window[-1], wrappers_of(runner.optim_wrapper)[0])
+                    finding = find(model_of(runner), self._window[-1], wrappers_of(runner.optim_wrapper)[0])
                 except Exception:
                     raise error  # noqa: B904  (the first one says it)
                 if not finding.explains_errors:
@@ -292,7 +289,7 @@ class NonFiniteHook(Hook):
         content = dict(
             version=1,
             epoch=runner.epoch,
-            state_dict=_model(runner).state_dict(),
+            state_dict=model_of(runner).state_dict(),
             optimizer=runner.optim_wrapper.state_dict(),
             batches=batches,
         )
@@ -475,10 +472,6 @@ def _sentence(entry: dict, finding: Finding) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ of a run
-
-
-def _model(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _in_any_process(flag: Tensor) -> bool:

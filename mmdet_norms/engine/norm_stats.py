@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -27,6 +26,7 @@ from ..layers._contract import contract_of, is_norm_class
 from ..layers._replay import in_backward
 from .norm_quantities import Past, Seen, as_map, first_group, is_synchronized, summary
 from .optim import wrappers_of
+from .together import model_of
 
 NORM_STATS = 'norm_stats.json'
 """In ``vis_data`` of a run: a line of JSON for each look."""
@@ -84,7 +84,7 @@ class NormStatsHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Choose the layers."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = model_of(runner)
         self._norms = chosen(model, self.layers)
         self._pasts = {
             name: Past(deque(maxlen=max(norm.buffer_num, 1)))

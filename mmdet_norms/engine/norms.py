@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
@@ -16,6 +15,7 @@ from ..errors import UserError
 from ..layers import BRN, CBN, MABN, contract_of, link_convs, warn_if_uncentred
 from ..layers._args import is_count
 from ..layers._averaging import AveragesOnRequest
+from .together import model_of
 
 
 @HOOKS.register_module()
@@ -34,7 +34,7 @@ class NormHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Called when the data loader and the optimizer exist, before the first iteration."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = model_of(runner)
         link_convs(model)
         require_whole_groups(model, runner.train_dataloader)
         warn_if_uncentred(model)

@@ -10,7 +10,6 @@ import torch
 from mmengine.device import get_device
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
@@ -18,7 +17,7 @@ from torch import nn
 from ..compat.loading import InfiniteBatches, finish_epoch, has_batches, replace_batch_sampler, set_epoch
 from .resumed import differences
 from .threads import take_threads
-from .together import announce_saving
+from .together import announce_saving, model_of
 
 KEY = 'random_states'
 """Where a checkpoint has them: ``dict(version, processes)``, with one entry for each process."""
@@ -149,11 +148,11 @@ class RandomStateHook(Hook):
         if len(processes) != get_world_size():
             return f'it was saved by {len(processes)} processes, and this run has {get_world_size()}'
         mine = processes[get_rank()]
-        modules = dict(_model(runner).named_modules())
+        modules = dict(model_of(runner).named_modules())
         for name, size in mine['sizes'].items():
             if name in modules:
                 modules[name]._input_size = tuple(size)
-        parameters = dict(_model(runner).named_parameters())
+        parameters = dict(model_of(runner).named_parameters())
         for name, gradient in mine['gradients'].items():
             if name in parameters:
                 parameters[name].grad = torch.empty_like(parameters[name]).copy_(gradient)
@@ -346,10 +345,6 @@ def unpack(packed: dict) -> tuple:
 # ------------------------------------------------------------------------------------------------ of a run
 
 
-def _model(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
-
-
 def _is_whole(states: object) -> bool:
     """Whether these are states as :meth:`RandomStateHook.before_saving` makes them, not of another program."""
     processes = states.get('processes') if isinstance(states, dict) and states.get('version') == 1 else None
@@ -385,13 +380,13 @@ def _gradients(runner: Runner) -> dict[str, torch.Tensor]:
     """Gradients that wait for the rest of an accumulation; after a step there are none."""
     if getattr(runner.optim_wrapper, '_accumulative_counts', 1) == 1:
         return {}
-    named = _model(runner).named_parameters()
+    named = model_of(runner).named_parameters()
     return {name: p.grad.detach().cpu().clone() for name, p in named if p.grad is not None}
 
 
 def _sized(runner: Runner) -> Iterator[tuple[str, nn.Module]]:
     """Modules such as BatchSyncRandomResize, which keep a random size for some iterations."""
-    for name, module in _model(runner).named_modules():
+    for name, module in model_of(runner).named_modules():
         if isinstance(getattr(module, '_input_size', None), tuple):
             yield name, module
 

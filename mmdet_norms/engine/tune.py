@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import fx, nn
 
 from ..deploy.dataflow import Dataflow, may_fold
 from ..layers._fold import CannotFoldError
+from .together import model_of
 from .tuned_modules import Pair, batch_norm_in, is_fixed, undo_tune_mode
 
 
@@ -116,7 +116,7 @@ class TuneModeHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Called when the weights are loaded and the model is wrapped."""
-        report = tune_mode(_model(runner))
+        report = tune_mode(model_of(runner))
         runner.logger.info(f'Tune mode: {report}')
         if not report.active:
             runner.logger.warning(
@@ -126,11 +126,7 @@ class TuneModeHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         """Give the plain model back."""
-        undo_tune_mode(_model(runner))
-
-
-def _model(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+        undo_tune_mode(model_of(runner))
 
 
 def _conv_of(norm: nn.Module, name: str, dataflow: Dataflow, model: nn.Module) -> nn.Module:
