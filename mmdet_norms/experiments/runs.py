@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from ..engine.cost import COST
-from ..engine.results import ORIGIN, describe, kept_results, read_json
+from ..engine.results import ORIGIN, describe, kept_results, read_json, read_json_lines
 from ..engine.work_dir import FINISHED, RESULTS
 from ..errors import UserError
 from .grid import CELL, LOG
@@ -245,7 +245,7 @@ def _logged(parts: Sequence[Path]) -> tuple[dict[int, dict], list[tuple[int, int
     trained, validations = {}, []
     for part in parts:
         lines, checked, last = {}, [], max(trained, default=0)
-        for line in _lines(part):
+        for line in read_json_lines(part):
             step = line.get('step')
             if not isinstance(step, int):
                 continue
@@ -263,17 +263,6 @@ def _logged(parts: Sequence[Path]) -> tuple[dict[int, dict], list[tuple[int, int
         trained.update(lines)
         validations += checked
     return trained, validations
-
-
-def _lines(path: Path) -> Iterator[dict]:
-    """What is whole: a killed process leaves half a line."""
-    for line in _text(path).splitlines():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            yield content
 
 
 def _is_result(key: str, value: object) -> bool:
