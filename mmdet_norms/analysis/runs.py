@@ -1,6 +1,5 @@
 """The runs that a figure is of: their names in it, and what NormStatsHook recorded of them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from ..choice import evenly, fitting
 from ..commands import typed
 from ..console import as_text
 from ..engine.norm_stats import NORM_STATS
+from ..engine.results import read_json_lines
 from ..errors import UserError, some
 from ..experiments.detections import EvaluatedRun, load_model
 from ..experiments.runs import Run, parts_of
@@ -38,30 +38,36 @@ def _part(key: str, value: object) -> str:
 
 
 def looks_of(folder: str | Path) -> Looks:
-    """What NormStatsHook wrote in a work dir. Of a run that was resumed, the later part wins; one
-    that was overwritten is not this run.
-
-    Raises:
-        UserError: nothing.
+    """What NormStatsHook wrote in a work dir, if it did. Of a run that was resumed, the later part wins; one that was
+    overwritten is not this run.
     """
     found: Looks = {}
     for path in (part / NORM_STATS for part in parts_of(folder, NORM_STATS)):
         part: Looks = {}
-        lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.is_file() else ()
-        for line in lines:
+        for line in read_json_lines(path):
             try:
-                content = json.loads(line)
-                part[int(content['step'])] = {str(name): dict(own) for name, own in content['layers'].items()}
-            except (ValueError, KeyError, TypeError, AttributeError):  # a killed process leaves half a line
+                part[int(line['step'])] = {str(name): dict(own) for name, own in line['layers'].items()}
+            except (ValueError, KeyError, TypeError, AttributeError):  # not the hook's
                 continue
         if part:
             found = {step: layers for step, layers in found.items() if step < min(part)} | part
-    if not found:
-        raise UserError(
-            f'{folder} has no {NORM_STATS} in DATE/vis_data: nothing of its norms was recorded; train with '
-            f'{typed("train")} --norm-stats N'
-        )
     return found
+
+
+def with_looks(runs: Sequence[Run]) -> tuple[list[tuple[Run, Looks]], list[Run]]:
+    """The runs of whose norms something was recorded, with that; and the others.
+
+    Raises:
+        UserError: there are others only.
+    """
+    looks = [(run, looks_of(run.folder)) for run in runs]
+    recorded = [(run, own) for run, own in looks if own]
+    if not recorded:
+        raise UserError(
+            f'nothing was recorded of the norms of {some([run.folder for run in runs])} (there is no {NORM_STATS} in '
+            f'DATE/vis_data): train with {typed("train")} --norm-stats N'
+        )
+    return recorded, [run for run, own in looks if not own]
 
 
 def choose(names: Sequence[str], patterns: Sequence[str] | None, most: int, what: str = 'layers') -> list[str]:

@@ -1,6 +1,7 @@
 """``tools/analyze.py``: look inside the norms of runs: statistics, kernels, mixture weights, curves."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,13 +70,18 @@ _RUNS = {
 
 def _stats(args: argparse.Namespace, out: Path) -> list[Path]:
     from mmdet_norms.analysis import stats
-    from mmdet_norms.analysis.runs import looks_of, names_of
+    from mmdet_norms.analysis.runs import names_of, with_looks
     from mmdet_norms.experiments.runs import find
 
-    runs, _ = find(args.runs)
-    return stats.draw(
-        {name: looks_of(run.folder) for name, run in _named(names_of(runs), runs)}, out, args.layers, args.channel
-    )
+    recorded, others = with_looks(find(args.runs)[0])
+    for run in others:
+        print(
+            f'warning: {as_text(run.folder)} is left out: nothing of its norms was recorded (train --norm-stats N)',
+            file=sys.stderr,
+        )
+    names = names_of([run for run, _ in recorded])
+    looks = dict(_named(names, [looks for _, looks in recorded]))
+    return stats.draw(looks, out, args.layers, args.channel)
 
 
 def _kernels(args: argparse.Namespace, out: Path) -> list[Path]:

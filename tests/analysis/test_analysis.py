@@ -76,8 +76,7 @@ def test_looks_of_a_resumed_run(tmp_path):
     write('1', of(2, 1), of(4, 1), of(6, 1), '{"step": 8, "lay')
     write('2', of(4, 2), '[]', of(8, 2))
     assert {step: layers['bn']['mean'][0] for step, layers in looks_of(tmp_path).items()} == {2: 1, 4: 2, 8: 2}
-    with pytest.raises(UserError, match='nothing of its norms was recorded; train with'):
-        looks_of(tmp_path / '1')
+    assert looks_of(tmp_path / '1') == {}
 
 
 def test_looks_of_a_run_that_was_overwritten_are_not_those_of_the_one_before(tmp_path):
@@ -96,8 +95,7 @@ def test_looks_of_a_run_that_was_overwritten_are_not_those_of_the_one_before(tmp
     write('4', False, scalars=dict(bbox_mAP=1, step=0))  # a test
     assert list(looks_of(tmp_path)) == [4, 6]
     write('5', False, scalars=dict(loss=1, step=2))
-    with pytest.raises(UserError, match='nothing of its norms was recorded'):
-        looks_of(tmp_path)
+    assert looks_of(tmp_path) == {}
 
 
 def test_figures_of_statistics(tmp_path):
@@ -322,6 +320,23 @@ def test_the_command_on_a_classifier_with_bnet_and_an(tmp_path, capsys):
     assert 'must be at least 1' in fails(capsys, analyze.main, 'attention', work_dir, '--images', 0, '--out', out)
     for word in ('stats', 'kernels', 'attention', 'curves'):
         assert 'nowhere' in fails(capsys, analyze.main, word, tmp_path / 'nowhere', '--out', out)
+
+
+def test_runs_of_which_nothing_was_recorded_are_left_out_and_named(tmp_path, capsys):
+    for name, steps in (('a', (2, 4)), ('bare', ()), ('c', (2,)), ('torn', ())):
+        place = tmp_path / name / '1' / 'vis_data'
+        place.mkdir(parents=True)
+        (place / 'scalars.json').write_text('{"loss": 1, "step": 2}')
+        own = [json.dumps(dict(step=step, layers={'head.bn': line(step)})) for step in steps]
+        (place / NORM_STATS).write_text('\n'.join([*own, '{"step": 9, "lay']))
+    analyze.main(['stats', str(tmp_path), '--out', str(tmp_path / 'out')])
+    said = capsys.readouterr()
+    assert {'stats.svg', 'fluctuation.svg'} <= {name.rpartition('/')[2] for name in said.out.split()}
+    for name in ('bare', 'torn'):
+        assert f'warning: {tmp_path / name} is left out: nothing of its norms was recorded' in said.err
+    assert said.err.count('warning') == 2
+    said = fails(capsys, analyze.main, 'stats', tmp_path / 'bare', tmp_path / 'torn', '--out', tmp_path / 'out')
+    assert f'nothing was recorded of the norms of {tmp_path}/bare, {tmp_path}/torn' in said and 'train with' in said
 
 
 def test_options_of_train_that_need_each_other(capsys):
