@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..compat.loading import has_batches, replace_batch_sampler
 from ..errors import UserError
-from .rng import NumberedBatches, random_state, set_random_state
+from .rng import NumberedBatches, random_state, set_random_state, trained_batch_size
 from .statistics import recompute_statistics, updated_norms
 from .together import announce_saving, model_of, models_of
 
@@ -44,8 +44,8 @@ class PreciseBNHook(Hook):
     * Several processes share the images. Norms that ``norm_eval`` or ``frozen_stages`` fix keep what they have.
 
     Args:
-        num_images: how many images, rounded up to whole batches of the training batch size; all of the training set,
-            if it has fewer.
+        num_images: how many images, rounded up to whole batches of ``train_dataloader.batch_size``; all of the training
+            set, if it has fewer. A test warns where the checkpoint was trained in batches of another size.
         seed: which images. Default 0.
         at_test: recompute them for a test, too, whose checkpoint may lack them. Default False.
     """
@@ -58,6 +58,7 @@ class PreciseBNHook(Hook):
             raise UserError(f'PreciseBNHook: num_images={num_images!r} must be a number of images, 1 or more')
         self.num_images, self.seed, self.at_test = num_images, seed, at_test
         self.precise: dict | None = None
+        self.trained_batch_size: int | None = None  # of the checkpoint that is tested
         self.batch_seconds: list[float] = []  # of the last time
         self.other_seconds = 0.0
         self._fresh: dict[str, Tensor] | None = None
@@ -81,6 +82,7 @@ class PreciseBNHook(Hook):
         """Put precise statistics into the model that is judged, if the test is to."""
         if self.at_test:
             self._put_in(runner)
+            self._compare_batch_sizes(runner)
 
     def before_saving(self, runner: Runner) -> None:
         """Called in all processes before a checkpoint is written."""
@@ -113,6 +115,15 @@ class PreciseBNHook(Hook):
         self._own = [(state[key], state[key].clone()) for key in self._fresh]
         for key, value in self._fresh.items():
             state[key].copy_(value)
+
+    def _compare_batch_sizes(self, runner: Runner) -> None:
+        trained, own = self.trained_batch_size, self.precise and self.precise['batch_size']
+        if trained and own and trained != own:
+            runner.logger.warning(
+                f'Precise statistics are of batches of {own} images, as the config says, but the checkpoint was '
+                f'trained in batches of {trained}, which have others. Give the config in its work dir, or '
+                f'--cfg-options train_dataloader.batch_size={trained}'
+            )
 
     def _compute(self, runner: Runner, model: nn.Module) -> None:
         """``self._fresh``: what the statistics of ``model`` should be, by their names in a state dict."""
@@ -173,6 +184,7 @@ class _PreciseBNFirst(Hook):
         """Called before the weights go into the model."""
         if runner._resume:
             take_training_statistics(checkpoint)
+        self._hook.trained_batch_size = trained_batch_size(checkpoint)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Training goes on as if nothing had been."""

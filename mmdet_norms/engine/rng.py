@@ -362,6 +362,12 @@ def _can_unpack(packed: object) -> bool:
     return True
 
 
+def trained_batch_size(checkpoint: dict) -> int | None:
+    """Images in a batch of one process, in the run that saved a checkpoint; None where it does not say so."""
+    states = checkpoint.get(KEY)
+    return states['processes'][0]['images'].get('batch_size') if _is_whole(states) and states['processes'] else None
+
+
 def _sampler(batches: NumberedBatches) -> object:
     return getattr(batches.batch_sampler, 'sampler', batches.batch_sampler)
 

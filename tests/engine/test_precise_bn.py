@@ -221,6 +221,22 @@ def test_a_last_batch_of_fewer_images_counts_as_many(tmp_path):
     assert len(hook.batch_seconds) == 3 and min(*hook.batch_seconds, hook.other_seconds) > 0
 
 
+def test_a_test_says_where_its_batches_are_not_those_of_training(tmp_path, monkeypatch):
+    norms = (dict(type='BN'),)
+    trained(tmp_path / 'run', norms=norms)
+    checkpoint = saved(tmp_path / 'run')
+    checkpoint.pop('random_states')
+    torch.save(checkpoint, tmp_path / 'silent.pth')
+    for path, size, warned in (('run/iter_6.pth', 3, 1), ('run/iter_6.pth', 2, 0), ('silent.pth', 3, 0)):
+        runner = runner_of(tmp_path / 'test', load=str(tmp_path / path), norms=norms, at_test=True)
+        runner._train_dataloader = dict(runner._train_dataloader, batch_size=size)
+        said = []
+        monkeypatch.setattr(runner.logger, 'warning', said.append)
+        runner.test()
+        assert len(said) == warned, (path, size)
+        assert all('of batches of 3' in line and 'train_dataloader.batch_size=2' in line for line in said)
+
+
 def test_without_running_statistics_nothing_happens(tmp_path):
     trained(tmp_path, norms=(dict(type='GN', num_groups=2),))
     assert KEY not in saved(tmp_path)
