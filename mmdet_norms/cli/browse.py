@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset = DATASETS.build(cfg[loader].dataset)
     if not len(dataset):
         raise UserError(f'{loader}: there is no image in this data set')
-    colours = _colours(dataset.metainfo)
+    colours = class_colours(dataset.metainfo.get('classes') or ('object',), dataset.metainfo.get('palette'))
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     if os.path.realpath(args.out) in {os.path.realpath(path) for info in infos for path in _paths(info)}:
         raise UserError(f'--out {args.out}: is an image of the data set; choose another name')
@@ -186,11 +186,6 @@ def _around(mask: np.ndarray | None) -> list[float]:
 
 def _name(label: int, colours: Colours) -> str:
     return colours[label][0] if label < len(colours) else f'class {label}'
-
-
-def _colours(metainfo: Mapping) -> Colours:
-    classes, palette = metainfo.get('classes') or ('object',), metainfo.get('palette') or ()
-    return class_colours(classes, palette if len(palette) == len(classes) else None)
 
 
 def _paths(info: Mapping) -> list[str]:

@@ -286,11 +286,7 @@ def _names(cfg: Config, args: argparse.Namespace, checkpoint: Checkpoint) -> tup
     known = metainfo_of(dataset)
     said = checkpoint.meta.get('dataset_meta')
     said = said if isinstance(said, dict) else {}
-    names = theirs or ours or ()
-    palette = said.get('palette', said.get('PALETTE')) or known.get('palette')
-    is_one = isinstance(palette, (list, tuple)) and len(palette) >= len(names)
-    is_one = is_one and all(isinstance(colour, (list, tuple)) and len(colour) == 3 for colour in palette)
-    return names, palette if is_one else None
+    return theirs or ours or (), said.get('palette', said.get('PALETTE')) or known.get('palette')
 
 
 def _device(name: str | None) -> torch.device:

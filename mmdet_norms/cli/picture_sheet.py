@@ -59,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if os.path.realpath(args.out) in {os.path.realpath(info['img_path']) for info in truth.values()}:
         raise UserError(f'--out {args.out}: is a test image; choose another name')
     results = _read_results(args.results, dataset, list(truth))
-    classes = dataset.metainfo['classes']
-    palette = dataset.metainfo.get('palette') or ()
-    colours = class_colours(classes, palette if len(palette) == len(classes) else None)
+    colours = class_colours(dataset.metainfo['classes'], dataset.metainfo.get('palette'))
     pairs = make_pairs(truth, results, colours, args.num, args.score_thr)
     title = as_text(f'{Path(args.config).stem}, {len(pairs)} of {len(results)} images')
     legend = colours if any(pair.truth or pair.detections for pair in pairs) else []

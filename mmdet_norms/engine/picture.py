@@ -226,9 +226,16 @@ def to_mask(segmentation: object, height: int, width: int) -> np.ndarray | None:
     return rle_codec.decode(segmentation).astype(bool)
 
 
-def class_colours(classes: Sequence[object], palette: Sequence[Colour] | None = None) -> list[tuple[str, Colour]]:
-    """Name and colour of each label: the data set's palette if it has one that suffices. Names become one line."""
-    colours = palette if palette and len(palette) >= len(classes) else _COLOURS
+def class_colours(classes: Sequence[object], palette: object = None) -> list[tuple[str, Colour]]:
+    """Name and colour of each label. Names become one line.
+
+    Args:
+        palette: what a data set or a checkpoint calls so. It counts if it is a colour for each of these classes: mmdet
+            also knows ``'random'``, and a choice of classes leaves the palette as long as it was.
+    """
+    is_theirs = isinstance(palette, (list, tuple)) and len(palette) == len(classes)
+    is_theirs = is_theirs and all(isinstance(colour, (list, tuple)) and len(colour) == 3 for colour in palette)
+    colours = palette if is_theirs and palette else _COLOURS
     return [(as_text(name), tuple(colours[i % len(colours)])) for i, name in enumerate(classes)]
 
 

@@ -94,8 +94,7 @@ class EvaluatedRun:
     @cached_property
     def colours(self) -> Colours:
         """Name and colour of each label."""
-        palette = self.dataset.metainfo.get('palette') or ()
-        return class_colours(self.classes, palette if len(palette) == len(self.classes) else None)
+        return class_colours(self.classes, self.dataset.metainfo.get('palette'))
 
     @cached_property
     def category_ids(self) -> list[int]:

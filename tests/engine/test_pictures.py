@@ -10,6 +10,7 @@ from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 
+from mmdet_norms.engine.picture import class_colours
 from mmdet_norms.engine.pictures import MARK, PicturesHook
 from mmdet_norms.errors import UserError
 
@@ -93,3 +94,10 @@ def test_a_users_picture_of_the_same_name_stays(tmp_path):
     with pytest.raises(UserError, match=r'holds b\.png'):
         show(paths, tmp_path / 'holiday')
     assert drawn(tmp_path / 'holiday') == ['b.png'] and (tmp_path / 'holiday' / 'b.png').read_bytes() == b'mine'
+
+
+@pytest.mark.parametrize('palette', [None, 'red', (), [(1, 2, 3)] * 4, ['red', 'green', 'blue'], [(1, 2)] * 3])
+def test_a_palette_counts_if_it_is_one_of_these_classes(palette):
+    classes = ('a', 'b', 'c')
+    assert class_colours(classes, palette) == class_colours(classes)
+    assert class_colours(classes, [[1, 2, 3]] * 3) == [(name, (1, 2, 3)) for name in classes]
