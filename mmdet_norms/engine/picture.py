@@ -66,33 +66,31 @@ class Pair:
     detections: list[Instance] = field(default_factory=list)
 
 
+@dataclass
+class _Panel:
+    image: np.ndarray
+    instances: Sequence[Instance]
+    if_empty: str
+    caption: str = ''
+
+
 def draw_sheet(pairs: Sequence[Pair], title: str, score_thr: float, legend: Colours) -> Image.Image:
     """The sheet as a picture: a title, then rows of (ground truth | detections), then the colours."""
-    rows = [pairs[i : i + _PAIRS_PER_ROW] for i in range(0, len(pairs), _PAIRS_PER_ROW)]
-    columns = max((len(row) for row in rows), default=1)
-    pair_width = 2 * PANEL + _GAP
-    width = columns * pair_width + (columns + 1) * 2 * _GAP
-    heights = [max(_panel_size(pair.image)[1] for pair in row) for row in rows]
-    legend_lines = _wrap_legend(legend, width - 4 * _GAP)
-    height = 2 * _HEADER + 2 * _GAP + sum(heights) + 2 * _GAP * len(rows) + len(legend_lines) * _HEADER + _GAP
-    sheet = Image.new('RGB', (width, height), _BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((2 * _GAP, _GAP), title, _TEXT, font=_font(16, bold=True))
-    top = _HEADER + _GAP
-    for column in range(columns):
-        left = 2 * _GAP + column * (pair_width + 2 * _GAP)
-        draw.text((left, top), 'ground truth', _TEXT, font=_font(13))
-        draw.text((left + PANEL + _GAP, top), f'detections, score ≥ {score_thr:.2f}', _TEXT, font=_font(13))
-    top += _HEADER
-    for row, row_height in zip(rows, heights):
-        for column, pair in enumerate(row):
-            left = 2 * _GAP + column * (pair_width + 2 * _GAP)
-            sheet.paste(draw_panel(pair.image, pair.truth, 'no objects'), (left, top))
-            detected = draw_panel(pair.image, pair.detections, 'no detections')
-            sheet.paste(detected, (left + PANEL + _GAP, top))
-        top += row_height + 2 * _GAP
-    _draw_legend(draw, legend_lines, top)
-    return sheet
+    rows = [
+        [
+            panel
+            for pair in row
+            for panel in (
+                _Panel(pair.image, pair.truth, 'no objects'),
+                _Panel(pair.image, pair.detections, 'no detections'),
+            )
+        ]
+        for row in _in_rows(pairs, _PAIRS_PER_ROW)
+    ]
+    columns = max(map(len, rows), default=2)
+    lefts = [2 * _GAP + column * (PANEL + _GAP) + column // 2 * _GAP for column in range(columns)]
+    headers = ['ground truth', f'detections, score ≥ {score_thr:.2f}'] * (columns // 2)
+    return _draw_panels(title, lefts, rows, legend, headers, row_gap=2 * _GAP)
 
 
 def draw_gallery(
@@ -102,25 +100,10 @@ def draw_gallery(
     if_empty: str = 'no objects',
 ) -> Image.Image:
     """A sheet of (caption, image, what is in it): a title, then rows of panels under their captions, then colours."""
-    rows = [pictures[i : i + _PICTURES_PER_ROW] for i in range(0, len(pictures), _PICTURES_PER_ROW)]
-    columns = max((len(row) for row in rows), default=1)
-    title = _shortened(title, 16, max(columns, 2) * PANEL, bold=True)
-    width = max(columns * (PANEL + 2 * _GAP), round(_font(16, bold=True).getlength(title))) + 2 * _GAP
-    heights = [max(_panel_size(image)[1] for _, image, _ in row) for row in rows]
-    legend_lines = _wrap_legend(legend, width - 4 * _GAP)
-    height = _HEADER + 2 * _GAP + sum(heights) + (_HEADER + _GAP) * len(rows) + len(legend_lines) * _HEADER + _GAP
-    sheet = Image.new('RGB', (width, height), _BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((2 * _GAP, _GAP), title, _TEXT, font=_font(16, bold=True))
-    top = _HEADER + 2 * _GAP
-    for row, row_height in zip(rows, heights):
-        for column, (caption, image, instances) in enumerate(row):
-            left = 2 * _GAP + column * (PANEL + 2 * _GAP)
-            draw.text((left, top), _shortened(caption, 13, PANEL), _TEXT, font=_font(13))
-            sheet.paste(draw_panel(image, instances, if_empty), (left, top + _HEADER))
-        top += row_height + _HEADER + _GAP
-    _draw_legend(draw, legend_lines, top)
-    return sheet
+    panels = [_Panel(image, instances, if_empty, caption) for caption, image, instances in pictures]
+    rows = _in_rows(panels, _PICTURES_PER_ROW)
+    columns = max(map(len, rows), default=1)
+    return _draw_panels(title, [2 * _GAP + column * (PANEL + 2 * _GAP) for column in range(columns)], rows, legend)
 
 
 def draw_columns(
@@ -135,23 +118,48 @@ def draw_columns(
         headers: what is above the columns.
         rows: of each image, for every column the image and what is in it.
     """
-    title = _shortened(title, 16, max(len(headers), 2) * PANEL, bold=True)
-    width = max(len(headers) * (PANEL + _GAP) + 3 * _GAP, round(_font(16, bold=True).getlength(title)) + 4 * _GAP)
-    heights = [max(_panel_size(image)[1] for image, _ in row) for row in rows]
+    lefts = [2 * _GAP + column * (PANEL + _GAP) for column in range(len(headers))]
+    panels = [[_Panel(image, instances, 'nothing') for image, instances in row] for row in rows]
+    return _draw_panels(title, lefts, panels, legend, headers)
+
+
+def _in_rows(things: Sequence, number: int) -> list[Sequence]:
+    return [things[i : i + number] for i in range(0, len(things), number)]
+
+
+def _draw_panels(
+    title: str,
+    lefts: Sequence[int],
+    rows: Sequence[Sequence[_Panel]],
+    legend: Colours,
+    headers: Sequence[str] = (),
+    row_gap: int = _GAP,
+) -> Image.Image:
+    """A sheet: a title, then rows of panels under the headers of their columns or captions of their own, then colours.
+
+    Args:
+        lefts: where the columns begin.
+    """
+    title = _shortened(title, 16, max(len(lefts), 2) * PANEL, bold=True)
+    width = max(lefts[-1] + PANEL + 2 * _GAP, round(_font(16, bold=True).getlength(title)) + 4 * _GAP)
+    of_caption = 0 if headers else _HEADER
+    heights = [of_caption + max(_panel_size(panel.image)[1] for panel in row) + row_gap for row in rows]
+    of_headers = _HEADER if headers else 0
     legend_lines = _wrap_legend(legend, width - 4 * _GAP)
-    height = 2 * _HEADER + 2 * _GAP + sum(heights) + _GAP * len(rows) + len(legend_lines) * _HEADER + _GAP
+    height = _HEADER + 3 * _GAP + of_headers + sum(heights) + len(legend_lines) * _HEADER
     sheet = Image.new('RGB', (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     draw.text((2 * _GAP, _GAP), title, _TEXT, font=_font(16, bold=True))
-    lefts = [2 * _GAP + column * (PANEL + _GAP) for column in range(len(headers))]
     top = _HEADER + _GAP
     for left, header in zip(lefts, headers):
         draw.text((left, top), _shortened(header, 13, PANEL), _TEXT, font=_font(13))
-    top += _HEADER
+    top += of_headers or _GAP
     for row, row_height in zip(rows, heights):
-        for left, (image, instances) in zip(lefts, row):
-            sheet.paste(draw_panel(image, instances, 'nothing'), (left, top))
-        top += row_height + _GAP
+        for left, panel in zip(lefts, row):
+            if panel.caption:
+                draw.text((left, top), _shortened(panel.caption, 13, PANEL), _TEXT, font=_font(13))
+            sheet.paste(draw_panel(panel.image, panel.instances, panel.if_empty), (left, top + of_caption))
+        top += row_height
     _draw_legend(draw, legend_lines, top)
     return sheet
 

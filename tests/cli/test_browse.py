@@ -176,3 +176,5 @@ def test_captions_keep_their_end(tmp_path):
     assert picture._shortened('a' * 100 + '.png', 13, 100).startswith('…') and picture._shortened('a', 13, 100) == 'a'
     sheet = picture.draw_gallery([('b' * 100, np.zeros((9, 3, 3), np.uint8), [])], 't' * 300, [('x', (1, 2, 3))])
     assert 288 < sheet.width < 800
+    title = np.asarray(picture.draw_sheet([picture.Pair(np.zeros((9, 3, 3), np.uint8))], 't' * 300, 0.5, []))[:24]
+    assert title[:, 16:-16].min() < 100 and title[:, -16:].min() == 255
