@@ -25,8 +25,10 @@ from .schedule import (
     learning_rate_of,
     require_once,
     scale_rates,
+    scale_validations,
     schedulers,
     stretch,
+    whole_interval,
 )
 
 IMAGES, ITERS = 'images', 'iters'
@@ -129,7 +131,9 @@ class _Change:
             self.notes.append(f'{self.loop.get("max_iters")} iterations, as there')
         elif by_iter:
             factor = self.reference / self.batch
-            self._scale_loop(factor)
+            if is_number(self.loop.get('max_iters')):
+                self.loop['max_iters'] = max(1, round(self.loop['max_iters'] * factor))
+            scale_validations(self.loop, factor)
             self._scale_iterations(factor)
             self.notes.append(f'as many images: {self.loop["max_iters"]} iterations')
         else:
@@ -179,7 +183,8 @@ class _Change:
                 )
         length = self._epoch_length()
         total = loop.max_epochs * length
-        self._scale_loop(length, default_interval=1)
+        loop.setdefault('val_interval', 1)
+        scale_validations(loop, length)
         for key in ('type', 'by_epoch', 'max_epochs'):
             loop.pop(key, None)
         loop.update(type='IterBasedTrainLoop', max_iters=total)
@@ -199,21 +204,6 @@ class _Change:
             hooks.logger.log_metric_by_epoch = False
         self.cfg.log_processor = dict(self.cfg.get('log_processor') or {}, by_epoch=False)
 
-    def _scale_loop(self, factor: float, default_interval: int | None = None) -> None:
-        loop = self.loop
-        if is_number(loop.get('max_iters')):
-            loop['max_iters'] = max(1, round(loop['max_iters'] * factor))
-        interval = loop.get('val_interval', default_interval)
-        if is_number(interval):
-            loop['val_interval'] = max(1, round(interval * factor))
-        if is_number(loop.get('val_begin')):
-            loop['val_begin'] = max(1, round(loop['val_begin'] * factor))
-        if loop.get('dynamic_intervals'):
-            loop['dynamic_intervals'] = [
-                (round(start * factor), max(1, round(interval * factor)))
-                for start, interval in loop['dynamic_intervals']
-            ]
-
     def _scale_iterations(self, factor: float) -> None:
         """What counts iterations beside the loop: schedules, and the interval of checkpoints."""
         for entry in schedulers(self.cfg.get('param_scheduler')):
@@ -222,7 +212,7 @@ class _Change:
         checkpoint = (self.cfg.get('default_hooks') or {}).get('checkpoint') or {}
         interval = checkpoint.get('interval')
         if checkpoint.get('by_epoch') is False and isinstance(interval, int) and interval > 0:
-            checkpoint['interval'] = max(1, round(interval * factor))
+            checkpoint['interval'] = whole_interval(interval * factor)
 
     def _epoch_length(self) -> int:
         return epoch_length(self.cfg, self.launcher)

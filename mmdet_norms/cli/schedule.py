@@ -152,14 +152,7 @@ class _Scaling:
         new = epochs * self.length if by_iter else epochs
         self.factor = new / old
         loop['max_iters' if by_iter else 'max_epochs'] = new
-        for key, rounded in (('val_interval', _interval), ('val_begin', math.ceil)):
-            if isinstance(loop.get(key), (int, float)):
-                loop[key] = rounded(loop[key] * self.factor)
-        if loop.get('dynamic_intervals'):
-            loop['dynamic_intervals'] = [
-                (max(1, round(start * self.factor)), _interval(interval * self.factor))
-                for start, interval in loop['dynamic_intervals']
-            ]
+        scale_validations(loop, self.factor)
         entries = list(schedulers(self.cfg.get('param_scheduler')))
         for entry in entries:
             self._shorten_warm_up(entry)
@@ -170,7 +163,9 @@ class _Scaling:
         counts_iters = not checkpoint.get('by_epoch', True)
         if counts_iters == by_iter and isinstance(checkpoint.get('interval'), int) and checkpoint['interval'] > 0:
             # a config of few epochs writes few checkpoints, and a run that is killed starts again from the last one
-            checkpoint['interval'] = min(_interval(checkpoint['interval'] * self.factor), math.ceil(new / CHECKPOINTS))
+            checkpoint['interval'] = min(
+                whole_interval(checkpoint['interval'] * self.factor), math.ceil(new / CHECKPOINTS)
+            )
         for hook in self.cfg.get('custom_hooks') or () if not by_iter else ():
             for key in _OF_HOOKS:
                 if isinstance(hook.get(key), int) and parameter_of(hook, key, HOOKS) is not None:
@@ -224,6 +219,24 @@ class _Scaling:
             entry['milestones'] = [min(step, max(1, end - 1)) if was_in else step for step, was_in in steps]
         if whole_length:
             entry['T_max'] = entry['end'] - entry.get('begin', 0)
+
+
+def scale_validations(loop: dict, factor: float) -> None:
+    """Let a ``train_cfg`` validate after ``factor`` times as many steps."""
+    if is_number(loop.get('val_interval')):
+        loop['val_interval'] = whole_interval(loop['val_interval'] * factor)
+    if is_number(loop.get('val_begin')):
+        loop['val_begin'] = max(1, math.ceil(loop['val_begin'] * factor - 1e-6))
+    if loop.get('dynamic_intervals'):
+        loop['dynamic_intervals'] = [
+            (max(1, round(start * factor)), whole_interval(interval * factor))
+            for start, interval in loop['dynamic_intervals']
+        ]
+
+
+def whole_interval(value: float) -> int:
+    """Rounded down, to one at least: what comes out for validations and for checkpoints falls together again."""
+    return max(1, math.floor(value + 1e-6))
 
 
 def stretch(entry: dict, factor: float, unit: int = 1, begin: int | None = None) -> None:
@@ -319,10 +332,6 @@ def _is_warm_up(entry: Mapping) -> bool:
 
 def _is_whole(value: float) -> bool:
     return abs(value - round(value)) < 1e-6 * max(1, abs(value))
-
-
-def _interval(value: float) -> int:
-    return max(1, math.floor(value + 1e-6))
 
 
 def _described(entry: Mapping) -> str:

@@ -85,6 +85,16 @@ def test_as_many_images_for_every_batch():
     assert cfg.train_cfg.max_iters == 1000 and cfg.optim_wrapper.optimizer.lr == 0.01
 
 
+def test_times_of_validation_are_rounded_as_with_epochs():
+    """And as those of checkpoints, with which they fell together."""
+    cfg = config(iters=1000)
+    cfg.train_cfg.update(val_begin=200, dynamic_intervals=[(900, 50)])
+    cfg.default_hooks.checkpoint.update(by_epoch=False, interval=100)
+    changed(cfg, 15)
+    assert cfg.train_cfg.max_iters == 667 and cfg.default_hooks.checkpoint.interval == 66
+    assert [cfg.train_cfg[key] for key in ('val_interval', 'val_begin', 'dynamic_intervals')] == [66, 134, [(600, 33)]]
+
+
 @pytest.mark.parametrize('budget', [IMAGES, ITERS])
 def test_a_warm_up_that_becomes_one_iteration_leaves_the_rate_alone(budget):
     """mmengine's of one iteration never comes to its end."""
