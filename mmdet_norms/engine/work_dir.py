@@ -30,12 +30,15 @@ _DEAD = 90  # seconds without one after which a run on another machine counts as
 
 
 @contextmanager
-def claimed(work_dir: str | os.PathLike, name: str = TRAINING) -> Iterator[None]:
+def claimed(work_dir: str | os.PathLike, name: str = TRAINING, option: str = '--work-dir') -> Iterator[None]:
     """Hold the work dir for one run; it is free again when the process ends, however it ends.
 
     A lock of the system on a file of that ``name``, which says whose it is. The system drops the lock with the
     process, also on ``kill -9``. Some network disks have no locks or do not tell other machines of them; there the
     file's time counts, which is renewed every ten seconds.
+
+    Args:
+        option: by which the command line names the folder.
 
     Raises:
         UserError: another run has it (the message says which, and what to do), or it cannot be written to.
@@ -44,7 +47,7 @@ def claimed(work_dir: str | os.PathLike, name: str = TRAINING) -> Iterator[None]
     require_writable(Path(work_dir) / 'file', f'work dir {work_dir}')
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _take(handle, path, work_dir)
+        _take(handle, path, work_dir, option)
         stop = threading.Event()
         threading.Thread(target=_beat, args=(path, stop), daemon=True).start()
         try:
@@ -114,28 +117,28 @@ def is_finished(work_dir: str | os.PathLike, iteration: int, end: dict) -> bool:
     return isinstance(noted, dict) and noted.get('iter') == iteration and all(noted.get(k) == end[k] for k in end)
 
 
-def _take(handle: int, path: Path, work_dir: str | os.PathLike) -> None:
+def _take(handle: int, path: Path, work_dir: str | os.PathLike, option: str) -> None:
     locked, owner = _lock(handle), _owner(handle)
     if locked is False:
-        raise UserError(_in_use(work_dir, owner, ''))
+        raise UserError(_in_use(work_dir, option, owner))
     if owner.get('host') not in (None, socket.gethostname()):
         if _is_alive(path):
-            raise UserError(_in_use(work_dir, owner, f'; if it is not running any more, delete {path}'))
+            raise UserError(_in_use(work_dir, option, owner, f'; if it is not running any more, delete {path}'))
         locked = locked and _lock(handle)  # looking at the file let go of the lock
         if locked is False:
-            raise UserError(_in_use(work_dir, _owner(handle), ''))
+            raise UserError(_in_use(work_dir, option, _owner(handle)))
     elif locked is None and owner and _has_process(owner.get('pid')):
-        raise UserError(_in_use(work_dir, owner, f'; if that process is another one by now, delete {path}'))
+        raise UserError(_in_use(work_dir, option, owner, f'; if that process is another one by now, delete {path}'))
     own = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime('%Y-%m-%d %H:%M:%S'))
     os.ftruncate(handle, 0)
     os.pwrite(handle, (json.dumps(own) + '\n').encode(), 0)
 
 
-def _in_use(work_dir: str | os.PathLike, owner: dict, more: str) -> str:
+def _in_use(work_dir: str | os.PathLike, option: str, owner: dict, more: str = '') -> str:
     who = f'process {owner.get("pid", "?")} on {owner.get("host", "?")}, since {owner.get("since", "?")}'
     return (
         f'work dir {work_dir}: another run is at work there ({who}); wait for it or stop it, or choose another '
-        f'--work-dir{more}'
+        f'{option}{more}'
     )
 
 

@@ -102,7 +102,7 @@ def run(
         UserError: another call works in the folder, or a cell's folder holds another training; before any starts.
     """
     folder = Path(folder)
-    with claimed(folder, _LOCK), _ended_by_signals():
+    with claimed(folder, _LOCK, '--out'), _ended_by_signals():
         descriptions = _descriptions(cells, read)
         for cell in cells:
             _require_same(folder / cell.name, descriptions[cell.name])
