@@ -5,7 +5,7 @@ import ast
 import copy
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mmdet_norms.placement import apply_norm
 from . import batch_size, train
 from .common import UserError, command, read_config, require_annotations
 from .grids import end, require_at_least, require_different
-from .options import add_option_arguments, merge_options
+from .options import add_option_arguments, given_options, merge_options
 
 _KEPT_CHECKPOINTS = 'default_hooks.checkpoint.max_keep_ckpts'
 # Of train, what this command says itself.
@@ -271,22 +271,23 @@ def _is_ours(option: str) -> bool:
 
 def _require_one_place(args: argparse.Namespace) -> None:
     """What the command line says twice would be said in vain once, or be an error of each training."""
-    keys = dict(_KEYS)
-    if args.epochs is not None:
-        keys.update(dict.fromkeys(('train_cfg.max_epochs', 'train_cfg.max_iters'), f'--epochs {args.epochs}'))
-    if args.lr is not None:
-        keys['optim_wrapper.optimizer.lr'] = f'--lr {args.lr}'
-    variants = {
-        f'--variant {name}={norm}': [option.partition('=')[0] for option in own]
-        for name, (norm, own) in args.variants.items()
-    }
-    options = [option.partition('=')[0] for option in args.cfg_options]
-    for said, given in {'--grid': args.grid, '--cfg-options': options, **variants}.items():
-        for key in given:
+    keys, behind = dict(_KEYS), train.parse_args([args.config, *args.for_train])
+    epochs, lr = (getattr(args if getattr(args, key) is not None else behind, key) for key in ('epochs', 'lr'))
+    if epochs is not None:
+        keys.update(dict.fromkeys(('train_cfg.max_epochs', 'train_cfg.max_iters'), f'--epochs {epochs}'))
+    if lr is not None:
+        keys['optim_wrapper.optimizer.lr'] = f'--lr {lr}'
+    variants = {f'--variant {name}={norm}': _keys_in(_read(own)) for name, (norm, own) in args.variants.items()}
+    grid = [f'{key}={value}' for key, values in args.grid.items() for value in values]
+    given = {'--grid': grid, '--cfg-options': args.cfg_options}
+    given = {said: [key for option in options for key in _keys_in(_read([option]))] for said, options in given.items()}
+    given['-- --cfg-options'] = _keys_in(given_options(behind))
+    for said, set_there in {**given, **variants}.items():
+        for key in set_there:
             if key in keys:
                 raise UserError(f'{said} {key}: {keys[key]} says it, or another value; leave {said} {key} out')
-    for said, given in variants.items():
-        both = [(key, varied) for key in given for varied in args.grid if f'{key}.'.startswith(f'{varied}.')]
+    for said, set_there in variants.items():
+        both = [(key, varied) for key in set_there for varied in args.grid if f'{key}.'.startswith(f'{varied}.')]
         if both:
             key, varied = both[0]
             raise UserError(f'{said} {key}: --grid {varied} would replace it; leave one of the two out')
@@ -305,13 +306,27 @@ def _require_data(cfg: Config, data_root: str | None) -> None:
 
 
 def _wrong(cfg: Config, option: str) -> UserError | None:
-    parser = argparse.ArgumentParser(prog=f'{typed("compare")} run', usage=argparse.SUPPRESS)
-    add_option_arguments(parser)
     try:
-        merge_options(copy.deepcopy(cfg), parser.parse_args(['--cfg-options', option]))
+        merge_options(copy.deepcopy(cfg), argparse.Namespace(cfg_options=_read([option])))
     except UserError as error:
         return error
     return None
+
+
+def _read(options: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE ...`` as ``--cfg-options`` reads it."""
+    parser = argparse.ArgumentParser(prog=f'{typed("compare")} run', usage=argparse.SUPPRESS)
+    add_option_arguments(parser)
+    return given_options(parser.parse_args(['--cfg-options', *options]))
+
+
+def _keys_in(options: Mapping[str, Any]) -> list[str]:
+    """The keys that options set, also within a dict: ``randomness=dict(seed=3)`` sets two."""
+    found = []
+    for key, value in options.items():
+        inside = _keys_in(value) if isinstance(value, Mapping) else []
+        found += [key, *(f'{key}.{inner}' for inner in inside)]
+    return found
 
 
 def _said_by(error: UserError, option: str) -> str:

@@ -81,6 +81,15 @@ def test_what_is_left_out_is_that_of_the_config(config):
         (['--norms', 'bn', '--', '--see', '3'], '-- --see: is for this command to say'),
         (['--norms', 'bn', '--grid', 'randomness.seed=3,4'], '--grid randomness.seed: --seeds says it'),
         (['--norms', 'bn', '--cfg-options', 'randomness.seed=3'], '--cfg-options randomness.seed: --seeds says it'),
+        (
+            ['--norms', 'bn', '--', '--cfg-options', 'randomness.seed=3'],
+            '-- --cfg-options randomness.seed: --seeds says it',
+        ),
+        (['--norms', 'bn', '--cfg-options', 'randomness=dict(seed=3)'], '--cfg-options randomness.seed: --seeds says'),
+        (
+            ['--norms', 'bn', '--', '--lr', '0.1', '--cfg-options', 'optim_wrapper.optimizer.lr=1'],
+            '-- --cfg-options optim_wrapper.optimizer.lr: --lr 0.1 says it',
+        ),
         (['--norms', 'bn', '--grid', 'train_dataloader.batch_size=2,4'], 'batch_size: --batch-sizes says it'),
         (
             ['--norms', 'bn', '--lr', '0.1', '--grid', 'optim_wrapper.optimizer.lr=0.1,0.2'],
