@@ -90,6 +90,22 @@ class TestAnswer:
         assert 'MABN has the highest value, of one seed' in verdict(found)
         assert any('Every setting has one seed' in note for note in found.notes)
 
+    @pytest.mark.parametrize('seeds', [1, 3])
+    def test_equal_means_are_said_to_be_equal(self, seeds):
+        def runs(**values):
+            return [run_of(norm, 2, s, v + NOISE[s]) for norm, v in values.items() for s in range(seeds)]
+
+        found = Content(runs(bn=0.3, gn=0.3))
+        assert 'At batch size 2, BN and GN have the same box AP, ' in said(found) and 'highest' not in said(found)
+        assert ('GN 0.0, one seed' if seeds == 1 else 'GN no difference seen: 0.0, ') in said(found)
+        told = 'BN and GN have the same value, of one seed' if seeds == 1 else 'No difference seen from BN'
+        assert verdict(found) == told
+        found = Content(runs(bn=0.3, gn=0.3, mabn=0.2))
+        assert 'BN and GN have the same, highest box AP, ' in said(found)
+        assert 'BN and GN have the highest value, of one seed' in verdict(found) or seeds > 1
+        found = Content(runs(bn=0.2, gn=0.3, mabn=0.3))
+        assert re.search(r'GN and MABN have the same.* Against BN: GN \+10\.0, .*; MABN \+10\.0, ', said(found))
+
     def test_what_did_not_finish_is_in_no_mean(self):
         broken = run_of('mabn', 2, 9, 0.001, status='unfinished')
         failed = run_of('gn', 2, 0, None, status='failed')

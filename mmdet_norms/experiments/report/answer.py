@@ -1,5 +1,6 @@
 """The answer in words: which norm, at which batch size, by how much, at what cost, how sure."""
 
+import math
 from collections.abc import Iterator, Sequence
 from statistics import mean
 
@@ -68,10 +69,13 @@ def _verdict_at(content: Content, size: int | None) -> str:
     if ahead:
         names = [d.setting.method.name for s in ranked for d in ahead if d.setting is s]
         return f'{_listed(names)} ahead of {base}'
+    equal = [setting.method.name for setting in _equal(content, ranked)]
+    has = f'{best.method.name} has' if len(equal) == 1 else f'{_listed(equal)} have'
+    what = 'the highest' if len(equal) < len(ranked) or len(equal) == 1 else 'the same'
     if not differences:
-        return f'only {best.method.name} finished' if len(ranked) == 1 else f'{best.method.name} has the highest mean'
+        return f'only {best.method.name} finished' if len(ranked) == 1 else f'{has} {what} mean'
     if all(d.effect.p is None for d in differences):
-        return f'{best.method.name} has the highest value, of one seed'
+        return f'{has} {what} value, of one seed'
     likely = [d for d in differences if d.effect.is_likely and d.effect.difference > 0]
     if likely:
         return f'{max(likely, key=lambda d: d.effect.difference).setting.method.name} perhaps ahead of {base}'
@@ -85,6 +89,10 @@ def _at(content: Content, size: int | None) -> Iterator[str]:
     ranked = content.best(size)
     if not ranked:
         yield f'{where} no run has come to its end.'
+        return
+    equal = _equal(content, ranked)
+    if len(equal) > 1:
+        yield from _of_equal_ones(content, where, equal, ranked)
         return
     best, metric = ranked[0], content.metric
     difference = content.difference(best)
@@ -115,6 +123,25 @@ def _at(content: Content, size: int | None) -> Iterator[str]:
         yield f'{where}, {head}, but against {base} there is {words(content, difference.effect)}.'
     yield from _second(content, ranked)
     yield from _cost(content, difference)
+
+
+def _equal(content: Content, ranked: Sequence[Setting]) -> list[Setting]:
+    """Those that have the mean of the best one, which is among them."""
+    best, *others = (mean(content.values(setting).values()) for setting in ranked)
+    return [ranked[0], *(setting for setting, value in zip(ranked[1:], others) if math.isclose(value, best))]
+
+
+def _of_equal_ones(content: Content, where: str, equal: Sequence[Setting], ranked: Sequence[Setting]) -> Iterator[str]:
+    """Several with one mean: none is the best, however sure or unsure that is."""
+    names, metric = _listed([setting.method.name for setting in equal]), content.metric
+    what = 'the same' if len(equal) == len(ranked) else 'the same, highest'
+    yield f'{where}, {names} have {what} {metric.name}, {value(content, equal[0])}.'
+    known = [difference for setting in equal if (difference := content.difference(setting)) is not None]
+    if known:
+        said = '; '.join(f'{d.setting.method.name} {words(content, d.effect)}' for d in known)
+        yield f'Against {content.baseline_name}: {said}.'
+    for difference in known:
+        yield from _cost(content, difference)
 
 
 def _second(content: Content, ranked: Sequence[Setting]) -> Iterator[str]:
