@@ -229,6 +229,7 @@ def _facts(runner: Runner, hook: DryRunHook, cfg: Config, args: argparse.Namespa
             iterations=loop.max_iters,
             iterations_per_epoch=epoch_length(loop),
             batch_size=images_per_iteration(runner),
+            iterations_per_step=getattr(runner.optim_wrapper, '_accumulative_counts', 1),
             learning_rates=[_rates(rates) for rates in course.rates],
             evaluations=course.validations,
             checkpoints=[dict(unit=unit, after=steps, kept=kept) for unit, steps, kept in course.checkpoints],
@@ -430,9 +431,12 @@ def _schedule_lines(facts: dict) -> list[str]:
     else:
         epochs = f', {total / length:.3g} epochs' if length else ''
         line = f'{total} iterations{images}{epochs}'
-    if schedule['start_iteration']:
-        line += f'; goes on at iteration {schedule["start_iteration"]}'
-    if schedule['start_iteration'] >= total:
+    per_step, start = schedule['iterations_per_step'], schedule['start_iteration']
+    if per_step > 1:
+        line += f'; the optimizer steps every {per_step} iterations'
+    if start:
+        line += f'; goes on at iteration {start}' + (', amid a step' if start % per_step else '')
+    if start >= total:
         line += '; nothing is left to train'
     lines = [line]
     for rates in schedule['learning_rates']:

@@ -1,6 +1,7 @@
 """A resumed run is the run that was stopped: random states, and data that are a function of seed and iteration."""
 
 import itertools
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,8 +41,9 @@ class RandomStateHook(Hook):
     * a validation leaves the generators as they were.
 
     Skipped batches are not loaded again. The log says so where the run cannot go on identically: a checkpoint without
-    states, another number of processes, other data, an own loop, transforms that keep images of earlier batches,
-    an optimizer, schedules or averages that the config has otherwise (those of the checkpoint are used).
+    states or without the gradients of an accumulation, another number of processes, other data, an own loop,
+    transforms that keep images of earlier batches, an optimizer, schedules or averages that the config has otherwise
+    (those of the checkpoint are used).
     Operations that are not deterministic themselves (some on GPUs, see ``--deterministic``) stay so.
 
     In a config for mmdet's own tools: ``custom_hooks=[dict(type='RandomStateHook')]``.
@@ -68,6 +70,7 @@ class RandomStateHook(Hook):
             self._resumed, self._loaded = True, checkpoint.pop(KEY, None)
             self._differences = differences(runner, checkpoint)
             self._take_threads(runner)
+            runner.logger.addFilter(_leave_to_the_hook)
 
     def before_train(self, runner: Runner) -> None:
         """Number the batches; after a resume, go on where the checkpoint was saved."""
@@ -77,8 +80,10 @@ class RandomStateHook(Hook):
             replace_batch_sampler(loader, self._batches, runner.seed)
         if self._resumed:
             self._resumed = False
+            runner.logger.removeFilter(_leave_to_the_hook)
             told = self._go_on(runner)
-            reasons = self._differences + ([] if told is None else [f'{told}. It goes on with other random numbers'])
+            reasons = self._differences + _short_step(runner)
+            reasons += [] if told is None else [f'{told}. It goes on with other random numbers']
             if reasons:
                 runner.logger.warning(
                     f'The resumed run is not bit by bit the one that was stopped: {"; ".join(reasons)}'
@@ -388,6 +393,23 @@ def _gradients(runner: Runner) -> dict[str, torch.Tensor]:
         return {}
     named = model_of(runner).named_parameters()
     return {name: p.grad.detach().cpu().clone() for name, p in named if p.grad is not None}
+
+
+def _short_step(runner: Runner) -> list[str]:
+    """That the first step of the optimizer lacks batches: the gradients of an accumulation were not there to restore.
+
+    Of a run that had come to its end they were used up, by a step of fewer batches.
+    """
+    counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+    lacking = runner.iter % counts
+    if not lacking or any(parameter.grad is not None for parameter in model_of(runner).parameters()):
+        return []
+    return [f'its first step of the optimizer has {counts - lacking} of {counts} batches']
+
+
+def _leave_to_the_hook(record: logging.LogRecord) -> bool:
+    """Without what mmengine says of every checkpoint amid an accumulation, as if gradients were never restored."""
+    return 'the gradient of some iterations is lost' not in record.getMessage()
 
 
 def _sized(runner: Runner) -> Iterator[tuple[str, nn.Module]]:

@@ -97,7 +97,10 @@ def test_a_classifier_that_goes_on_and_one_that_would_overwrite(tmp_path, capsys
         images=12, different=12, objects=dict(box=4, disc=4, ring=4), empty=None, ignored=0, left_out=0
     )
     assert 'The whole config\n' in capsys.readouterr().out
-    facts = look(config, work_dir, '--resume', '--cfg-options', 'train_cfg.max_epochs=3')
+    options = ['train_cfg.max_epochs=3', 'optim_wrapper.accumulative_counts=3']
+    facts = look(config, work_dir, '--resume', '--cfg-options', *options)
+    assert 'steps every 3 iterations; goes on at iteration 2, amid a step\n' in capsys.readouterr().out
+    assert any('its first step of the optimizer has 1 of 3 batches' in line for line in facts['warnings'])
     assert facts['start'] == f'goes on from {work_dir}/epoch_1.pth'
     assert (facts['schedule']['start_iteration'], facts['schedule']['evaluations']) == (2, [2, 3])
     train.main([str(config), '--work-dir', str(work_dir), '--dry-run', '--resume', '--epochs', '1'])

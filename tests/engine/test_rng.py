@@ -160,6 +160,10 @@ def flat(node, name=''):
     return {name: node.numpy() if isinstance(node, torch.Tensor) else node}
 
 
+def log_of(folder):
+    return ''.join(path.read_text() for path in folder.glob('*/*.log'))
+
+
 def same(one, two):
     """Names of what differs."""
     names = sorted(one.keys() ^ two.keys())
@@ -204,6 +208,7 @@ def test_a_resumed_run_is_the_one_that_never_stopped(case, tmp_path):
     whole = run(tmp_path / 'whole', **options)
     rest = run(tmp_path / 'rest', **options, resume=str(tmp_path / 'whole' / source))
     assert rest == whole[done:]
+    assert 'lost' not in log_of(tmp_path / 'rest')
     assert not same(checkpoint(tmp_path / 'rest' / last), checkpoint(tmp_path / 'whole' / last))
 
 
@@ -256,6 +261,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
         (dict(), dict(optimizer=dict(type='Adam', lr=0.01, betas=(0.5, 0.9))), 'betas=(0.9, 0.999), not with (0.5, 0'),
         (dict(), dict(schedule=[dict(type='ExponentialLR', gamma=0.5, by_epoch=False)]), 'gamma=0.9, not with 0.5'),
         (dict(), dict(schedule=[]), 'the state of 1 schedules (param_scheduler), and the config has 0'),
+        (dict(hook=False, accumulate=3), dict(accumulate=3), 'step of the optimizer has 1 of 3 batches'),
         (dict(ema=True), dict(), 'its weights are averages of an EMAHook'),
         (dict(), dict(ema=True), 'it has no averages (EMAHook)'),
     ],
@@ -263,7 +269,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
 def test_where_it_is_another_run_the_log_says_so(first, then, said, tmp_path):
     run(tmp_path / 'whole', **dict(dict(ema=False), **first))
     run(tmp_path / 'rest', **dict(dict(ema=False), **then), resume=str(tmp_path / 'whole' / 'epoch_2.pth'))
-    log = ''.join(path.read_text() for path in (tmp_path / 'rest').glob('*/*.log'))
+    log = log_of(tmp_path / 'rest')
     assert 'not bit by bit' in log and said in log
 
 
@@ -274,7 +280,7 @@ def test_another_number_of_processes_is_said(tmp_path):
     saved[rng.KEY]['processes'] *= 2
     torch.save(saved, path)
     run(tmp_path / 'rest', ema=False, resume=str(path))
-    log = ''.join(path.read_text() for path in (tmp_path / 'rest').glob('*/*.log'))
+    log = log_of(tmp_path / 'rest')
     assert 'saved by 2 processes, and this run has 1' in log
 
 
@@ -336,7 +342,7 @@ def test_states_of_another_form_are_not_taken(states, tmp_path):
     path = tmp_path / 'whole' / 'epoch_2.pth'
     torch.save({**torch.load(path), rng.KEY: states}, path)
     run(tmp_path / 'rest', ema=False, resume=str(path))
-    log = ''.join(path.read_text() for path in (tmp_path / 'rest').glob('*/*.log'))
+    log = log_of(tmp_path / 'rest')
     assert 'not bit by bit' in log and 'are of another form' in log
 
 
