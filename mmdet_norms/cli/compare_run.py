@@ -6,6 +6,7 @@ import copy
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from mmdet_norms.placement import apply_norm
 
 from . import batch_size, train
 from .common import UserError, command, read_config, require_annotations
-from .grids import end, require_at_least, require_different
+from .grids import failures_named, require_at_least, require_different
 from .options import add_option_arguments, given_options, merge_options
 
 _KEPT_CHECKPOINTS = 'default_hooks.checkpoint.max_keep_ckpts'
@@ -62,12 +63,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress = GridProgress(cells, args.out, args.jobs, in_words)
 
     def started(cell: Cell) -> None:
-        record.started(cell)
-        progress.started(cell)
+        try:
+            record.started(cell)
+        finally:
+            progress.started(cell)
 
     def ended(outcome: Outcome) -> None:
-        record.ended(outcome)
-        progress.ended(outcome)
+        try:
+            record.ended(outcome)
+        finally:
+            progress.ended(outcome)
 
     try:
         with progress:
@@ -76,16 +81,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if executor.outlives:
             print('stopped; jobs that are queued or running go on, and the same command waits for them', flush=True)
         else:
-            record.stopped()
+            with suppress(OSError):
+                record.stopped()
             print('stopped; what was written stays, and the same command goes on with it', flush=True)
         raise SystemExit(130 if isinstance(stopped, KeyboardInterrupt) else stopped.code) from None
-    console = plain_console()
-    (console if console.is_terminal else plain_console(width=120)).print(table(outcomes))
-    if any(outcome.result for outcome in outcomes):
-        paths = report.write([args.out], Path(args.out) / 'report', images=args.images)
-        print(''.join(f'{text}\n\n' for text in report.said(paths)), end='')
-        print('written:', *map(str, paths))
-    end(outcomes, args.out)
+    with failures_named(outcomes, args.out):
+        console = plain_console()
+        (console if console.is_terminal else plain_console(width=120)).print(table(outcomes))
+        record.write()  # which may have failed on the way
+        if any(outcome.result for outcome in outcomes):
+            paths = report.write([args.out], Path(args.out) / 'report', images=args.images)
+            print(''.join(f'{text}\n\n' for text in report.said(paths)), end='')
+            print('written:', *map(str, paths))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmdet_norms.console import as_text
@@ -31,13 +32,21 @@ def require_at_least(args: argparse.Namespace, **least: int) -> None:
             raise UserError(f'{_typed(name)} {value}: must be at least {low}')
 
 
-def end(outcomes: Sequence[Outcome], folder: str) -> None:
-    """Name the trainings that failed, and end with status 1 if some did."""
+@contextmanager
+def failures_named(outcomes: Sequence[Outcome], folder: str) -> Iterator[None]:
+    """At the end of the block name the trainings that failed, and end with status 1 if some did.
+
+    Also where the block ends in an error, as on a disk that is full; that one comes behind them.
+    """
     failed = [outcome for outcome in outcomes if outcome.error is not None]
-    for outcome in failed:
-        print(as_text(f'failed: {outcome.cell.name}: {outcome.error} ({Path(folder) / outcome.cell.name / LOG})'))
+    try:
+        yield
+    finally:
+        for outcome in failed:
+            print(as_text(f'failed: {outcome.cell.name}: {outcome.error} ({Path(folder) / outcome.cell.name / LOG})'))
+        if failed:
+            print(f'{len(failed)} of {len(outcomes)} trainings failed; the same command tries them again', flush=True)
     if failed:
-        print(f'{len(failed)} of {len(outcomes)} trainings failed; the same command tries them again')
         sys.exit(1)
 
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,9 +106,10 @@ class Processes:
 
     def start(self, folder: Path, command: Sequence[str], environment: Mapping[str, str]) -> 'Process':
         """See :class:`Executor`."""
-        gpus = self.gpus.take()
-        visible = {} if gpus is None else {'CUDA_VISIBLE_DEVICES': ','.join(gpus)}
-        with open(folder / LOG, 'ab') as log:
+        with ExitStack() as on_error, open(folder / LOG, 'ab') as log:
+            gpus = self.gpus.take()
+            on_error.callback(self.gpus.give_back, gpus)
+            visible = {} if gpus is None else {'CUDA_VISIBLE_DEVICES': ','.join(gpus)}
             if fcntl is not None:
                 with suppress(OSError):  # not every disk has locks
                     # it belongs to the open file, so the child has it, and its workers
@@ -120,6 +121,7 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment, **visible},
             )
+            on_error.pop_all()
         return Process(popen, lambda: self.gpus.give_back(gpus))
 
     def stop(self, jobs: Iterable['Process']) -> None:
@@ -188,9 +190,14 @@ class Submitit:
         executor = self.submitit.AutoExecutor(folder / _SUBMITIT, self.cluster, slurm_max_num_timeout=1000)
         executor.update_parameters(name=folder.name, **self.parameters)
         training = _training_class()(list(command), str((folder / LOG).resolve()), here, os.getcwd())
-        with _interruptible():
-            job = executor.submit(training)
-        write_json(folder / JOB, dict(executor=self.cluster, job=job.job_id, time=time.time()))
+        with ExitStack() as on_error:
+            if self.gpus:
+                on_error.callback(self.gpus.give_back, gpus)
+            with _interruptible():
+                job = executor.submit(training)
+            on_error.callback(lambda: job.cancel())  # the next grid would not know of it
+            write_json(folder / JOB, dict(executor=self.cluster, job=job.job_id, time=time.time()))
+            on_error.pop_all()
         return SubmittedJob(job, lambda: self.gpus and self.gpus.give_back(gpus))
 
     def stop(self, jobs: Iterable['SubmittedJob']) -> None:
@@ -291,8 +298,8 @@ def _is_free(folder: Path) -> bool:
                 pass
     try:
         require_unclaimed(folder)
-    except UserError:
-        return False
+    except UserError as error:
+        return isinstance(error.__cause__, OSError)  # on a disk that is full: to begin there tells why it cannot
     return True
 
 

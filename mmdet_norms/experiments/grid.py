@@ -22,6 +22,7 @@ from mmengine.config import Config
 from ..engine.results import read_json, write_json
 from ..engine.work_dir import FINISHED, RESULTS, claimed
 from ..errors import UserError
+from ..files import explain
 from .executors import LOG, Executor, Job, Processes
 
 CELL = 'cell.json'
@@ -92,7 +93,8 @@ def run(
         on_end: told each outcome when it is there; those of finished cells first.
         read: how ``train`` finds a config.
         on_start: told each cell that is trained from now on, or still.
-        on_look: called again and again while there is nothing to do.
+        on_look: called again and again while there is nothing to do. Whatever the three are kept from writing (a disk
+            that is full) stays unsaid, and the trainings go on.
         executor: where they are trained; default: in processes of this one.
 
     Returns:
@@ -101,7 +103,7 @@ def run(
     Raises:
         UserError: another call works in the folder, or a cell's folder holds another training; before any starts.
     """
-    folder = Path(folder)
+    folder, on_end, on_start, on_look = Path(folder), *map(_in_any_case, (on_end, on_start, on_look))
     with claimed(folder, _LOCK, '--out'), _ended_by_signals():
         descriptions = _descriptions(cells, read)
         for cell in cells:
@@ -128,10 +130,24 @@ def finished(folder: str | os.PathLike) -> dict | None:
     return (read_json(folder / RESULTS) or None) if (folder / FINISHED).is_file() else None
 
 
+def _in_any_case(tell: Callable[..., None]) -> Callable[..., None]:
+    """``tell``, in which an error of the disk ends no grid; a reader who has gone does."""
+
+    def told(*what) -> None:
+        try:
+            tell(*what)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass
+
+    return told
+
+
 def _start_some(
     waiting: deque[Cell], trainings: '_Trainings', jobs: int, on_start: Callable[[Cell], None]
 ) -> Iterator[Outcome]:
-    """Start what there is room for, and tell what another grid has finished.
+    """Start what there is room for; tell what another grid has finished, and what could not be started.
 
     A cell that is still trained for a grid that was killed goes to the end of the line.
     """
@@ -146,7 +162,10 @@ def _start_some(
             yield Outcome(cell, result)
         else:
             on_start(cell)
-            trainings.start(cell)
+            try:
+                trainings.start(cell)
+            except OSError as error:
+                yield Outcome(cell, None, explain(error) or str(error))
 
 
 class _Trainings:

@@ -1,14 +1,16 @@
 """``tools/compare.py run``: from the command line to the cells, and what it refuses."""
 
+import errno
 import json
 import shutil
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 
 from helpers import tiny, tiny_cls
 from mmdet_norms.cli import compare, compare_run
-from mmdet_norms.experiments import Outcome
+from mmdet_norms.experiments import Outcome, comparison
 from mmdet_norms.experiments.grid import FINISHED
 
 KERNEL = 'model.backbone.norm_at.last.kernel_size'
@@ -149,6 +151,31 @@ def test_a_failed_training_is_named_and_the_status_says_so(config, tmp_path, mon
     written = json.loads((tmp_path / 'grid.json').read_text())
     assert [cell['status'] for cell in written['cells']] == ['finished', 'failed']
     assert ' run ' in written['command'] and written['threads'] == 1
+
+
+@pytest.mark.parametrize('full', ['grid.json', 'report'])
+def test_failed_trainings_are_named_on_a_full_disk_too(full, config, tmp_path, monkeypatch, capsys):
+    def run(cells, folder, jobs, more, on_end, *_):
+        found = [Outcome(cells[0], {'bbox_mAP': 0.5}, None, 3.0), Outcome(cells[1], None, 'error: no', 3.0)]
+        for outcome in found:
+            with suppress(OSError):
+                on_end(outcome)
+        return found
+
+    def no_room(*_, **__):
+        raise OSError(errno.ENOSPC, 'No space left on device', full)
+
+    monkeypatch.setattr(compare_run, 'run', run)
+    where = (comparison, 'write_json') if full == 'grid.json' else (compare_run.report, 'write')
+    monkeypatch.setattr(*where, no_room)
+    with pytest.raises(SystemExit) as ended:
+        compare.main(['run', config, '--norms', 'bn', 'gn', '--out', str(tmp_path), '--threads', '1'])
+    said = capsys.readouterr()
+    assert (
+        ended.value.code == 2
+        and said.err == f'error: {full}: No space left on device; make room on that disk, or name another place\n'
+    )
+    assert '2/2: gn-b4-s0: failed' in said.out and '1 of 2 trainings failed' in said.out
 
 
 def test_threads_are_chosen_once(config, tmp_path, monkeypatch):

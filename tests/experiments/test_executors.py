@@ -1,5 +1,6 @@
 """Where trainings run: processes with their GPUs, and jobs of submitit that no second grid starts again."""
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.grids import cells, grid_of
+from mmdet_norms import files
 from mmdet_norms.errors import UserError
 from mmdet_norms.experiments import executors, grid, run
 from mmdet_norms.experiments.executors import JOB, LOCAL, LOG, SLURM, Gpus, Processes, Submitit
@@ -65,6 +67,36 @@ def test_jobs_of_submitit_run_at_once_as_processes_do(folder, gpus):
     assert sorted(outcome.result['gpus'] for outcome in outcomes[:2]) == ['4', '5']
     assert 'hello 1' in (folder / 'seed1' / LOG).read_text()
     assert json.loads((folder / 'seed1' / JOB).read_text())['executor'] == LOCAL
+
+
+@pytest.mark.parametrize('make', [Processes, lambda gpus: Submitit(LOCAL, 1, jobs=2)])
+def test_what_cannot_be_noted_keeps_no_gpu_and_no_job(tmp_path, make, gpus, monkeypatch):
+    """As on a disk that is full."""
+    began = []
+
+    def fails(*_, **__):
+        raise OSError('full')
+
+    executor = make(Gpus(1, jobs=2))
+    if isinstance(executor, Submitit):
+        submit = executor.submitit.AutoExecutor.submit
+        monkeypatch.setattr(
+            executor.submitit.AutoExecutor, 'submit', lambda self, what: began.append(submit(self, what)) or began[0]
+        )
+        monkeypatch.setattr(executors, 'write_json', fails)
+    else:
+        monkeypatch.setattr(executors.subprocess, 'Popen', fails)
+    with pytest.raises(OSError, match='full'):
+        executor.start(tmp_path, [sys.executable, '-c', 'import time; time.sleep(60)'], {})
+    assert executor.gpus.take() == ['4']
+    for job in began:
+        assert job._process.wait(30) is not None
+
+
+def test_a_folder_that_cannot_be_written_to_is_not_taken_for_one_in_use(tmp_path, monkeypatch):
+    (tmp_path / '.training').touch()
+    monkeypatch.setattr(files.Path, 'write_bytes', lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'full')))
+    assert Processes().is_free(tmp_path)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A grid of trainings: what is finished is kept, what fails is shown, and nobody works on a cell twice."""
 
+import errno
 import json
 import multiprocessing
 import signal
@@ -112,6 +113,18 @@ def test_a_cell_that_is_still_trained_is_waited_for_while_others_go_on(folder):
     with held(folder / 'seed1') as end:
         run(cells(folder, 1, 2), folder, on_end=lambda outcome: end())
     assert ran(folder) == ['seed2', 'seed1']
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+def test_a_full_disk_fails_what_cannot_begin_and_ends_no_grid(folder, monkeypatch):
+    write = grid.write_json
+    monkeypatch.setattr(grid, 'write_json', lambda path, what: (full if 'seed3' in str(path) else write)(path, what))
+    outcomes = run(cells(folder, 13, 3, 1), folder, on_end=full, on_start=full, on_look=full)
+    assert [o.error and o.error[:22] for o in outcomes] == ['error: seed 13 is unlu', 'No space left on devic', None]
+    assert ran(folder) == ['seed13', 'seed1']
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
