@@ -53,16 +53,29 @@ def learning_rates(runner: Runner) -> list[Rates]:
 
 def validations(loop: BaseLoop) -> list[int]:
     """The epochs, or iterations in a loop of iterations, after which a loop of mmengine validates from now on."""
-    if loop.runner.val_loop is None or not hasattr(loop, 'dynamic_milestones'):
+    _, end = end_of(loop)
+    if loop.runner.val_loop is None or end is None:
         return []
-    by_iter = isinstance(loop, IterBasedTrainLoop)
-    end, now = (loop.max_iters, loop.iter) if by_iter else (loop.max_epochs, loop.epoch)
+    return [step for step in range(position(loop) + 1, end + 1) if validates_after(loop, step)]
 
-    def is_due(step: int) -> bool:
-        interval = loop.dynamic_intervals[bisect.bisect(loop.dynamic_milestones, step + 1) - 1]
-        return step >= loop.val_begin and (step % interval == 0 or step == end)
 
-    return [step for step in range(now + 1, end + 1) if is_due(step)]
+def validates_after(loop: BaseLoop, step: int) -> bool:
+    """Whether a loop of mmengine validates after that epoch, or iteration; False for one of another kind."""
+    if not hasattr(loop, 'dynamic_milestones'):
+        return False
+    interval = loop.dynamic_intervals[bisect.bisect(loop.dynamic_milestones, step + 1) - 1]
+    return step >= loop.val_begin and (step % interval == 0 or step == end_of(loop)[1])
+
+
+def position(loop: BaseLoop) -> int:
+    """Iterations that are done, in a loop of iterations, else epochs."""
+    return loop.iter if isinstance(loop, IterBasedTrainLoop) else loop.epoch
+
+
+def end_of(loop: BaseLoop) -> tuple[str, int | None]:
+    """What ends the training, and when; None for a loop that knows no end."""
+    key = 'max_iters' if isinstance(loop, IterBasedTrainLoop) else 'max_epochs'
+    return key, getattr(loop, key, None)
 
 
 def checkpoints(hook: CheckpointHook, loop: BaseLoop) -> list[int]:

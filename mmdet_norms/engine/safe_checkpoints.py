@@ -1,6 +1,5 @@
 """Going on from what is there: the newest checkpoint that can be read, and the validation that it was saved before."""
 
-import bisect
 import os
 import re
 import string
@@ -10,11 +9,12 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop, Runner
 
 from ..compat.reading import keep, read_file
 from ..deploy import is_fused
 from ..errors import UserError
+from .course import end_of, position, validates_after
 
 LAST = 'last_checkpoint'
 _TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth')
@@ -35,42 +35,23 @@ class PendingValidationHook(Hook):
     def before_val_epoch(self, runner: Runner) -> None:
         """Note what is validated; whoever saves after it has it."""
         if isinstance(runner._train_loop, BaseLoop):  # asking for runner.train_loop would build it
-            runner.message_hub.update_info(_VALIDATED, _position(runner._train_loop))
+            runner.message_hub.update_info(_VALIDATED, position(runner._train_loop))
 
     def before_train(self, runner: Runner) -> None:
         """Validate if that is due and was not done."""
         loop = runner.train_loop
-        key, end = _end(loop)
-        if loop.iter > 0 and end is not None and _position(loop) >= end:
+        key, end = end_of(loop)
+        if loop.iter > 0 and end is not None and position(loop) >= end:
             start = runner._load_from or 'the checkpoint'
             runner.logger.warning(
                 f'Nothing is left to train: {start} is at epoch {loop.epoch}, iteration {loop.iter}, and '
                 f'train_cfg.{key} is {end}; to train longer, raise it: --cfg-options train_cfg.{key}=N'
             )
-        if loop.iter == 0 or runner.val_loop is None or not _is_due(loop):
+        if loop.iter == 0 or runner.val_loop is None or not validates_after(loop, position(loop)):
             return
-        if runner.message_hub.runtime_info.get(_VALIDATED) != _position(loop):
+        if runner.message_hub.runtime_info.get(_VALIDATED) != position(loop):
             runner.logger.info('Validation first: the checkpoint was saved before it.')
             runner.val_loop.run()
-
-
-def _position(loop: BaseLoop) -> int:
-    return loop.iter if isinstance(loop, IterBasedTrainLoop) else loop.epoch
-
-
-def _end(loop: BaseLoop) -> tuple[str, int | None]:
-    """What ends the training, and when; None for a loop that knows no end."""
-    key = 'max_iters' if isinstance(loop, IterBasedTrainLoop) else 'max_epochs'
-    return key, getattr(loop, key, None)
-
-
-def _is_due(loop: BaseLoop) -> bool:
-    """As the loops of mmengine decide after an epoch or iteration."""
-    if not hasattr(loop, 'dynamic_milestones'):  # somebody's own loop
-        return False
-    now, (_, end) = _position(loop), _end(loop)
-    interval = loop.dynamic_intervals[bisect.bisect(loop.dynamic_milestones, now + 1) - 1]
-    return now >= loop.val_begin and (now % interval == 0 or now == end)
 
 
 @dataclass(frozen=True)
