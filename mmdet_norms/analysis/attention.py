@@ -1,7 +1,9 @@
 """Which mixture weights AN gives to images of which class."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -88,24 +90,19 @@ def _labels(run: EvaluatedRun, sample: object) -> set[int]:
     return {int(instance['bbox_label']) for instance in found if not instance.get('ignore_flag')}
 
 
-class _watched:
+@contextmanager
+def _watched(norms: Mapping[str, nn.Module], rows: dict[str, list[Tensor]]) -> Iterator[None]:
     """Inside, every forward of the layers adds its weights to ``rows``."""
 
-    def __init__(self, norms: Mapping[str, nn.Module], rows: dict[str, list[Tensor]]):
-        self.norms, self.rows = norms, rows
+    @torch.no_grad()
+    def look(name: str, norm: AN, args: tuple) -> None:
+        rows[name].append(mixture_weights(norm, args[0]))
 
-    def __enter__(self) -> None:
-        def look(norm: AN, args: tuple, name: str) -> None:
-            with torch.no_grad():
-                self.rows[name].append(mixture_weights(norm, args[0]))
-
-        self.handles = [
-            norm.register_forward_pre_hook(lambda norm, args, name=name: look(norm, args, name))
-            for name, norm in self.norms.items()
-        ]
-
-    def __exit__(self, *error) -> None:
-        for handle in self.handles:
+    handles = [norm.register_forward_pre_hook(partial(look, name)) for name, norm in norms.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 
