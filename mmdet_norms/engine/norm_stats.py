@@ -127,8 +127,8 @@ class NormStatsHook(Hook):
             look = seen.get(name) or Seen.nothing(norm)
             values = look.values(self._loss_scale, everywhere)
             of_loss = dict(images=look.images, accumulated=self._accumulated)
-            layers[name] = dict(type=contract_of(norm).kind, **of_loss, **self._line(values))
             totals = {key: number for key in values if (number := summary(key, values[key])) is not None}
+            layers[name] = dict(type=contract_of(norm).kind, **of_loss, **self._line(values, totals))
             scalars |= {f'norm_stats/{name}/{key}': number for key, number in totals.items()}
         if is_main_process():
             self._write(runner, step, layers, scalars)
@@ -168,20 +168,16 @@ class NormStatsHook(Hook):
 
     # -------------------------------------------------------------------------------------------- writing
 
-    def _line(self, values: dict[str, Tensor]) -> dict:
+    def _line(self, values: dict[str, Tensor], totals: dict[str, float]) -> dict:
         count = len(values['mean'])
         if is_count(self.channels):
             kept = sorted({int(i * count / min(self.channels, count)) for i in range(min(self.channels, count))})
         else:
             kept = [number for number in self.channels if number < count]
-        line = dict(channels=kept)
-        for key, value in values.items():
-            if key == 'weights':
-                line[key] = _numbers(value)
-            else:
-                line[key] = _numbers(value if key == 'energy' else value[kept])
-        totals = {key: summary(key, value) for key, value in values.items()}
-        return line | dict(all={key: _number(number) for key, number in totals.items() if number is not None})
+        of_channels = {
+            key: _numbers(value if key in ('weights', 'energy') else value[kept]) for key, value in values.items()
+        }
+        return dict(channels=kept, **of_channels, all={key: _number(number) for key, number in totals.items()})
 
     def _write(self, runner: Runner, step: int, layers: dict, scalars: dict) -> None:
         if not layers:
