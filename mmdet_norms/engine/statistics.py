@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import UserError
+from ..errors import UserError, some
 from ..layers._averaging import AveragesOnRequest
 
 
@@ -72,8 +72,7 @@ def recompute_statistics(
     if len(done) < len(norms):
         left = [name for name in norms if name not in done]
         warnings.warn(
-            f'recompute_statistics: no finite batch reached {", ".join(left[:5])}'
-            f'{f" and {len(left) - 5} more" if len(left) > 5 else ""}; they keep their statistics',
+            f'recompute_statistics: no finite batch reached {some(left, 5)}; they keep their statistics',
             stacklevel=2,
         )
     return done

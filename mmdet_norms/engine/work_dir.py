@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import UserError
-from ..files import remove_unfinished, require_writable, write_text
+from ..errors import UserError, some
+from ..files import remove_unfinished, require_writable
 from .cost import COST
-from .results import kept_results
+from .results import kept_results, read_json, write_json
 from .safe_checkpoints import LAST, CheckpointFolder
 
 try:
@@ -71,10 +71,10 @@ def require_fresh(folder: CheckpointFolder) -> None:
     """Raise a :class:`UserError` if there are checkpoints of an earlier run, which a new one would mix with its own."""
     found = folder.all()
     if found:
-        names = ', '.join(path.name for path in found[:3]) + (', ...' if len(found) > 3 else '')
         raise UserError(
-            f'work dir {folder.work_dir} holds {len(found)} checkpoints of an earlier run ({names}): go on with it by '
-            '--resume, replace it by --overwrite (which deletes them), or choose another --work-dir'
+            f'work dir {folder.work_dir} holds {len(found)} checkpoints of an earlier run '
+            f'({some([path.name for path in found], 3)}): go on with it by --resume, replace it by --overwrite (which '
+            'deletes them), or choose another --work-dir'
         )
 
 
@@ -105,16 +105,13 @@ def tidy(folder: CheckpointFolder) -> list[Path]:
 
 def mark_finished(work_dir: str | os.PathLike, epoch: int, iteration: int, end: dict) -> None:
     """Note that a training came to the end that it was to have."""
-    write_text(Path(work_dir) / FINISHED, json.dumps(dict(epoch=epoch, iter=iteration, **end)) + '\n')
+    write_json(Path(work_dir) / FINISHED, dict(epoch=epoch, iter=iteration, **end))
 
 
 def is_finished(work_dir: str | os.PathLike, iteration: int, end: dict) -> bool:
     """Whether a training that is at that iteration now came to that end."""
-    try:
-        noted = json.loads((Path(work_dir) / FINISHED).read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return False
-    return isinstance(noted, dict) and noted.get('iter') == iteration and all(noted.get(k) == end[k] for k in end)
+    noted = read_json(Path(work_dir) / FINISHED)
+    return noted.get('iter') == iteration and all(noted.get(k) == end[k] for k in end)
 
 
 def _take(handle: int, path: Path, work_dir: str | os.PathLike, option: str) -> None:
