@@ -40,6 +40,7 @@ from mmdet_norms.engine.dry_run import (
     time_validation,
 )
 from mmdet_norms.engine.nonfinite import NonFiniteError
+from mmdet_norms.engine.optim import accumulated_batches
 from mmdet_norms.engine.results import write_json
 from mmdet_norms.engine.safe_checkpoints import LAST, CheckpointFolder
 from mmdet_norms.engine.together import model_of
@@ -229,7 +230,7 @@ def _facts(runner: Runner, hook: DryRunHook, cfg: Config, args: argparse.Namespa
             iterations=loop.max_iters,
             iterations_per_epoch=epoch_length(loop),
             batch_size=images_per_iteration(runner),
-            iterations_per_step=getattr(runner.optim_wrapper, '_accumulative_counts', 1),
+            iterations_per_step=accumulated_batches(runner.optim_wrapper),
             learning_rates=[_rates(rates) for rates in course.rates],
             evaluations=course.validations,
             checkpoints=[dict(unit=unit, after=steps, kept=kept) for unit, steps, kept in course.checkpoints],

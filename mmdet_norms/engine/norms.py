@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..layers import BRN, CBN, MABN, contract_of, link_convs, warn_if_uncentred
 from ..layers._args import is_count
 from ..layers._averaging import AveragesOnRequest
+from .optim import accumulated_batches
 from .together import model_of
 
 
@@ -41,7 +42,7 @@ class NormHook(Hook):
         layers = [module for module in model.modules() if isinstance(module, CBN)]
         for layer in layers:
             layer.resolve_burnin(iterations_per_epoch(runner.train_dataloader))
-        accumulated = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        accumulated = accumulated_batches(runner.optim_wrapper)
         if layers and accumulated > 1:
             warnings.warn(
                 f'optim_wrapper.accumulative_counts={accumulated}: every accumulated batch is an iteration of CBN, and '

@@ -20,6 +20,11 @@ def wrappers_of(optim_wrapper: object) -> list[OptimWrapper]:
     return list(getattr(optim_wrapper, 'optim_wrappers', {'': optim_wrapper}).values())
 
 
+def accumulated_batches(optim_wrapper: object) -> int:
+    """Of how many batches a step adds the gradients up (``accumulative_counts``); 1 for several optimizers."""
+    return getattr(optim_wrapper, '_accumulative_counts', 1)
+
+
 class NormOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """mmengine's ``DefaultOptimWrapperConstructor`` whose ``norm_decay_mult`` also means this package's norms.
 

@@ -16,6 +16,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
 from ..compat.loading import InfiniteBatches, finish_epoch, has_batches, replace_batch_sampler, set_epoch
+from .optim import accumulated_batches
 from .resumed import differences
 from .threads import take_threads
 from .together import announce_saving, model_of
@@ -389,7 +390,7 @@ def _describe(runner: Runner) -> dict:
 
 def _gradients(runner: Runner) -> dict[str, torch.Tensor]:
     """Gradients that wait for the rest of an accumulation; after a step there are none."""
-    if getattr(runner.optim_wrapper, '_accumulative_counts', 1) == 1:
+    if accumulated_batches(runner.optim_wrapper) == 1:
         return {}
     named = model_of(runner).named_parameters()
     return {name: p.grad.detach().cpu().clone() for name, p in named if p.grad is not None}
@@ -400,7 +401,7 @@ def _short_step(runner: Runner) -> list[str]:
 
     Of a run that had come to its end they were used up, by a step of fewer batches.
     """
-    counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+    counts = accumulated_batches(runner.optim_wrapper)
     lacking = runner.iter % counts
     if not lacking or any(parameter.grad is not None for parameter in model_of(runner).parameters()):
         return []
