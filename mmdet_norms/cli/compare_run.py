@@ -269,6 +269,7 @@ def _require_what_all_need(args: argparse.Namespace) -> None:
             )
     batch_size.begin(copy.deepcopy(cfg), for_train)
     _require_data(cfg, args.data_root)
+    _require_weights_of_some(args)
 
 
 def _is_ours(option: str) -> bool:
@@ -310,6 +311,33 @@ def _require_data(cfg: Config, data_root: str | None) -> None:
         root = ((cfg.get(loader) or {}).get('dataset') or {}).get('data_root')
         if root and '://' not in root and not Path(root).is_dir():
             raise UserError(f'{loader}.dataset.data_root: there is no folder {root}; name another one by --data-root')
+
+
+def _require_weights_of_some(args: argparse.Namespace) -> None:
+    """Raise if every training lacks a file that it starts from. Where one has all, or has begun, others fail alone."""
+    missing, seen = None, []
+    for cell in _comparison(args).cells():
+        folder, for_train = Path(args.out) / cell.name, train.parse_args([cell.config, *cell.options])
+        if finished(folder) or any(folder.glob('*.pth')):
+            return
+        if (alike := (for_train.norm, given_options(for_train))) in seen:
+            continue
+        seen.append(alike)
+        cfg = read_config(cell.config)
+        cfg.model = apply_norm(cfg.model, for_train.norm)
+        try:
+            merge_options(cfg, for_train)
+        except UserError:  # an option that this norm does not know
+            continue
+        cfg.resume = False
+        try:
+            train.require_weights(cfg, cfg.filename or cell.config)
+        except UserError as error:
+            missing = missing or error
+        else:
+            return
+    if missing is not None:
+        raise missing
 
 
 def _wrong(cfg: Config, option: str) -> UserError | None:

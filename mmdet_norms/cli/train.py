@@ -56,7 +56,7 @@ from .options import given_options
 from .precise_bn import add_precise_bn_argument, use_precise_bn
 from .schedule import add_schedule_arguments, apply_schedule_options, require_order
 from .trackers import add_tracker_arguments, use_trackers
-from .weights import add_partial_argument, check_training, fused_refusal, pretrained_files
+from .weights import add_partial_argument, check_training, fused_refusal, pretrained_files, weights_left_out
 
 
 @command
@@ -169,7 +169,7 @@ def train_config(args: argparse.Namespace) -> Config:
     require_order(cfg)
     set_on_hook(cfg, 'ScheduleHook', options=args.schedule_options)
     _resume(cfg, args)
-    _require_weights(cfg, cfg.filename or args.config)
+    require_weights(cfg, cfg.filename or args.config)
     require_shared_memory(cfg, ('train_dataloader', 'val_dataloader'))
     args.notes = [*said, *args.notes]
     _watch_for_nonfinite(cfg, args.on_nonfinite)
@@ -327,7 +327,7 @@ class _Overwrites(Hook):
             runner.logger.info(f'--overwrite: deleted {", ".join(path.name for path in removed)}')
 
 
-def _require_weights(cfg: Config, config: str) -> None:
+def require_weights(cfg: Config, config: str) -> None:
     """Raise if a local file that the run starts from is not there, or holds a fused model."""
     option = '--resume' if cfg.get('resume') else 'load_from'
     start = cfg.get('load_from')
@@ -355,8 +355,8 @@ def _missing_weights(key: str, path: str, config: str, replaced_by: str | None) 
         message += f'; {readme} says where these weights are to be had and how to convert them'
     message += f'. Name another file with --cfg-options {key}=FILE'
     if replaced_by is not None:
-        init_cfg = key[: key.rindex('init_cfg') + len('init_cfg')]
-        message += f'; or leave them out, since the checkpoint of {replaced_by} replaces them: {init_cfg}=None'
+        without = weights_left_out(key)
+        message += f'; or leave them out, since the checkpoint of {replaced_by} replaces them: {without}'
     return message
 
 

@@ -39,6 +39,7 @@ from .common import add_hook, read_config
 from .options import literal
 
 ALLOW_PARTIAL = '--allow-partial'
+_FILES = ('.pth', '.pt')  # else what a part calls pretrained may be a name that it knows
 
 
 def add_partial_argument(parser: argparse.ArgumentParser, what: str) -> None:
@@ -195,11 +196,10 @@ def _check_pretrained(cfg: Config, args: argparse.Namespace, replaced: bool) -> 
         try:
             return once(name)
         except DownloadError as error:
-            init_cfg = key[: key.rindex('init_cfg') + len('init_cfg')] if 'init_cfg' in key else key
             instead = 'leave them out, since a checkpoint replaces them' if replaced else 'start without them'
             raise UserError(
                 f'{key}: {error}; or name another file: --cfg-options {key}=FILE; or {instead}: --cfg-options '
-                f'{init_cfg}=None'
+                f'{weights_left_out(key)}'
             ) from error
 
     for key, name in files.items():
@@ -290,8 +290,13 @@ def pretrained_files(model_cfg: object) -> Iterator[tuple[str, str]]:
         yield f'{key}.checkpoint', rule['checkpoint']
     for key, entry in mappings(model_cfg, 'model'):  # as mmdet 2 and the necks of DetectoRS write it; or it is a file
         name = entry.get('pretrained')
-        if isinstance(name, str) and '://' in name:
+        if isinstance(name, str) and ('://' in name or name.endswith(_FILES)):
             yield f'{key}.pretrained', name
+
+
+def weights_left_out(key: str) -> str:
+    """The option that lets a model start without the weights that a key of :func:`pretrained_files` names."""
+    return f'{key[: key.rindex("init_cfg") + len("init_cfg")] if "init_cfg" in key else key}=None'
 
 
 def _rules(model_cfg: object) -> Iterator[tuple[str, Mapping]]:

@@ -2,14 +2,17 @@
 
 import errno
 import json
+import re
 import shutil
 from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from helpers import tiny, tiny_cls
 from mmdet_norms.cli import compare, compare_run
+from mmdet_norms.errors import UserError
 from mmdet_norms.experiments import Outcome, comparison
 from mmdet_norms.experiments.grid import FINISHED
 
@@ -113,6 +116,40 @@ def test_what_is_wrong_is_one_error_before_anything_is_trained(config, arguments
     message = capsys.readouterr().err
     assert ended.value.code == 2 and said in message and message.count('error:') == 1
     assert not (tmp_path / 'out' / 'grid.json').exists()
+
+
+INIT = 'model.backbone.init_cfg'
+
+
+@pytest.mark.parametrize(
+    'arguments, said',
+    [
+        (
+            ['--cfg-options', f'{INIT}.type=Pretrained', f'{INIT}.checkpoint=a.pth'],
+            f'{INIT}.checkpoint: there is no file a.pth',
+        ),
+        (['--cfg-options', 'load_from=a.pth'], 'load_from: there is no checkpoint file a.pth'),
+        (['--', '--cfg-options', 'load_from=a.pth'], 'load_from: there is no checkpoint file a.pth'),
+        (['--grid', 'load_from=a.pth,b.pth'], 'load_from: there is no checkpoint file a.pth'),
+        (['--cfg-options', 'model.backbone.pretrained=a.pth'], 'model.backbone.pretrained: there is no file a.pth'),
+    ],
+)
+def test_weights_that_no_training_has_are_one_error(config, arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ('--norms', 'bn', 'gn', '--seeds', '0', '1', '--out', 'out', *arguments)
+    with pytest.raises(UserError, match=re.escape(said)):
+        parsed(config, *given)
+    (tmp_path / 'out' / 'gn-b4-s1').mkdir(parents=True)
+    (tmp_path / 'out' / 'gn-b4-s1' / 'epoch_1.pth').touch()  # it goes on from that one
+    if '--grid' not in arguments:
+        parsed(config, *given)
+
+
+def test_weights_that_only_some_trainings_lack_are_no_error_of_all(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(parsed(config, '--norms', 'bn', '--variant', 'more=bn', 'load_from=a.pth')[1]) == 2
+    torch.save({}, 'b.pth')
+    assert len(parsed(config, '--norms', 'bn', '--grid', 'load_from=a.pth,b.pth')[1]) == 2
 
 
 def test_a_key_that_only_some_norms_have_is_no_error_of_the_grid(config):

@@ -121,6 +121,17 @@ def test_missing_pretrained_weights_may_be_left_out_where_a_checkpoint_replaces_
     assert configured(config, *more, '--cfg-options', *options).model.backbone.init_cfg is None
 
 
+def test_missing_weights_that_a_part_calls_pretrained_are_one_error(config, fused, tmp_path):
+    key, load_from = 'model.backbone.pretrained', f'load_from={tmp_path / "plain.pth"}'
+    said = (
+        f'{key}: there is no file none.pth. Name another file with --cfg-options {key}=FILE; or leave them out, since '
+    )
+    assert refused(config, '--cfg-options', f'{key}=none.pth', load_from) == (
+        f'{said}the checkpoint of load_from replaces them: {key}=None'
+    )
+    assert configured(config, '--cfg-options', f'{key}=None', load_from)
+
+
 def test_a_checkpoint_that_is_no_name_is_one_message(config):
     options = ['model.backbone.init_cfg.type=Pretrained', 'model.backbone.init_cfg.checkpoint=5']
     assert 'model.backbone.init_cfg.checkpoint: 5 must be' in refused(config, '--cfg-options', *options)
