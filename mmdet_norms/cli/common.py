@@ -290,7 +290,7 @@ def move_and_merge(cfg: Config, args: argparse.Namespace) -> None:
         move_data_root(
             cfg, args.data_root, reads, speaks, temporary, val_fraction=fraction, copies=copies, options=options
         )
-        merge_options(cfg, args, leave=_of_data)
+        merge_options(cfg, args, leave=is_of_data)
     elif fraction is not None:
         raise UserError(
             f"--val-fraction {fraction}: divides the images of a --data-root; give that, too (it may be the config's "
@@ -341,7 +341,7 @@ def copies_folder(work_dir: str | os.PathLike) -> str:
     return os.path.join(work_dir, 'annotations')
 
 
-def _of_data(key: str) -> bool:
+def is_of_data(key: str) -> bool:
     """Whether an option is about files, which --data-root has heeded."""
     return key.partition('.')[0] in {f'{split}_{what}' for split in SPLITS for what in ('dataloader', 'evaluator')}
 

@@ -30,7 +30,7 @@ from mmdet_norms.placement import apply_norm
 
 from . import batch_size, train
 from .common import UserError, command, read_config, require_annotations
-from .grids import failures_named, require_at_least, require_different
+from .grids import data_by_cell, failures_named, require_at_least, require_different
 from .options import add_option_arguments, given_options, merge_options
 
 _KEPT_CHECKPOINTS = 'default_hooks.checkpoint.max_keep_ckpts'
@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         with progress:
-            outcomes = run(cells, args.out, args.jobs, more, ended, read_config, started, progress.look, executor)
+            told = more, ended, read_config, started, progress.look
+            outcomes = run(cells, args.out, args.jobs, *told, executor, data_by_cell())
     except (KeyboardInterrupt, SystemExit) as stopped:
         if executor.outlives:
             print('stopped; jobs that are queued or running go on, and the same command waits for them', flush=True)

@@ -1,16 +1,21 @@
 """What the commands that train a grid have in common: checks of numbers, and the end."""
 
 import argparse
+import io
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from mmdet_norms.console import as_text
-from mmdet_norms.experiments import Outcome
+from mmdet_norms.datasets.annotations import forget
+from mmdet_norms.experiments import Cell, Outcome
+from mmdet_norms.experiments.data import fingerprint
 from mmdet_norms.experiments.grid import LOG
 
-from .common import UserError
+from . import train
+from .common import UserError, is_of_data, move_and_merge, read_config
+from .options import given_options
 
 _DIGITS = 2**32
 
@@ -30,6 +35,34 @@ def require_at_least(args: argparse.Namespace, **least: int) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise UserError(f'{_typed(name)} {value}: must be at least {low}')
+
+
+def data_by_cell() -> Callable[[Cell], dict[str, str]]:
+    """What :func:`mmdet_norms.experiments.run` asks for the data of a cell; the same data are read once."""
+    known: dict[str, dict[str, str]] = {}
+
+    def data_of(cell: Cell) -> dict[str, str]:
+        args = train.parse_args([cell.config, *cell.options])
+        args.cfg_options = {key: value for key, value in given_options(args).items() if is_of_data(key)}
+        args.cfg_options_new, args.copies = None, None
+        key = repr((cell.config, args.data_root, args.val_fraction, args.cfg_options))
+        if key not in known:
+            known[key] = _fingerprint(args)
+        return known[key]
+
+    return data_of
+
+
+def _fingerprint(args: argparse.Namespace) -> dict[str, str]:
+    try:
+        with redirect_stdout(io.StringIO()):  # each training says what --data-root has changed
+            cfg = read_config(args.config)
+            move_and_merge(cfg, args)
+            return fingerprint(cfg)
+    except (OSError, UserError):  # each training says it
+        return {}
+    finally:
+        forget()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from mmdet_norms.experiments.progress import GridProgress
 from mmdet_norms.files import require_writable, write_text
 
 from .common import UserError, command, read_config
-from .grids import failures_named, require_at_least, require_different
+from .grids import data_by_cell, failures_named, require_at_least, require_different
 from .options import add_option_arguments, merge_options
 
 CONFIG = 'mmdet_norms::demo/resnet18_{}_norm-batch_shapes-cls.py'
@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cells = list(norm_batch.cells(args.configs, args.batches, args.seeds, args.cfg_options, args.data_root))
     more = ('--threads', str(args.threads))
     with GridProgress(cells, args.out, args.jobs, _in_words) as progress:
-        outcomes = run(cells, args.out, args.jobs, more, progress.ended, read_config, progress.started, progress.look)
+        told = more, progress.ended, read_config, progress.started, progress.look
+        outcomes = run(cells, args.out, args.jobs, *told, data=data_by_cell())
     with failures_named(outcomes, args.out):
         paths = write(outcomes, args.out, f'{runnable("norm-batch")} {args.said}')
         print(paths[1].read_text(encoding='utf-8'))

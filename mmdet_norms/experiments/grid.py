@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +82,7 @@ def run(
     on_start: Callable[[Cell], None] = lambda cell: None,
     on_look: Callable[[], None] = lambda: None,
     executor: Executor | None = None,
+    data: Callable[[Cell], Mapping[str, str]] = lambda cell: {},
 ) -> list[Outcome]:
     """Train the cells that are not finished, ``jobs`` at a time. One that fails does not keep the others from going on.
 
@@ -96,18 +97,22 @@ def run(
         on_look: called again and again while there is nothing to do. Whatever the three are kept from writing (a disk
             that is full) stays unsaid, and the trainings go on.
         executor: where they are trained; default: in processes of this one.
+        data: what a cell is trained with, as :func:`.data.fingerprint` gives it.
 
     Returns:
         The outcomes in the order of the cells.
 
     Raises:
-        UserError: another call works in the folder, or a cell's folder holds another training; before any starts.
+        UserError: another call works in the folder, or a cell's folder holds another training, or data have been
+            replaced since one in the folder was trained; before any starts.
     """
     folder, on_end, on_start, on_look = Path(folder), *map(_in_any_case, (on_end, on_start, on_look))
     with claimed(folder, _LOCK, '--out'), _ended_by_signals():
         descriptions = _descriptions(cells, read)
         for cell in cells:
             _require_same(folder / cell.name, descriptions[cell.name])
+            descriptions[cell.name]['data'] = dict(data(cell))
+        _require_same_data(folder, descriptions)
         outcomes = {cell.name: Outcome(cell, result) for cell in cells if (result := finished(folder / cell.name))}
         for outcome in outcomes.values():
             on_end(outcome)
@@ -258,6 +263,21 @@ def _require_same(folder: Path, description: dict) -> None:
             raise UserError(
                 f'{folder} holds a training with {what}, which does not belong in a table with '
                 f'{"that of now" if key == "content" else value}: choose another --out, or delete that folder'
+            )
+
+
+def _require_same_data(folder: Path, descriptions: dict[str, dict]) -> None:
+    """Of all trainings in the folder: those that are named now and the others come into one table."""
+    now = {path: digest for description in descriptions.values() for path, digest in description['data'].items()}
+    for described in sorted(folder.glob(f'*/{CELL}')):
+        place, before = described.parent, read_json(described).get('data')
+        if not isinstance(before, dict) or not (finished(place) or any(place.glob('*.pth'))):
+            continue  # older than this check; or one that has learnt nothing, maybe of data that were mended since
+        replaced = [path for path, digest in before.items() if now.get(path, digest) != digest]
+        if replaced:
+            raise UserError(
+                f'{place} was trained with another content of {replaced[0]} than there is now, which does not belong '
+                'in a table with it: choose another --out, delete that folder, or put the earlier data back'
             )
 
 

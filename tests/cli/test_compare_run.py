@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -167,8 +168,8 @@ def test_a_variant_is_a_norm_with_options_of_its_own(config):
 
 
 def test_a_failed_training_is_named_and_the_status_says_so(config, tmp_path, monkeypatch, capsys):
-    def run(cells, folder, jobs, more, on_end, read, on_start, *_):
-        assert more == ['--threads', '1']
+    def run(cells, folder, jobs, more, on_end, read, on_start, on_look, executor, data):
+        assert more == ['--threads', '1'] and [Path(path).name for path in data(cells[0])] == ['annotations.json']
         found = [Outcome(cells[0], {'bbox_mAP': 0.5}, None, 3.0), Outcome(cells[1], None, 'error: no', 3.0)]
         for outcome in found:
             on_start(outcome.cell)

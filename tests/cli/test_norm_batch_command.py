@@ -59,7 +59,8 @@ def test_a_killed_grid_goes_on_and_trains_nothing_twice(data, tmp_path):
 
 
 def test_a_failed_training_is_named_and_the_status_says_so(data, tmp_path, monkeypatch, capsys):
-    def run(cells, folder, jobs, more, on_end, *_):
+    def run(cells, folder, jobs, more, on_end, *_, data):
+        assert {Path(path).name for path in data(cells[0])} == {'train', 'val'}
         outcomes = [Outcome(cells[0], {'accuracy/top1': 0.75}, None, 3.0), Outcome(cells[1], None, 'error: no', 3.0)]
         for outcome in outcomes:
             on_end(outcome)
@@ -89,7 +90,7 @@ def test_a_failed_training_is_named_and_the_status_says_so(data, tmp_path, monke
     ],
 )
 def test_what_is_wrong_is_one_error_before_anything_is_trained(arguments, said, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(norm_batch, 'run', lambda *_: pytest.fail('trained'))
+    monkeypatch.setattr(norm_batch, 'run', lambda *_, **__: pytest.fail('trained'))
     with pytest.raises(SystemExit) as ended:
         norm_batch.main(['--out', str(tmp_path / 'out'), *arguments])
     message = capsys.readouterr().err

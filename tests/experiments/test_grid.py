@@ -84,6 +84,18 @@ def test_results_of_another_training_are_not_taken(folder, change):
     assert ran(folder) == ['seed1']  # said before anything starts
 
 
+def test_data_that_were_replaced_are_not_mixed_with_the_earlier_ones(folder):
+    run(cells(folder, 1), folder)  # as of a version that noted no data
+    run(cells(folder, 1, 2, 13), folder, data=lambda cell: {'a.json': 'old'})
+    for seeds in ((1, 2), (3,)):  # also where the earlier ones are not named
+        with pytest.raises(UserError, match=r'seed2 was trained with another content of a.json than .* another --out'):
+            run(cells(folder, *seeds), folder, data=lambda cell: {'a.json': 'new', 'b.json': 'x'})
+    assert ran(folder) == ['seed1', 'seed2', 'seed13']
+    run(cells(folder, 3), folder, data=lambda cell: {'b.json': 'new'})
+    run(cells(folder, 13), folder / 'other', data=lambda cell: {'a.json': 'wrong'})
+    run(cells(folder, 1), folder / 'other', data=lambda cell: {'a.json': 'mended'})  # what failed had learnt nothing
+
+
 @contextmanager
 def held(*claim):
     """By another process, until that is told to end."""
