@@ -130,11 +130,12 @@ class _Change:
                 self._count_iterations()
             self.notes.append(f'{self.loop.get("max_iters")} iterations, as there')
         elif by_iter:
-            factor = self.reference / self.batch
+            factor, ends = self.reference / self.batch, None
             if is_number(self.loop.get('max_iters')):
-                self.loop['max_iters'] = max(1, round(self.loop['max_iters'] * factor))
-            scale_validations(self.loop, factor)
-            self._scale_iterations(factor)
+                ends = self.loop['max_iters'], max(1, round(self.loop['max_iters'] * factor))
+                self.loop['max_iters'] = ends[1]
+            scale_validations(self.loop, factor, ends)
+            self._scale_iterations(factor, ends)
             self.notes.append(f'as many images: {self.loop["max_iters"]} iterations')
         else:
             if any(not counts_epochs(entry) for entry in schedulers(self.cfg.get('param_scheduler'))):
@@ -204,7 +205,7 @@ class _Change:
             hooks.logger.log_metric_by_epoch = False
         self.cfg.log_processor = dict(self.cfg.get('log_processor') or {}, by_epoch=False)
 
-    def _scale_iterations(self, factor: float) -> None:
+    def _scale_iterations(self, factor: float, ends: tuple[float, float] | None = None) -> None:
         """What counts iterations beside the loop: schedules, and the interval of checkpoints."""
         for entry in schedulers(self.cfg.get('param_scheduler')):
             if not counts_epochs(entry):
@@ -212,7 +213,7 @@ class _Change:
         checkpoint = (self.cfg.get('default_hooks') or {}).get('checkpoint') or {}
         interval = checkpoint.get('interval')
         if checkpoint.get('by_epoch') is False and isinstance(interval, int) and interval > 0:
-            checkpoint['interval'] = whole_interval(interval * factor)
+            checkpoint['interval'] = whole_interval(interval, factor, ends)
 
     def _epoch_length(self) -> int:
         return epoch_length(self.cfg, self.launcher)

@@ -128,7 +128,8 @@ def scale_to(cfg: Config, epochs: int, launcher: str = 'none') -> list[str]:
 
     Times in epochs stay so where they come out whole, else they are counted in iterations. A warm-up in iterations
     keeps its length, but takes a tenth of the training at most. A training in iterations gets those of so many epochs.
-    Intervals of validation and checkpoints are rounded down, to one at least; there are five checkpoints or more.
+    Intervals of validation and checkpoints are rounded such that there are no more than before, except that there are
+    five checkpoints or more.
     """
     return _Scaling(cfg, epochs, launcher).run()
 
@@ -152,7 +153,8 @@ class _Scaling:
         new = epochs * self.length if by_iter else epochs
         self.factor = new / old
         loop['max_iters' if by_iter else 'max_epochs'] = new
-        scale_validations(loop, self.factor)
+        ends = (old, new)
+        scale_validations(loop, self.factor, ends)
         entries = list(schedulers(self.cfg.get('param_scheduler')))
         for entry in entries:
             self._shorten_warm_up(entry)
@@ -164,7 +166,7 @@ class _Scaling:
         if counts_iters == by_iter and isinstance(checkpoint.get('interval'), int) and checkpoint['interval'] > 0:
             # a config of few epochs writes few checkpoints, and a run that is killed starts again from the last one
             checkpoint['interval'] = min(
-                whole_interval(checkpoint['interval'] * self.factor), math.ceil(new / CHECKPOINTS)
+                whole_interval(checkpoint['interval'], self.factor, ends), math.ceil(new / CHECKPOINTS)
             )
         for hook in self.cfg.get('custom_hooks') or () if not by_iter else ():
             for key in _OF_HOOKS:
@@ -221,22 +223,31 @@ class _Scaling:
             entry['T_max'] = entry['end'] - entry.get('begin', 0)
 
 
-def scale_validations(loop: dict, factor: float) -> None:
-    """Let a ``train_cfg`` validate after ``factor`` times as many steps."""
+def scale_validations(loop: dict, factor: float, ends: tuple[float, float] | None = None) -> None:
+    """Let a ``train_cfg`` validate after ``factor`` times as many steps; ``ends`` as for :func:`whole_interval`."""
     if is_number(loop.get('val_interval')):
-        loop['val_interval'] = whole_interval(loop['val_interval'] * factor)
+        loop['val_interval'] = whole_interval(loop['val_interval'], factor, ends)
     if is_number(loop.get('val_begin')):
         loop['val_begin'] = max(1, math.ceil(loop['val_begin'] * factor - 1e-6))
     if loop.get('dynamic_intervals'):
         loop['dynamic_intervals'] = [
-            (max(1, round(start * factor)), whole_interval(interval * factor))
+            (max(1, round(start * factor)), whole_interval(interval, factor, ends))
             for start, interval in loop['dynamic_intervals']
         ]
 
 
-def whole_interval(value: float) -> int:
-    """Rounded down, to one at least: what comes out for validations and for checkpoints falls together again."""
-    return max(1, math.floor(value + 1e-6))
+def whole_interval(interval: float, factor: float, ends: tuple[float, float] | None = None) -> int:
+    """``factor`` times an interval: the same for validations and for checkpoints, so that they still fall together.
+
+    Rounded down, unless one more would come of it: just before the end, where there is one anyway.
+
+    Args:
+        ends: where the training ended and where it ends now.
+    """
+    new = max(1, math.floor(interval * factor + 1e-6))
+    if ends and interval > 0:
+        new = max(new, math.ceil(ends[1] / math.ceil(ends[0] / interval)))
+    return new
 
 
 def stretch(entry: dict, factor: float, unit: int = 1, begin: int | None = None) -> None:

@@ -85,14 +85,27 @@ def test_as_many_images_for_every_batch():
     assert cfg.train_cfg.max_iters == 1000 and cfg.optim_wrapper.optimizer.lr == 0.01
 
 
+@pytest.mark.parametrize(
+    'iters, interval, batch, wanted', [(90000, 10000, 15, 6667), (1000, 1000, 15, 667), (8, 3, 4, 7)]
+)
+def test_no_validation_comes_in_just_before_the_end(iters, interval, batch, wanted):
+    """Where there is one in any case, and a checkpoint."""
+    cfg = config(iters=iters)
+    cfg.train_cfg.val_interval = interval
+    cfg.default_hooks.checkpoint.update(by_epoch=False, interval=interval)
+    changed(cfg, batch)
+    assert cfg.train_cfg.val_interval == cfg.default_hooks.checkpoint.interval == wanted
+    assert math.ceil(cfg.train_cfg.max_iters / wanted) == math.ceil(iters / interval)
+
+
 def test_times_of_validation_are_rounded_as_with_epochs():
     """And as those of checkpoints, with which they fell together."""
     cfg = config(iters=1000)
     cfg.train_cfg.update(val_begin=200, dynamic_intervals=[(900, 50)])
     cfg.default_hooks.checkpoint.update(by_epoch=False, interval=100)
     changed(cfg, 15)
-    assert cfg.train_cfg.max_iters == 667 and cfg.default_hooks.checkpoint.interval == 66
-    assert [cfg.train_cfg[key] for key in ('val_interval', 'val_begin', 'dynamic_intervals')] == [66, 134, [(600, 33)]]
+    assert cfg.train_cfg.max_iters == 667 and cfg.default_hooks.checkpoint.interval == 67
+    assert [cfg.train_cfg[key] for key in ('val_interval', 'val_begin', 'dynamic_intervals')] == [67, 134, [(600, 34)]]
 
 
 @pytest.mark.parametrize('budget', [IMAGES, ITERS])

@@ -287,6 +287,9 @@ def test_intervals_and_hooks_follow():
         scale_to(cfg, 24)
     assert cfg.custom_hooks[0].num_last_epochs == 8 and cfg.default_hooks.checkpoint.interval == 4
     assert [cfg.train_cfg[key] for key in ('val_interval', 'val_begin', 'dynamic_intervals')] == [6, 10, [(20, 2)]]
+    (cfg := config(STEPS)).train_cfg.val_interval = 4
+    scale_to(cfg, 7)
+    assert cfg.train_cfg.val_interval == 3  # at 3, 6 and 7, not at 2, 4, 6 and 7
 
 
 def test_a_longer_training_writes_five_checkpoints_at_least():
