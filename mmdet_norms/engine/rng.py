@@ -42,9 +42,9 @@ class RandomStateHook(Hook):
     * a validation leaves the generators as they were.
 
     Skipped batches are not loaded again. The log says so where the run cannot go on identically: a checkpoint without
-    states or without the gradients of an accumulation, another number of processes, other data, an own loop,
-    transforms that keep images of earlier batches, an optimizer, schedules or averages that the config has otherwise
-    (those of the checkpoint are used).
+    states or without the gradients of an accumulation, another number of processes or ``accumulative_counts``, other
+    data, an own loop, transforms that keep images of earlier batches, an optimizer, schedules or averages that the
+    config has otherwise (those of the checkpoint are used).
     Operations that are not deterministic themselves (some on GPUs, see ``--deterministic``) stay so.
 
     In a config for mmdet's own tools: ``custom_hooks=[dict(type='RandomStateHook')]``.
@@ -113,6 +113,7 @@ class RandomStateHook(Hook):
             rng=pack(self._before_val or random_state()),
             images=_describe(runner),
             gradients=_gradients(runner),
+            counts=accumulated_batches(runner.optim_wrapper),
             sizes={name: list(m._input_size) for name, m in _sized(runner)},
         )
         if get_device() == 'cpu':
@@ -158,10 +159,7 @@ class RandomStateHook(Hook):
         for name, size in mine['sizes'].items():
             if name in modules:
                 modules[name]._input_size = tuple(size)
-        parameters = dict(model_of(runner).named_parameters())
-        for name, gradient in mine['gradients'].items():
-            if name in parameters:
-                parameters[name].grad = torch.empty_like(parameters[name]).copy_(gradient)
+        self._restore_gradients(runner, mine)
         state = unpack(mine['rng'])
         set_random_state(state)
         if self._batches is None or 'pass' not in mine:
@@ -193,6 +191,21 @@ class RandomStateHook(Hook):
         if keeping:
             return f'{", ".join(keeping)} mix images of earlier batches, which are not saved, into new ones'
         return None
+
+    def _restore_gradients(self, runner: Runner, mine: dict) -> None:
+        """Those of an accumulation, unless steps have another number of batches now, whose part they are not."""
+        counts = accumulated_batches(runner.optim_wrapper)
+        saved = mine.get('counts', counts)  # older checkpoints do not say
+        if saved != counts:
+            told = f'its optimizer steps every {counts} iterations (accumulative_counts), not every {saved} as before'
+            self._differences.append(
+                told + (', so that gradients of a begun step are left out' if mine['gradients'] else '')
+            )
+            return
+        parameters = dict(model_of(runner).named_parameters())
+        for name, gradient in mine['gradients'].items():
+            if name in parameters:
+                parameters[name].grad = torch.empty_like(parameters[name]).copy_(gradient)
 
 
 class NumberedBatches:

@@ -273,6 +273,32 @@ def test_where_it_is_another_run_the_log_says_so(first, then, said, tmp_path):
     assert 'not bit by bit' in log and said in log
 
 
+def test_gradients_of_a_step_of_another_size_are_left_out(tmp_path, monkeypatch):
+    begun = dict(by_epoch=False, every=6, ema=False)
+    run(tmp_path / 'whole', accumulate=4, **begun)
+    path = tmp_path / 'whole' / 'iter_6.pth'
+    gradients, before_train = [], rng.RandomStateHook.before_train
+
+    def look(hook, runner):
+        before_train(hook, runner)
+        gradients.append(any(parameter.grad is not None for parameter in runner.model.parameters()))
+
+    monkeypatch.setattr(rng.RandomStateHook, 'before_train', look)
+    for counts, said in (
+        (3, 'gradients of a begun step are left out'),
+        (5, 'are left out; its first step of the optimizer has 4 of 5 batches'),
+    ):
+        run(tmp_path / str(counts), accumulate=counts, **begun, resume=str(path))
+        log = log_of(tmp_path / str(counts))
+        assert f'every {counts} iterations (accumulative_counts), not every 4 as before' in log
+        assert said in log and 'not bit by bit' in log
+    saved = torch.load(path, map_location='cpu')
+    assert all(mine.pop('counts') == 4 for mine in saved[rng.KEY]['processes'])
+    torch.save(saved, path)  # as one of an earlier version
+    run(tmp_path / 'old', accumulate=4, **begun, resume=str(path))
+    assert gradients == [False, False, True] and 'not bit by bit' not in log_of(tmp_path / 'old')
+
+
 def test_another_number_of_processes_is_said(tmp_path):
     run(tmp_path / 'whole', ema=False)
     path = tmp_path / 'whole' / 'epoch_2.pth'
