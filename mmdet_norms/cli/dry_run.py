@@ -436,7 +436,7 @@ def _schedule_lines(facts: dict) -> list[str]:
     if per_step > 1:
         line += f'; the optimizer steps every {per_step} iterations'
     if start:
-        line += f'; goes on at iteration {start}' + (', amid a step' if start % per_step else '')
+        line += f'; goes on at iteration {start}' + (', amid a step' if start % per_step and start < total else '')
     if start >= total:
         line += '; nothing is left to train'
     lines = [line]

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -412,10 +413,12 @@ def _gradients(runner: Runner) -> dict[str, torch.Tensor]:
 def _short_step(runner: Runner) -> list[str]:
     """That the first step of the optimizer lacks batches: the gradients of an accumulation were not there to restore.
 
-    Of a run that had come to its end they were used up, by a step of fewer batches.
+    Of a run that had come to its end they were used up, by a step of fewer batches, which matters if it trains longer.
     """
     counts = accumulated_batches(runner.optim_wrapper)
     lacking = runner.iter % counts
+    if runner.iter >= getattr(runner.train_loop, 'max_iters', math.inf):
+        return []
     if not lacking or any(parameter.grad is not None for parameter in model_of(runner).parameters()):
         return []
     return [f'its first step of the optimizer has {counts - lacking} of {counts} batches']

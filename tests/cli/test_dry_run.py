@@ -108,6 +108,17 @@ def test_a_classifier_that_goes_on_and_one_that_would_overwrite(tmp_path, capsys
     assert state(work_dir) == there
 
 
+@pytest.mark.parametrize(
+    'start, said',
+    [(10, 'goes on at iteration 10; nothing is left to train'), (6, 'goes on at iteration 6, amid a step')],
+)
+def test_a_finished_run_is_not_amid_a_step(start, said):
+    """Its last one had fewer batches."""
+    schedule = dict(unit='iterations', iterations_per_epoch=None, iterations=10, batch_size=2, iterations_per_step=4)
+    schedule |= dict(start_iteration=start, learning_rates=[], evaluations=[], checkpoints=[])
+    assert dry_run._schedule_lines(dict(schedule=schedule))[0].endswith(said)
+
+
 def test_what_would_write_elsewhere_is_left_out(tmp_path):
     cfg = Config(
         dict(

@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -297,6 +298,13 @@ def test_gradients_of_a_step_of_another_size_are_left_out(tmp_path, monkeypatch)
     torch.save(saved, path)  # as one of an earlier version
     run(tmp_path / 'old', accumulate=4, **begun, resume=str(path))
     assert gradients == [False, False, True] and 'not bit by bit' not in log_of(tmp_path / 'old')
+
+
+@pytest.mark.parametrize('end', [10, 20])
+def test_a_finished_run_lacks_no_batches(end):
+    runner = SimpleNamespace(iter=10, train_loop=SimpleNamespace(max_iters=end), model=torch.nn.Linear(1, 1))
+    runner.optim_wrapper = SimpleNamespace(_accumulative_counts=4)
+    assert rng._short_step(runner) == ['its first step of the optimizer has 2 of 4 batches'] * (end > 10)
 
 
 def test_another_number_of_processes_is_said(tmp_path):
