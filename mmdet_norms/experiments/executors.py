@@ -55,7 +55,11 @@ class Executor(Protocol):
         """Whether nobody trains in a folder, or is going to, such as a job of a grid that was killed."""
 
     def start(self, folder: Path, command: Sequence[str], environment: Mapping[str, str]) -> Job:
-        """Run a command that trains there."""
+        """Run a command that trains there.
+
+        Raises:
+            OSError, UserError: it cannot be started; others may be.
+        """
 
     def stop(self, jobs: Iterable[Job]) -> None:
         """End trainings, unless they outlive the grid."""
@@ -182,23 +186,32 @@ class Submitit:
 
     def start(self, folder: Path, command: Sequence[str], environment: Mapping[str, str]) -> 'SubmittedJob':
         """See :class:`Executor`."""
-        gpus = self.gpus.take() if self.gpus else None
-        here = {**environment}
-        if self.cluster == LOCAL:  # submitit would hide all GPUs of which it knows nothing
-            mine = os.environ.get('CUDA_VISIBLE_DEVICES') if gpus is None else ','.join(gpus)
-            here['CUDA_VISIBLE_DEVICES'] = mine
-        executor = self.submitit.AutoExecutor(folder / _SUBMITIT, self.cluster, slurm_max_num_timeout=1000)
-        executor.update_parameters(name=folder.name, **self.parameters)
-        training = _training_class()(list(command), str((folder / LOG).resolve()), here, os.getcwd())
         with ExitStack() as on_error:
+            gpus = self.gpus.take() if self.gpus else None
             if self.gpus:
                 on_error.callback(self.gpus.give_back, gpus)
-            with _interruptible():
-                job = executor.submit(training)
+            here = {**environment}
+            if self.cluster == LOCAL:  # submitit would hide all GPUs of which it knows nothing
+                mine = os.environ.get('CUDA_VISIBLE_DEVICES') if gpus is None else ','.join(gpus)
+                here['CUDA_VISIBLE_DEVICES'] = mine
+            training = _training_class()(list(command), str((folder / LOG).resolve()), here, os.getcwd())
+            job = self._submit(folder, training)
             on_error.callback(lambda: job.cancel())  # the next grid would not know of it
             write_json(folder / JOB, dict(executor=self.cluster, job=job.job_id, time=time.time()))
             on_error.pop_all()
         return SubmittedJob(job, lambda: self.gpus and self.gpus.give_back(gpus))
+
+    def _submit(self, folder: Path, training: object) -> Any:
+        try:
+            executor = self.submitit.AutoExecutor(folder / _SUBMITIT, self.cluster, slurm_max_num_timeout=1000)
+            executor.update_parameters(name=folder.name, **self.parameters)
+            with _interruptible():
+                return executor.submit(training)
+        except OSError:
+            raise
+        except Exception as error:  # sbatch refuses, as beyond a limit of jobs: submitit has several types for that
+            why = ' '.join(str(error).split()) or type(error).__name__
+            raise UserError(f'could not be submitted: {why}') from error
 
     def stop(self, jobs: Iterable['SubmittedJob']) -> None:
         """See :class:`Executor`."""

@@ -171,6 +171,8 @@ def _start_some(
                 trainings.start(cell)
             except OSError as error:
                 yield Outcome(cell, None, explain(error) or str(error))
+            except UserError as error:  # of who does not take it, such as Slurm
+                yield Outcome(cell, None, str(error))
 
 
 class _Trainings:

@@ -69,6 +69,23 @@ def test_jobs_of_submitit_run_at_once_as_processes_do(folder, gpus):
     assert json.loads((folder / 'seed1' / JOB).read_text())['executor'] == LOCAL
 
 
+def test_a_job_that_is_not_taken_fails_alone_and_keeps_no_gpu(folder, gpus, monkeypatch):
+    """As beyond a limit of jobs: submitit's errors are no OSError."""
+    executor = Submitit(LOCAL, 1, jobs=2)
+    update = executor.submitit.AutoExecutor.update_parameters
+
+    def refuse(self, name, **parameters):
+        if name != 'seed3':
+            raise RuntimeError('sbatch: error: QOSMaxSubmit\n  sbatch: error: failed')
+        update(self, name=name, **parameters)
+
+    monkeypatch.setattr(executor.submitit.AutoExecutor, 'update_parameters', refuse)
+    outcomes = run(cells(folder, 1, 13, 3), folder, executor=executor)
+    why = 'could not be submitted: sbatch: error: QOSMaxSubmit sbatch: error: failed'
+    assert [outcome.error for outcome in outcomes] == [why, why, None]
+    assert outcomes[2].result['gpus'] == '4' and executor.gpus.take() == ['4']
+
+
 @pytest.mark.parametrize('make', [Processes, lambda gpus: Submitit(LOCAL, 1, jobs=2)])
 def test_what_cannot_be_noted_keeps_no_gpu_and_no_job(tmp_path, make, gpus, monkeypatch):
     """As on a disk that is full."""
