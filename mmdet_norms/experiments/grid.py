@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -190,7 +190,9 @@ class _Trainings:
 
     def start(self, cell: Cell) -> None:
         folder = self.folder / cell.name
-        write_json(folder / CELL, self.descriptions[cell.name])
+        description = self.descriptions[cell.name]
+        data = {**_learnt_from(folder), **description['data']}  # the earlier ones, where they cannot be read now
+        write_json(folder / CELL, {**description, 'data': data})
         log = folder / LOG
         begin = log.stat().st_size if log.exists() else 0
         paths = [str(_ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
@@ -270,17 +272,29 @@ def _require_same(folder: Path, description: dict) -> None:
 
 def _require_same_data(folder: Path, descriptions: dict[str, dict]) -> None:
     """Of all trainings in the folder: those that are named now and the others come into one table."""
-    now = {path: digest for description in descriptions.values() for path, digest in description['data'].items()}
-    for described in sorted(folder.glob(f'*/{CELL}')):
-        place, before = described.parent, read_json(described).get('data')
-        if not isinstance(before, dict) or not (finished(place) or any(place.glob('*.pth'))):
-            continue  # older than this check; or one that has learnt nothing, maybe of data that were mended since
-        replaced = [path for path, digest in before.items() if now.get(path, digest) != digest]
-        if replaced:
+    now = defaultdict(set)
+    for description in descriptions.values():
+        for path, digest in description['data'].items():
+            now[path].add(digest)
+    for place in sorted(described.parent for described in folder.glob(f'*/{CELL}')):
+        before, own = _learnt_from(place), descriptions.get(place.name, {}).get('data', {})
+        there = {**now, **{path: {digest} for path, digest in own.items()}}
+        what = [
+            f'another content of {path} than' for path in before if before[path] not in there.get(path, {before[path]})
+        ]
+        what += [f'other data than {path}, which' for path in own if path not in before] if before else []
+        if what:
             raise UserError(
-                f'{place} was trained with another content of {replaced[0]} than there is now, which does not belong '
-                'in a table with it: choose another --out, delete that folder, or put the earlier data back'
+                f'{place} was trained with {what[0]} there is now: that does not belong in one table. Choose another '
+                '--out, delete that folder, or put the earlier data back'
             )
+
+
+def _learnt_from(folder: Path) -> dict[str, str]:
+    """The data that a training noted, if it has learnt of them; one that failed at once may go on with mended ones."""
+    noted = read_json(folder / CELL).get('data')
+    has_learnt = isinstance(noted, dict) and (finished(folder) or any(folder.glob('*.pth')))
+    return noted if has_learnt else {}
 
 
 @contextmanager

@@ -96,6 +96,33 @@ def test_data_that_were_replaced_are_not_mixed_with_the_earlier_ones(folder):
     run(cells(folder, 1), folder / 'other', data=lambda cell: {'a.json': 'mended'})  # what failed had learnt nothing
 
 
+def test_other_lists_of_one_folder_are_no_other_data(folder):
+    """As of a dataset class with options of its own, which the hash of what it reads depends on."""
+    lists = {f'seed{s}': {'train': f'list {s}'} for s in (1, 2)}
+    for _ in range(2):
+        run(cells(folder, 1, 2), folder, data=lambda cell: lists[cell.name])
+    with pytest.raises(UserError, match='seed1 was trained with another content of train'):
+        run(cells(folder, 1, 2), folder, data=lambda cell: lists['seed2' if cell.name == 'seed1' else 'seed1'])
+
+
+def test_data_under_other_names_are_other_data(folder):
+    run(cells(folder, 1, 2), folder, data=lambda cell: {'a.json': 'old', 'b.json': 'x'})
+    run(cells(folder, 1), folder, data=lambda cell: {'b.json': 'x'})  # a.json is not there now: nothing is mixed
+    run(cells(folder, 1), folder)
+    with pytest.raises(UserError, match=r'seed1 was trained with other data than c.json, which there is now: .* --out'):
+        run(cells(folder, 1), folder, data=lambda cell: {'b.json': 'x', 'c.json': 'new'})
+    run(cells(folder, 3), folder, data=lambda cell: {'c.json': 'new'})  # as of a --data-root of its own
+
+
+def test_data_that_cannot_be_read_for_a_while_stay_noted(folder):
+    run(cells(folder, 13), folder, data=lambda cell: {'a.json': 'wrong', 'b.json': 'x'})
+    run(cells(folder, 13), folder, data=lambda cell: {'a.json': 'old'})  # had learnt nothing
+    (folder / 'seed13' / 'epoch_1.pth').touch()
+    run(cells(folder, 13), folder)
+    with pytest.raises(UserError, match=r'seed13 was trained with another content of a.json than there is now: '):
+        run(cells(folder, 13), folder, data=lambda cell: {'a.json': 'new'})
+
+
 @contextmanager
 def held(*claim):
     """By another process, until that is told to end."""
