@@ -15,7 +15,6 @@ from mmdet_norms.experiments.grid import LOG
 
 from . import train
 from .common import UserError, is_of_data, move_and_merge, read_config
-from .options import given_options
 
 _DIGITS = 2**32
 
@@ -43,9 +42,11 @@ def data_by_cell() -> Callable[[Cell], dict[str, str]]:
 
     def data_of(cell: Cell) -> dict[str, str]:
         args = train.parse_args([cell.config, *cell.options])
-        args.cfg_options = {key: value for key, value in given_options(args).items() if is_of_data(key)}
-        args.cfg_options_new, args.copies = None, None
-        key = repr((cell.config, args.data_root, args.val_fraction, args.cfg_options))
+        for name in ('cfg_options', 'cfg_options_new'):
+            options = getattr(args, name) or {}
+            setattr(args, name, {key: value for key, value in options.items() if is_of_data(key)})
+        args.copies = None
+        key = repr((cell.config, args.data_root, args.val_fraction, args.cfg_options, args.cfg_options_new))
         if key not in known:
             known[key] = _fingerprint(args)
         return known[key]
@@ -59,7 +60,7 @@ def _fingerprint(args: argparse.Namespace) -> dict[str, str]:
             cfg = read_config(args.config)
             move_and_merge(cfg, args)
             return fingerprint(cfg)
-    except (OSError, UserError):  # each training says it
+    except (OSError, TypeError, UserError):  # each training says it; a TypeError is of keys that a class has not
         return {}
     finally:
         forget()

@@ -84,3 +84,9 @@ def test_a_folder_may_be_written_in_several_ways(tmp_path, monkeypatch):
     ]
     assert found[0] == found[1] == found[2] and set(found[0]) == {'data/train', 'data/val'}
     assert [*found[3].values()] == [*found[0].values()]
+
+
+def test_options_of_new_keys_leave_the_data_known(tmp_path):
+    config, new = tiny.write_config(tmp_path), ('--cfg-options-new', 'train_dataloader.dataset.foo=1', 'bar=1')
+    assert data_of(config, *new) == data_of(config) != {}
+    assert data_of(tiny_cls.write_config(tmp_path), *new) == {}  # which cannot be built: for each training to say
