@@ -253,11 +253,10 @@ def _require_what_all_need(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise UserError(f'{"--norms " if name in args.norms else f"--variant {name}="}{norm}: {error}') from error
         merge_options(cfg, for_train)
-        for option in own:
-            if (error := _wrong(cfg, option)) is not None:
-                raise UserError(_said_by(error, f'--variant {name}={norm}'))
+        if own and (error := _wrong(cfg, own)) is not None:
+            raise UserError(_said_by(error, f'--variant {name}={norm}'))
         for key, values in args.grid.items():
-            if (error := _wrong(cfg, f'{key}={values[0]}')) is not None:
+            if (error := _wrong(cfg, [*own, f'{key}={values[0]}'])) is not None:
                 lacking.setdefault(key, []).append(error)
     for errors in lacking.values():
         if len(errors) == len(norms):
@@ -341,9 +340,10 @@ def _require_weights_of_some(args: argparse.Namespace) -> None:
         raise missing
 
 
-def _wrong(cfg: Config, option: str) -> UserError | None:
+def _wrong(cfg: Config, options: Sequence[str]) -> UserError | None:
+    """Of all options together: the type of a norm and an argument that only this type takes."""
     try:
-        merge_options(copy.deepcopy(cfg), argparse.Namespace(cfg_options=_read([option])))
+        merge_options(copy.deepcopy(cfg), argparse.Namespace(cfg_options=_read(options)))
     except UserError as error:
         return error
     return None

@@ -167,6 +167,16 @@ def test_a_variant_is_a_norm_with_options_of_its_own(config):
     assert [cell.labels['norm'] for cell in parsed(config, *given)[1]] == ['wide']
 
 
+def test_options_of_a_variant_are_read_together(config):
+    key = 'model.backbone.norm_cfg'
+    _, (cell,) = parsed(config, '--variant', 'gn-all=bn', f'{key}.type=GN', f'{key}.num_groups=4')
+    assert cell.options[-2:] == (f'{key}.type=GN', f'{key}.num_groups=4')
+    _, cells = parsed(
+        config, '--variant', 'gn-all=bn', f'{key}.type=GN', '--norms', 'bn', '--grid', f'{key}.num_groups=4,8'
+    )
+    assert len(cells) == 4
+
+
 def test_a_failed_training_is_named_and_the_status_says_so(config, tmp_path, monkeypatch, capsys):
     def run(cells, folder, jobs, more, on_end, read, on_start, on_look, executor, data):
         assert more == ['--threads', '1'] and [Path(path).name for path in data(cells[0])] == ['annotations.json']
