@@ -11,6 +11,9 @@ DEMO_DIR := work_dirs/demo
 PRETRAIN_CONFIG := configs/demo/resnet50_bnet5_shapes-cls.py
 PRETRAIN_DIR := work_dirs/pretrain
 
+# What `make reproduce` trains: cpu, or gpu for a machine that has one.
+PRESET ?= cpu
+
 # Processes that share the tests: a number, or auto for one per core. Each takes up to 2 GB of memory.
 JOBS ?= auto --maxprocesses=4
 
@@ -35,11 +38,12 @@ endif
 endif
 HAS_OPS := $(COMPILED)/bin/python -c 'import torch, mmcv._ext'
 
-.PHONY: help install data demo data-cls pretrain test test-compiled bench asan docs lint clean clean-all
+.PHONY: help install data demo data-cls pretrain reproduce test test-compiled bench asan docs lint clean clean-all
 
 help:
 	@echo 'make demo   install, generate shapes, train a small Mask R-CNN with BNET-5, test it, draw a picture sheet'
 	@echo 'make pretrain  install, generate shapes-cls, train the demo'"'"'s backbone as a classifier, print its top-1'
+	@echo 'make reproduce [PRESET=gpu]  the papers'"'"' claims in miniature: some hours of two cores (docs/reproduce.md)'
 	@echo 'make test   the whole test suite'
 	@echo 'make test-compiled [MMCV_WHEEL=mmcv-....whl]  what calls ops of mmcv, with compiled ones, in .venv-compiled'
 	@echo 'make bench  what each norm costs beside batch norm: layers, convolutions, Faster R-CNN (docs/benchmark.md)'
@@ -94,6 +98,10 @@ pretrain: data-cls
 	@$(BIN)/python tools/compare.py $(PRETRAIN_DIR)
 	@echo 'accuracy: $(PRETRAIN_DIR)/results.json   checkpoint, for init_cfg of a detector: docs/pretrain.md'
 
+# The papers' claims in miniature, docs/reproduce.md; REPRODUCE='...' goes to every `compare run`.
+reproduce: $(STAMP)
+	@PYTHON=$(BIN)/python tools/reproduce.sh $(PRESET) $(REPRODUCE)
+
 # Stealing keeps most tests of a file, and so what they share, in one process, and still evens out at the end.
 test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
@@ -139,7 +147,7 @@ lint: $(DEV_STAMP)
 	@$(BIN)/python -m ruff format --check --quiet .
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis data/shapes data/shapes-cls data/shapes-cls-hard
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis data/shapes data/shapes-cls data/shapes-cls-hard data/shapes-large data/shapes-cls-large
 	find mmdet_norms mmdet_norms_start tests tools configs -name __pycache__ -prune -exec rm -rf {} +
 
 # YES=1 answers the question.
