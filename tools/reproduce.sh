@@ -7,7 +7,7 @@
 # Stopped, killed: the same line goes on. The reports are in work_dirs/reproduce/*/report, of gpu in work_dirs/reproduce-gpu.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 preset=${1:-cpu}
 case $preset in
     cpu)
@@ -22,12 +22,12 @@ case $preset in
 esac
 more+=("${@:2}")
 read -ra seeds <<<"${SEEDS:-0 1 2}"
-configs=$here/../configs/reproduce
+configs=configs/reproduce
 head=$configs/faster-rcnn_r${net}_fpn_bn-head_shapes$of.py
 all=$configs/faster-rcnn_r${net}_fpn_bn-all_shapes$of.py
 failed=0
 
-tool() { "${PYTHON:-python}" "$here/$1" "${@:2}"; }
+tool() { "${PYTHON:-python}" "tools/$1" "${@:2}"; }
 # A training that failed ends its grid with status 1, and the next grid goes on.
 grid() { tool compare.py run "$1" --out "$out/$2" "${@:3}" --seeds "${seeds[@]}" "${more[@]}" || failed=1; }
 

@@ -51,7 +51,9 @@ def preset(request, tmp_path_factory):
 
 
 def grids(found):
-    return [given[1:] for script, given in found if script == 'compare.py' and given[0] == 'run']
+    """The arguments of each `compare run`, with the config where it is."""
+    given = [given[1:] for script, given in found if script == 'compare.py' and given[0] == 'run']
+    return [[str(ROOT / config), *rest] for config, *rest in given]
 
 
 def test_the_trainings_are_those_that_the_page_tells(preset, monkeypatch):
