@@ -20,6 +20,7 @@ from mmdet_norms.commands import runnable, typed
 from mmdet_norms.console import as_text, plain_console
 from mmdet_norms.engine.results import read_json
 from mmdet_norms.engine.threads import fixed_by
+from mmdet_norms.entries import mappings
 from mmdet_norms.experiments import executors, report, run
 from mmdet_norms.experiments.comparison import FINISHED, WAITING, Comparison, Record, in_words, table
 from mmdet_norms.experiments.grid import Cell, Outcome, command_of, finished
@@ -358,11 +359,7 @@ def _read(options: Sequence[str]) -> dict[str, Any]:
 
 def _keys_in(options: Mapping[str, Any]) -> list[str]:
     """The keys that options set, also within a dict: ``randomness=dict(seed=3)`` sets two."""
-    found = []
-    for key, value in options.items():
-        inside = _keys_in(value) if isinstance(value, Mapping) else []
-        found += [key, *(f'{key}.{inner}' for inner in inside)]
-    return found
+    return [f'{path}.{key}' if path else key for path, node in mappings(options) for key in node]
 
 
 def _said_by(error: UserError, option: str) -> str:
