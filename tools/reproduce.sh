@@ -28,8 +28,11 @@ all=$configs/faster-rcnn_r${net}_fpn_bn-all_shapes$of.py
 failed=0
 
 tool() { "${PYTHON:-python}" "tools/$1" "${@:2}"; }
-# A training that failed ends its grid with status 1, and the next grid goes on.
-grid() { tool compare.py run "$1" --out "$out/$2" "${@:3}" --seeds "${seeds[@]}" "${more[@]}" || failed=1; }
+# A training that failed ends its grid with status 1, and the next grid goes on. Pictures are made once, at the end.
+always=(--images 0)
+grid() {
+    tool compare.py run "$1" --out "$out/$2" "${always[@]}" "${@:3}" --seeds "${seeds[@]}" "${more[@]}" || failed=1
+}
 
 tool make_shapes.py --out "data/shapes$of" "${images[@]}"
 tool make_shapes.py --classification --out "data/shapes-cls$of" "${images_cls[@]}"
@@ -37,6 +40,9 @@ tool make_shapes.py --classification --out "data/shapes-cls$of" "${images_cls[@]
 # The backbones: (b) and (c) on classifiers.
 grid "$configs/resnet${net}_bn_shapes-cls$of.py" pretrain --norms bn gn mabn bnet5 an --batch-sizes 32
 pretrained() { echo "model.backbone.init_cfg.checkpoint=$out/pretrain/$1-b32-s${seeds[0]}/epoch_7.pth"; }
+if [ "${seeds[0]}" != 0 ]; then  # the configs name that of seed 0
+    always+=(--cfg-options "$(pretrained bn)")
+fi
 
 # (a) Batch norm, group norm and CBN in FPN and box head, at a small and a large batch.
 grid "$head" bn-head --norms bn gn cbn --batch-sizes "${batches[@]}"
@@ -58,7 +64,7 @@ grid "$all" bn-all --norms bn --batch-sizes "$largest" \
     --variant bnet5=bnet5 "$(pretrained bnet5)" --variant an=an "$(pretrained an)"
 
 for name in pretrain bn-head bn-all; do
-    tool compare.py report "$out/$name" --out "$out/$name/report"
+    tool compare.py report "$out/$name" --out "$out/$name/report" || failed=1
 done
-tool compare.py report "$out/bn-head" --out "$out/bn-head/report-cbn" --baseline cbn
+tool compare.py report "$out/bn-head" --out "$out/bn-head/report-cbn" --baseline cbn || failed=1
 exit $failed

@@ -98,6 +98,18 @@ def test_a_grid_that_failed_does_not_stop_the_others(tmp_path):
     assert all(' '.join(given).endswith('--seeds 4 5 --jobs 2 --threads 1') for given in grids(found))
 
 
+def test_a_report_that_failed_does_not_stop_the_others(tmp_path):
+    status, found = commands(tmp_path, FAILS='report')
+    assert status == 1 and sum(given[0] == 'report' for script, given in found if script == 'compare.py') == 4
+
+
+def test_all_detectors_start_from_backbones_of_the_first_seed(tmp_path):
+    _, found = commands(tmp_path, SEEDS='4 5')
+    for given in grids(found)[1:]:
+        started = [option for option in given if 'init_cfg.checkpoint=' in option]
+        assert started[0].endswith('/bn-b32-s4/epoch_7.pth') and all('-b32-s4/' in option for option in started)
+
+
 def test_arguments_go_to_every_grid(tmp_path):
     status, found = commands(tmp_path, 'gpu', '--gpus', '1', '--', '--amp')
     assert status == 0 and all(given[-4:] == ['--gpus', '1', '--', '--amp'] for given in grids(found))
