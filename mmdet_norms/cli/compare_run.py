@@ -254,11 +254,13 @@ def _require_what_all_need(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise UserError(f'{"--norms " if name in args.norms else f"--variant {name}="}{norm}: {error}') from error
         merge_options(cfg, for_train)
-        if own and (error := _wrong(cfg, own)) is not None:
-            raise UserError(_said_by(error, f'--variant {name}={norm}'))
-        for key, values in args.grid.items():
-            if (error := _wrong(cfg, [*own, f'{key}={values[0]}'])) is not None:
-                lacking.setdefault(key, []).append(error)
+        variant = f'--variant {name}={norm}'
+        given = {variant: own} if own else {}
+        given |= {key: [f'{key}={values[0]}'] for key, values in args.grid.items()}
+        for said, error in _wrong(cfg, given).items():
+            if said == variant:
+                raise UserError(_said_by(error, variant))
+            lacking.setdefault(said, []).append(error)
     for errors in lacking.values():
         if len(errors) == len(norms):
             raise UserError(_said_by(errors[0], '--grid'))
@@ -341,8 +343,24 @@ def _require_weights_of_some(args: argparse.Namespace) -> None:
         raise missing
 
 
-def _wrong(cfg: Config, options: Sequence[str]) -> UserError | None:
-    """Of all options together: the type of a norm and an argument that only this type takes."""
+def _wrong(cfg: Config, given: Mapping[str, Sequence[str]]) -> dict[str, UserError]:
+    """Which options do not fit a config, of some that are given in several places, and why.
+
+    One may need another one: the type of a norm, and an argument that only this type takes.
+    """
+    fitting: list[str] = []
+    errors: dict[str, Any] = dict.fromkeys(given)
+    while True:
+        errors = {said: _refusal(cfg, [*fitting, *given[said]]) for said in errors}
+        more = [said for said, error in errors.items() if error is None]
+        if not more:
+            return errors
+        for said in more:
+            fitting += given[said]
+            del errors[said]
+
+
+def _refusal(cfg: Config, options: Sequence[str]) -> UserError | None:
     try:
         merge_options(copy.deepcopy(cfg), argparse.Namespace(cfg_options=_read(options)))
     except UserError as error:

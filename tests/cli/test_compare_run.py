@@ -177,6 +177,16 @@ def test_options_of_a_variant_are_read_together(config):
     assert len(cells) == 4
 
 
+def test_options_of_a_grid_are_read_together(config):
+    key = 'model.backbone.norm_cfg'
+    grid = ('--grid', f'{key}.type=GN', f'{key}.num_groups=4,8')
+    assert len(parsed(config, '--norms', 'bn', *grid)[1]) == 2
+    _, cells = parsed(config, '--variant', 'four=bn', f'{key}.num_groups=4', '--grid', f'{key}.type=GN')
+    assert len(cells) == 1
+    with pytest.raises(UserError, match=r'--grid .*no_such'):
+        parsed(config, '--norms', 'bn', *grid, f'{key}.no_such=1')
+
+
 def test_a_failed_training_is_named_and_the_status_says_so(config, tmp_path, monkeypatch, capsys):
     def run(cells, folder, jobs, more, on_end, read, on_start, on_look, executor, data):
         assert more == ['--threads', '1'] and [Path(path).name for path in data(cells[0])] == ['annotations.json']
