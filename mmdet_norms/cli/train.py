@@ -1,6 +1,7 @@
 """``tools/train.py``: train a detector from a config."""
 
 import argparse
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from mmdet_norms.engine.trackers import start_trackers
 from mmdet_norms.engine.work_dir import (
     claimed,
     is_finished,
+    left_alone_when_refused,
     mark_finished,
     remove_earlier_run,
     require_fresh,
@@ -76,15 +78,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     with claimed(cfg.work_dir) if first else nullcontext():
         if first:
             guard_work_dir(cfg, args)
-        runner = build_runner(cfg, *args.notes, use_threads(args, cfg.get('train_dataloader')))
-        if runner.optim_wrapper is not None:  # now, so that a wrong one is answered before an earlier run is deleted
-            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-        start_trackers(runner)
-        if first:
-            clear_work_dir(runner, cfg)
-        if args.overwrite:
-            runner.register_hook(_Overwrites(CheckpointFolder.of(cfg)))
-        run_with_checkpoint(runner.train, args)
+        with left_alone_when_refused(cfg.work_dir, cfg.filename) if first else nullcontext(threading.Event()) as begun:
+            runner = build_runner(cfg, *args.notes, use_threads(args, cfg.get('train_dataloader')))
+            if runner.optim_wrapper is not None:  # now, so that a wrong one is answered before a run is deleted
+                runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+            start_trackers(runner)
+            if first:
+                clear_work_dir(runner, cfg)
+            runner.register_hook(_Begins(begun, CheckpointFolder.of(cfg) if args.overwrite else None))
+            run_with_checkpoint(runner.train, args)
         if first:
             mark_finished(cfg.work_dir, runner.epoch, runner.iter, _end(cfg))
 
@@ -311,18 +313,20 @@ def clear_work_dir(runner: Runner, cfg: Config) -> None:
     require_room(folder.folder / LAST, weights, 'training')
 
 
-class _Overwrites(Hook):
-    """Delete an earlier run when the training begins: data and weights are loaded, and no other hook refuses it."""
+class _Begins(Hook):
+    """The training begins: data and weights are loaded, and no other hook refuses it. An earlier run may go now."""
 
     priority = 'LOWEST'
 
-    def __init__(self, folder: CheckpointFolder) -> None:
-        self._folder = folder
+    def __init__(self, begun: threading.Event, overwritten: CheckpointFolder | None) -> None:
+        self._begun = begun
+        self._overwritten = overwritten
 
     def before_train(self, runner: Runner) -> None:
         """Called behind all others, since it was registered last."""
         barrier()  # one that refuses in another process only has ended that by now, and this one with it
-        removed = remove_earlier_run(self._folder) if is_main_process() else []
+        self._begun.set()
+        removed = remove_earlier_run(self._overwritten) if self._overwritten and is_main_process() else []
         if removed:
             runner.logger.info(f'--overwrite: deleted {", ".join(path.name for path in removed)}')
 

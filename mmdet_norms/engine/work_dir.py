@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shutil
 import socket
 import threading
 import time
@@ -25,6 +27,7 @@ RESULTS = 'results.json'
 TRAINING, TESTING = '.training', '.testing'
 FINISHED = 'finished.json'
 
+_DATE_TIME = re.compile(r'\d{8}_\d{6}')
 _BEAT = 10  # seconds between two signs of life
 _DEAD = 90  # seconds without one after which a run on another machine counts as dead; network disks tell late
 
@@ -76,6 +79,41 @@ def require_fresh(folder: CheckpointFolder) -> None:
             f'({some([path.name for path in found], 3)}): go on with it by --resume, replace it by --overwrite (which '
             'deletes them), or choose another --work-dir'
         )
+
+
+@contextmanager
+def left_alone_when_refused(work_dir: str | os.PathLike, config: str | None) -> Iterator[threading.Event]:
+    """Around a training: one that fails before it begins leaves the work dir as it was.
+
+    mmengine writes a log, and its copy of the config over that of an earlier run, while it builds the runner.
+
+    Args:
+        config: the config file, of which the copy has the name.
+
+    Yields:
+        An event to set when the training begins; what is written by then stays.
+    """
+    folder, begun = Path(work_dir), threading.Event()
+    copy = folder / Path(config or '').name
+    earlier = copy.read_bytes() if config and copy.is_file() else None
+    logs = set(_logs(folder))
+    try:
+        yield begun
+    except Exception:
+        if not begun.is_set():
+            with suppress(OSError):
+                if earlier is not None:
+                    copy.write_bytes(earlier)
+                elif config:
+                    copy.unlink(missing_ok=True)
+            for log in set(_logs(folder)) - logs:
+                shutil.rmtree(log, ignore_errors=True)
+        raise
+
+
+def _logs(folder: Path) -> list[Path]:
+    """The folders ``DATE_TIME``, one for each start."""
+    return [path for path in folder.glob('*_*') if _DATE_TIME.fullmatch(path.name)]
 
 
 def require_replaceable(folder: CheckpointFolder, needed: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,12 +81,30 @@ def test_overwrite_replaces_the_run_only_when_training_begins(copied, capsys):
     assert content(work_dir) == before
     looked = ('--norm-stats', '2', '--norm-stats-layers', '*.nope')
     assert 'fits none of the' in fails(capsys, run, config, work_dir, '--overwrite', *looked)
-    kept = content(work_dir)
-    assert kept.pop('tiny.py') and before.pop('tiny.py') and kept == before  # but the config, which mmengine writes
+    assert content(work_dir) == before
     run(config, work_dir, '--overwrite', epochs=1)
     after = content(work_dir)
     assert sorted(name for name in after if name.endswith('.pth')) == ['epoch_1.pth', 'mine.pth']
     assert after['mine.pth'] == b'mine' and json.loads(after['results.json'])['epoch'] == 1
+
+
+@pytest.mark.parametrize('earlier', [False, True])
+def test_a_training_that_fails_leaves_a_log_only_if_it_had_begun(copied, tmp_path, capsys, earlier):
+    """mmengine writes the config and opens the log before anything may refuse the training."""
+    config, work_dir = copied
+    work_dir = work_dir if earlier else tmp_path / 'new'
+    before = everything(work_dir)
+    assert bool(before) == earlier
+    again = ('--overwrite',) * earlier
+    fails(capsys, run, config, work_dir, *again, '--norm-stats', '2', '--norm-stats-layers', '*.nope')
+    assert everything(work_dir) == before
+    fails(capsys, run, config, work_dir, *again, **{'optim_wrapper.optimizer.lr': 1e30})
+    assert {path.suffix for path in everything(work_dir)} >= {'.py', '.log'}
+    assert Config.fromfile(work_dir / 'tiny.py').optim_wrapper.optimizer.lr == 1e30
+
+
+def everything(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and path.name != TRAINING}
 
 
 def test_overwrite_deletes_what_all_processes_agree_on(tmp_path):
@@ -98,7 +117,7 @@ def test_overwrite_deletes_what_all_processes_agree_on(tmp_path):
 
 
 def _overwrite(rank, folder, refuses):
-    hook = train._Overwrites(CheckpointFolder.of(Config(dict(work_dir=str(folder)))))
+    hook = train._Begins(threading.Event(), CheckpointFolder.of(Config(dict(work_dir=str(folder)))))
     try:
         if rank != refuses:
             hook.before_train(SimpleNamespace(logger=logging.getLogger('test')))
