@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from mmdet_norms.deploy import is_fused
 from mmdet_norms.engine.coco_detections import DumpCocoDetections, category_ids, is_detections
 from mmdet_norms.engine.predictions import DumpPredictions, is_predictions
 from mmdet_norms.engine.shared_memory import require_shared_memory
-from mmdet_norms.engine.work_dir import TESTING, claimed, require_unclaimed
+from mmdet_norms.engine.work_dir import TESTING, Begins, claimed, left_alone_when_refused, require_unclaimed
 from mmdet_norms.entries import class_of, is_a, is_classifier, name_of, parameter_of
 from mmdet_norms.files import remove_unfinished, require_writable
 
@@ -49,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = test_config(args)
     check_test(cfg, args)
-    with _claimed(cfg, args) if is_first_process(args) else nullcontext():
+    with _claimed(cfg, args) if is_first_process(args) else nullcontext(threading.Event()) as begun:
         runner = build_runner(cfg, use_threads(args, cfg.get('test_dataloader')))
         if args.out is not None:
             _save_detections(runner, args.out)
+        runner.register_hook(Begins(begun))
         run_with_checkpoint(runner.test, args)
 
 
@@ -130,17 +132,17 @@ def test_config(args: argparse.Namespace) -> Config:
 
 
 @contextmanager
-def _claimed(cfg: Config, args: argparse.Namespace) -> Iterator[None]:
+def _claimed(cfg: Config, args: argparse.Namespace) -> Iterator[threading.Event]:
     """The work dir, whose results.json a training or another test would write, too; and room for what is asked."""
     if args.out is not None:
         require_writable(args.out, '--out')
     if args.show_dir is not None:
         require_writable(Path(args.show_dir) / 'picture', '--show-dir')
     require_unclaimed(cfg.work_dir)
-    with claimed(cfg.work_dir, TESTING):
+    with claimed(cfg.work_dir, TESTING), left_alone_when_refused(cfg.work_dir, cfg.filename) as begun:
         for place in {Path(path).parent for path in (f'{cfg.work_dir}/results.json', args.out) if path}:
             remove_unfinished(place)
-        yield
+        yield begun
 
 
 test_config.__test__ = False  # the name is for people, not for pytest

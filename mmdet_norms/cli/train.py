@@ -9,8 +9,6 @@ from pathlib import Path
 from mmdet.registry import OPTIM_WRAPPERS
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.dist import barrier, is_main_process
-from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import Runner
 
@@ -22,11 +20,11 @@ from mmdet_norms.engine.safe_checkpoints import LAST, CheckpointFolder
 from mmdet_norms.engine.shared_memory import require_shared_memory
 from mmdet_norms.engine.trackers import start_trackers
 from mmdet_norms.engine.work_dir import (
+    Begins,
     claimed,
     is_finished,
     left_alone_when_refused,
     mark_finished,
-    remove_earlier_run,
     require_fresh,
     require_replaceable,
     tidy,
@@ -85,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             start_trackers(runner)
             if first:
                 clear_work_dir(runner, cfg)
-            runner.register_hook(_Begins(begun, CheckpointFolder.of(cfg) if args.overwrite else None))
+            runner.register_hook(Begins(begun, CheckpointFolder.of(cfg) if args.overwrite else None))
             run_with_checkpoint(runner.train, args)
         if first:
             mark_finished(cfg.work_dir, runner.epoch, runner.iter, _end(cfg))
@@ -311,24 +309,6 @@ def clear_work_dir(runner: Runner, cfg: Config) -> None:
         runner.logger.info(f'{path} was left half-written by a run that was killed, and is deleted')
     weights = sum(value.numel() * value.element_size() for value in runner.model.state_dict().values())
     require_room(folder.folder / LAST, weights, 'training')
-
-
-class _Begins(Hook):
-    """The training begins: data and weights are loaded, and no other hook refuses it. An earlier run may go now."""
-
-    priority = 'LOWEST'
-
-    def __init__(self, begun: threading.Event, overwritten: CheckpointFolder | None) -> None:
-        self._begun = begun
-        self._overwritten = overwritten
-
-    def before_train(self, runner: Runner) -> None:
-        """Called behind all others, since it was registered last."""
-        barrier()  # one that refuses in another process only has ended that by now, and this one with it
-        self._begun.set()
-        removed = remove_earlier_run(self._overwritten) if self._overwritten and is_main_process() else []
-        if removed:
-            runner.logger.info(f'--overwrite: deleted {", ".join(path.name for path in removed)}')
 
 
 def require_weights(cfg: Config, config: str) -> None:

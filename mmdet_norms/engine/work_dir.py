@@ -12,6 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mmengine.dist import barrier, is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
 from ..errors import UserError, some
 from ..files import remove_unfinished, require_writable
 from .cost import COST
@@ -83,7 +87,7 @@ def require_fresh(folder: CheckpointFolder) -> None:
 
 @contextmanager
 def left_alone_when_refused(work_dir: str | os.PathLike, config: str | None) -> Iterator[threading.Event]:
-    """Around a training: one that fails before it begins leaves the work dir as it was.
+    """Around a training or a test: one that fails before it begins leaves the work dir as it was.
 
     mmengine writes a log, and its copy of the config over that of an earlier run, while it builds the runner.
 
@@ -91,7 +95,7 @@ def left_alone_when_refused(work_dir: str | os.PathLike, config: str | None) -> 
         config: the config file, of which the copy has the name.
 
     Yields:
-        An event to set when the training begins; what is written by then stays.
+        An event for :class:`Begins` to set; what is written by then stays.
     """
     folder, begun = Path(work_dir), threading.Event()
     copy = folder / Path(config or '').name
@@ -109,6 +113,34 @@ def left_alone_when_refused(work_dir: str | os.PathLike, config: str | None) -> 
             for log in set(_logs(folder)) - logs:
                 shutil.rmtree(log, ignore_errors=True)
         raise
+
+
+class Begins(Hook):
+    """The training or the test begins: data and weights are loaded, and no other hook refuses it.
+
+    Register it last.
+
+    Args:
+        overwritten: where an earlier run is, which may go now.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self, begun: threading.Event, overwritten: CheckpointFolder | None = None) -> None:
+        self.begun = begun
+        self.overwritten = overwritten
+
+    def before_train(self, runner: Runner) -> None:
+        """Called behind all others."""
+        barrier()  # one that refuses in another process only has ended that by now, and this one with it
+        self.begun.set()
+        removed = remove_earlier_run(self.overwritten) if self.overwritten and is_main_process() else []
+        if removed:
+            runner.logger.info(f'--overwrite: deleted {", ".join(path.name for path in removed)}')
+
+    def before_test(self, runner: Runner) -> None:
+        """Called behind all others."""
+        self.begun.set()
 
 
 def _logs(folder: Path) -> list[Path]:

@@ -24,7 +24,8 @@ from helpers.processes import run_in_two
 from mmdet_norms.cli import test, train
 from mmdet_norms.engine import shared_memory
 from mmdet_norms.engine.safe_checkpoints import CheckpointFolder
-from mmdet_norms.engine.work_dir import TRAINING
+from mmdet_norms.engine.work_dir import TESTING, TRAINING, Begins
+from mmdet_norms.errors import UserError
 
 
 @pytest.fixture(scope='module')
@@ -103,8 +104,28 @@ def test_a_training_that_fails_leaves_a_log_only_if_it_had_begun(copied, tmp_pat
     assert Config.fromfile(work_dir / 'tiny.py').optim_wrapper.optimizer.lr == 1e30
 
 
+@HOOKS.register_module()
+class Refuses(Hook):
+    """A hook that does not like the run."""
+
+    def before_run(self, runner):
+        raise UserError('a hook does not like it')
+
+
+def test_a_refused_test_leaves_the_run_alone(copied, capsys):
+    config, work_dir = copied
+    before = everything(work_dir)
+    arguments = [str(config), str(work_dir / 'epoch_2.pth'), '--work-dir', str(work_dir)]
+    refused = '[dict(type="Refuses")]'
+    assert 'does not like it' in fails(capsys, test.main, [*arguments, '--cfg-options', f'custom_hooks={refused}'])
+    assert everything(work_dir) == before
+    test.main(arguments)
+    assert everything(work_dir).keys() > before.keys()
+
+
 def everything(folder):
-    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and path.name != TRAINING}
+    held = (TRAINING, TESTING)
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and path.name not in held}
 
 
 def test_overwrite_deletes_what_all_processes_agree_on(tmp_path):
@@ -117,7 +138,7 @@ def test_overwrite_deletes_what_all_processes_agree_on(tmp_path):
 
 
 def _overwrite(rank, folder, refuses):
-    hook = train._Begins(threading.Event(), CheckpointFolder.of(Config(dict(work_dir=str(folder)))))
+    hook = Begins(threading.Event(), CheckpointFolder.of(Config(dict(work_dir=str(folder)))))
     try:
         if rank != refuses:
             hook.before_train(SimpleNamespace(logger=logging.getLogger('test')))
