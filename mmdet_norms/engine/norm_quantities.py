@@ -4,7 +4,9 @@ Every formula is in docs/analyze.md. Nothing here changes a layer, a gradient or
 """
 
 import copy
+import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +21,8 @@ from ..layers._numerics import no_autocast, statistics_dtype
 from ..layers.an_folded import DESCRIPTOR_EPS
 
 MEAN, VAR, G, PSI = 'mean', 'var', 'g', 'psi'
+
+WITHOUT_CHANNELS = ('energy', 'weights')
 
 # How a quantity with a value for each channel becomes one number. Signed ones would cancel in an average.
 _BY_ROOT_MEAN_SQUARE = ('mean', 'g', 'psi', 'psi_used', 'compensated_mean', 'naive_mean', 'exact_mean')
@@ -312,8 +316,21 @@ def _moments_under(conv: Convolution, weight: Tensor, like: Tensor) -> tuple[Ten
 
 
 def summary(name: str, values: Tensor) -> float | None:
-    """One number for all channels: the mean, of signed quantities the root mean square. None of a histogram."""
-    if name in ('energy', 'weights'):
+    """One number for all channels: the mean, of signed quantities the root mean square. None where there are none."""
+    if name in WITHOUT_CHANNELS:
         return None
     values = values.double()
     return float(values.square().mean().sqrt() if name in _BY_ROOT_MEAN_SQUARE else values.mean())
+
+
+def parts(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """The numbers of what has no channels: ``energy/ROW_COLUMN`` of the taps, and ``weights/COMPONENT`` over images.
+
+    Of a kernel of zeros, whose energy is 0/0, none.
+    """
+    found = {}
+    if 'weights' in values:
+        found.update({f'weights/{k}': mean for k, mean in enumerate(values['weights'].double().mean(0).tolist())})
+    for i, row in enumerate(values['energy'].double().tolist() if 'energy' in values else ()):
+        found.update({f'energy/{i}_{j}': share for j, share in enumerate(row)})
+    return {key: number for key, number in found.items() if math.isfinite(number)}

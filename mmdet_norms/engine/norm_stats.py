@@ -24,7 +24,7 @@ from ..layers import CBN
 from ..layers._args import is_count
 from ..layers._contract import contract_of, is_norm_class
 from ..layers._replay import in_backward
-from .norm_quantities import Past, Seen, as_map, first_group, is_synchronized, summary
+from .norm_quantities import WITHOUT_CHANNELS, Past, Seen, as_map, first_group, is_synchronized, parts, summary
 from .optim import wrappers_of
 from .together import model_of
 
@@ -38,7 +38,8 @@ class NormStatsHook(Hook):
 
     ``docs/analyze.md`` defines each quantity; ``tools/analyze.py stats`` draws them. For some channels of each layer
     they go to ``vis_data/norm_stats.json`` of the run, and summed up over all channels to mmengine's visualizer
-    (TensorBoard and the like; of its JSON log, which other tools read as losses and results, they stay out).
+    (TensorBoard and the like; of its JSON log, which other tools read as losses and results, they stay out): BNET's
+    energy for each tap, AN's weights for each component.
 
     Training is the same bit by bit. Between looks nothing is hooked. A look reads each chosen map twice and keeps its
     input until the backward pass. For a CBN, the inputs of its convolution are kept for the ``buffer_num`` iterations
@@ -129,7 +130,7 @@ class NormStatsHook(Hook):
             of_loss = dict(images=look.images, accumulated=self._accumulated)
             totals = {key: number for key in values if (number := summary(key, values[key])) is not None}
             layers[name] = dict(type=contract_of(norm).kind, **of_loss, **self._line(values, totals))
-            scalars |= {f'norm_stats/{name}/{key}': number for key, number in totals.items()}
+            scalars |= {f'norm_stats/{name}/{key}': number for key, number in (totals | parts(values)).items()}
         if is_main_process():
             self._write(runner, step, layers, scalars)
 
@@ -175,7 +176,7 @@ class NormStatsHook(Hook):
         else:
             kept = [number for number in self.channels if number < count]
         of_channels = {
-            key: _numbers(value if key in ('weights', 'energy') else value[kept]) for key, value in values.items()
+            key: _numbers(value if key in WITHOUT_CHANNELS else value[kept]) for key, value in values.items()
         }
         return dict(channels=kept, **of_channels, all={key: _number(number) for key, number in totals.items()})
 

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
+from mmengine.visualization import TensorboardVisBackend, Visualizer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -74,9 +75,9 @@ class Net(nn.Module):
         return (self.y.relu() * torch.linspace(-1, 2, self.y.numel(), dtype=self.y.dtype).view_as(self.y)).sum()
 
 
-def runner_of(model, folder, wrapper=None):
+def runner_of(model, folder, wrapper=None, visualizer=None):
     logger = SimpleNamespace(info=lambda text: None)
-    visualizer = SimpleNamespace(_vis_backends=dict(board=Board()))
+    visualizer = visualizer or SimpleNamespace(_vis_backends=dict(board=Board()))
     return SimpleNamespace(
         model=model, iter=0, optim_wrapper=wrapper, logger=logger, log_dir=str(folder), visualizer=visualizer
     )
@@ -92,9 +93,9 @@ class Board:
         self.got[step] = scalars
 
 
-def train(model, hook, folder, steps=5, images=4):
+def train(model, hook, folder, steps=5, images=4, visualizer=None):
     """Plain steps, with what the hook has written; and everything that went through the norm."""
-    runner, calls = runner_of(model, folder), []
+    runner, calls = runner_of(model, folder, visualizer=visualizer), []
     optimizer = torch.optim.SGD(model.parameters(), 2e-5)
     hook.before_train(runner)
     for step in range(steps):
@@ -110,7 +111,7 @@ def train(model, hook, folder, steps=5, images=4):
         optimizer.step()
         hook.after_train_iter(runner, step)
     hook.after_train(runner)
-    return written(folder), calls, runner.visualizer._vis_backends['board'].got
+    return written(folder), calls, visualizer or runner.visualizer._vis_backends['board'].got
 
 
 def written(folder):
@@ -283,6 +284,34 @@ def test_one_number_for_all_channels(tmp_path):
     close(found[5]['all']['var'], x.var((0, 2, 3), correction=0).mean())
     assert scalars[5].keys() == {f'norm_stats/norm/{name}' for name in ('mean', 'var', 'g', 'psi')}
     close(scalars[5]['norm_stats/norm/mean'], found[5]['all']['mean'])
+
+
+@pytest.mark.parametrize('kind', ['BNET', 'AN'])
+def test_tensorboard_has_the_energy_of_each_tap_and_the_weight_of_each_component(kind, tmp_path):
+    accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    visualizer = Visualizer(vis_backends=[TensorboardVisBackend(str(tmp_path))])
+    found, *_ = train(Net(kind), NormStatsHook(1), tmp_path, visualizer=visualizer)
+    visualizer.close()
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    key, rows = (
+        ('energy', 'norm_stats/norm/energy/{}_{}') if kind == 'BNET' else ('weights', 'norm_stats/norm/weights/{1}')
+    )
+    for step, layers in found.items():
+        line = layers['norm']
+        values = np.array(line[key] if kind == 'BNET' else np.mean(line[key], 0, keepdims=True))
+        names = {rows.format(*place): value for place, value in np.ndenumerate(values)}
+        assert {name for name in events.Tags()['scalars'] if key in name} == set(names)
+        seen = {name: next(e.value for e in events.Scalars(name) if e.step == step) for name in names}
+        close(list(seen.values()), list(names.values()))
+        assert key not in line['all']
+
+
+def test_kernels_of_zeros_have_no_energy_to_follow(tmp_path):
+    model = Net('BNET')
+    nn.init.zeros_(model.norm.bnconv.weight)
+    found, _, scalars = train(model, NormStatsHook(1), tmp_path, 1)
+    assert found[1]['norm']['energy'][0][0] is None and not [name for name in scalars[1] if 'energy' in name]
 
 
 # ------------------------------------------------------------------------------------------------ training as before
