@@ -35,6 +35,8 @@ from .grids import data_by_cell, failures_named, require_at_least, require_diffe
 from .options import add_option_arguments, given_options, merge_options
 
 _KEPT_CHECKPOINTS = 'default_hooks.checkpoint.max_keep_ckpts'
+# Of every training. No option of its cell, whose results are the same: a folder that was begun without it goes on.
+_ALWAYS = ('--per-class',)
 # Of train, what this command says itself.
 _OURS = (
     *('--work-dir', '--resume', '--overwrite', '--norm', '--seed', '--batch-size', '--budget', '--launcher'),
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     threads = _threads(args)
     if threads is not None:
         about.update(threads=threads, at_a_time=args.jobs * comparison.processes)
-    more = [] if threads is None else ['--threads', str(threads)]
+    more = [*_ALWAYS, *([] if threads is None else ['--threads', str(threads)])]
     record = Record(args.out, about, comparison)
     progress = GridProgress(cells, args.out, args.jobs, in_words)
 
@@ -467,7 +469,7 @@ def _list(cells: Sequence[Cell], args: argparse.Namespace) -> None:
     print(f'{len(cells)} trainings, {len(done)} of them finished, in {args.out}:')
     width = max(len(cell.name) for cell in cells)
     for cell in cells:
-        parts = command_of(cell, Path(args.out) / cell.name)
+        parts = command_of(cell, Path(args.out) / cell.name, _ALWAYS)
         shown = shlex.join(parts[parts.index('train') + 1 :])
         several = f'torchrun --standalone --nproc-per-node {cell.processes} -m mmdet_norms train'
         start = runnable('train') if cell.processes == 1 else several

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from mmdet.engine.hooks import DetVisualizationHook
-from mmdet.evaluation import CocoMetric, DumpDetResults
+from mmdet.evaluation import DumpDetResults
 from mmdet.registry import HOOKS, METRICS
 from mmengine.config import Config
 from mmengine.evaluator import DumpResults
@@ -38,6 +38,7 @@ from .common import (
     use_threads,
 )
 from .config_checks import KINDS, config_problems, predicts_masks, require_none
+from .per_class import tell_classes_apart
 from .precise_bn import add_precise_bn_argument, use_precise_bn
 from .weights import add_partial_argument, check_test
 
@@ -108,12 +109,7 @@ def test_config(args: argparse.Namespace) -> Config:
     require_none(config_problems(cfg, ('test',)))
     if args.per_class:
         for metric in _metrics_per_class(cfg):
-            if is_a(metric, 'Accuracy', METRICS):
-                metric.per_class = True
-            elif class_of(metric, METRICS) is CocoMetric:
-                metric.type = 'PerClassCocoMetric'
-            else:  # that, or a subclass with work of its own
-                metric.classwise = True
+            tell_classes_apart(metric, with_subclasses=True)
     if args.show_dir is not None:
         _draw_into(cfg, args.show_dir)
     _add_fuse_hook(cfg, args.fuse)

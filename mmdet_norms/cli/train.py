@@ -53,6 +53,7 @@ from .common import (
 from .config_checks import require_none, training_problems
 from .dry_run import add_dry_run_arguments, dry_run, nothing_kept
 from .options import given_options
+from .per_class import validate_per_class
 from .precise_bn import add_precise_bn_argument, use_precise_bn
 from .schedule import add_schedule_arguments, apply_schedule_options, require_order
 from .trackers import add_tracker_arguments, use_trackers
@@ -135,6 +136,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar='NAME',
         help="with --norm-stats: of these layers, such as 'backbone.layer?.0.bn1'; default: eight, evenly spread",
     )
+    parser.add_argument(
+        '--per-class',
+        action='store_true',
+        help='AP, or accuracy, of every class as well, of each validation; results.json has them',
+    )
     add_seed_argument(parser, None, 'seed of the run')
     parser.add_argument('--deterministic', action='store_true', help='deterministic algorithms, slower')
     add_schedule_arguments(parser)
@@ -171,6 +177,8 @@ def train_config(args: argparse.Namespace) -> Config:
     _resume(cfg, args)
     require_weights(cfg, cfg.filename or args.config)
     require_shared_memory(cfg, ('train_dataloader', 'val_dataloader'))
+    if args.per_class:
+        said += validate_per_class(cfg)
     args.notes = [*said, *args.notes]
     _watch_for_nonfinite(cfg, args.on_nonfinite)
     add_hook(cfg, 'RandomStateHook')

@@ -15,7 +15,7 @@ from .pictures import PicturesHook
 from .precise_bn import PreciseBNHook
 from .predictions import DumpPredictions
 from .progress import TimedLoggerHook
-from .results import PerClassCocoMetric, ResultsHook
+from .results import ClassResultsHook, PerClassCocoMetric, ResultsHook
 from .rng import RandomStateHook
 from .safe_checkpoints import PendingValidationHook
 from .schedule import ScheduleHook
@@ -31,6 +31,7 @@ __all__ = [
     'AdaHessian',
     'CPUAmpOptimWrapper',
     'ChannelsLastHook',
+    'ClassResultsHook',
     'CostHook',
     'DumpCocoDetections',
     'DumpPredictions',

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from mmdet.evaluation import CocoMetric
 from mmengine.dist import master_only
 from mmengine.evaluator import DumpResults
 from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, METRICS
 from mmengine.runner import BaseLoop, Runner
 from rich import box
@@ -41,6 +43,8 @@ ORIGIN = ('split', 'config', 'checkpoint', 'epoch', 'iter', 'partial_checkpoint'
 """In results.json beside the numbers."""
 
 _KEPT = re.compile(r'results-(val|test).*\.json')
+_OF_A_CLASS = re.compile(rf'(.*/)?({"|".join(KINDS)})_.+{PER_CLASS_SUFFIX}|{TOP1_OF_CLASS}.+')
+_MOST_OF_CLASSES = 40  # rows of a validation that are no flood in a log
 _TABLE_WIDTH = 100  # fixed, and ASCII lines, so that any log file reads like the terminal
 
 
@@ -52,7 +56,8 @@ class ResultsHook(Hook):
     always holds the latest evaluation: ``bbox_mAP``, ``bbox_mAP_50``, ..., ``segm_mAP``, ..., of a classifier
     ``accuracy/top1``, ``accuracy/top5`` in 0 to 1, other scalar metrics under their own names, and which config,
     checkpoint and epoch they belong to. Results of a test of another checkpoint that are replaced go on as
-    ``results-test-CHECKPOINT.json``.
+    ``results-test-CHECKPOINT.json``. What a :class:`ClassResultsHook` has kept of a validation is there as well, and in
+    the table where that is no more than 40 numbers.
 
     Args:
         filename: the file's name within the work dir.
@@ -83,12 +88,35 @@ class ResultsHook(Hook):
         kept = keep_earlier(path, origin)
         if kept is not None:
             runner.logger.info(f'The results that {path} had ({describe(read_json(kept))}) are now in {kept}')
-        write_json(path, {**results, **origin})
+        hook = next((hook for hook in runner.hooks if isinstance(hook, ClassResultsHook)), None)
+        classes = plain_results(hook.results) if hook is not None and split == 'val' else {}
+        write_json(path, {**results, **classes, **origin})
         if results:
-            text = results_table(results, title=_title(runner, split))
-            runner.logger.info(f'{text}Results written to {path}')
+            is_flood = len(classes) > _MOST_OF_CLASSES
+            text = results_table(results if is_flood else {**results, **classes}, title=_title(runner, split))
+            and_classes = ', those of the classes, too' * is_flood
+            runner.logger.info(f'{text}Results written to {path}{and_classes}')
         else:  # CocoMetric's answer to a model that detects nothing; the file must not keep old values
             runner.logger.warning(f'The evaluation gave no results, {path} has none')
+
+
+@HOOKS.register_module()
+class ClassResultsHook(Hook):
+    """Keep the results of single classes in a validation for ``results.json``, and from everything else.
+
+    Of COCO's 80 classes, with masks, they are 160 numbers, which would be in the log's line, curves of every tracker,
+    and in each checkpoint. ``train --per-class`` adds the hook.
+    """
+
+    priority = 'HIGHEST'  # before whoever passes metrics on
+
+    def __init__(self) -> None:
+        self.results: dict[str, object] = {}
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Take them out."""
+        metrics = {} if metrics is None else metrics
+        self.results = {key: metrics.pop(key) for key in list(metrics) if _OF_A_CLASS.fullmatch(key)}
 
 
 @METRICS.register_module()
@@ -99,24 +127,36 @@ class PerClassCocoMetric(CocoMetric):
     with the one for masks; here the keys are ``bbox_<class>_precision`` and ``segm_<class>_precision``.
 
     Args:
+        table: whether to log mmdet's table, with six columns for each class.
         kwargs: as for :class:`mmdet.evaluation.CocoMetric`, without ``classwise``.
     """
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, table: bool = True, **kwargs) -> None:
         super().__init__(**{**kwargs, 'classwise': True})
+        self.table = table
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Evaluate one kind at a time, so that each one's per-class results can be told apart."""
-        merged, kinds = {}, self.metrics
+        merged, kinds, logger = {}, self.metrics, MMLogger.get_current_instance()
+        # masks are written to a file wherever they are: once is enough
+        boxes = [(truth, {key: value for key, value in found.items() if key != 'masks'}) for truth, found in results]
+        if not self.table:
+            logger.addFilter(_is_no_table)
         try:
             for kind in kinds:
                 self.metrics = [kind]
-                for key, value in super().compute_metrics(results).items():
+                needed = boxes if kind != 'segm' and 'segm' in kinds else results
+                for key, value in super().compute_metrics(needed).items():
                     per_class = key.endswith(PER_CLASS_SUFFIX)
                     merged[f'{kind}_{key}' if per_class else key] = value
         finally:
             self.metrics = kinds
+            logger.removeFilter(_is_no_table)
         return merged
+
+
+def _is_no_table(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith('\n+-')
 
 
 def plain_results(metrics: dict[str, object]) -> dict[str, float | None]:

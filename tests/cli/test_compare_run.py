@@ -189,7 +189,9 @@ def test_options_of_a_grid_are_read_together(config):
 
 def test_a_failed_training_is_named_and_the_status_says_so(config, tmp_path, monkeypatch, capsys):
     def run(cells, folder, jobs, more, on_end, read, on_start, on_look, executor, data):
-        assert more == ['--threads', '1'] and [Path(path).name for path in data(cells[0])] == ['annotations.json']
+        assert more == ['--per-class', '--threads', '1'] and [Path(path).name for path in data(cells[0])] == [
+            'annotations.json'
+        ]
         found = [Outcome(cells[0], {'bbox_mAP': 0.5}, None, 3.0), Outcome(cells[1], None, 'error: no', 3.0)]
         for outcome in found:
             on_start(outcome.cell)
@@ -259,20 +261,24 @@ def test_the_trainings_are_listed(config, tmp_path, capsys):
     assert first == f'2 trainings, 1 of them finished, in {tmp_path}:'
     assert [line.split()[:2] for line in lines] == [['finished', 'bn-b4-s0'], ['waiting', 'gn-b4-s0']]
     assert f'train.py {config} --work-dir {tmp_path}/gn-b4-s0 --resume --norm gn --batch-size 4' in lines[1]
+    assert lines[1].endswith(' --per-class')
 
 
 @pytest.mark.slow
 def test_a_planted_failure_leaves_the_other_trainings_and_the_report(tmp_path, capsys):
     """tests/cli/test_norm_batch_command.py kills a grid."""
     config, out = tiny_cls.write_config(tmp_path), tmp_path / 'out'
-    call = ['run', str(config), '--norms', 'bnet5', '--batch-sizes', '6', '--epochs', '1', '--out', str(out)]
+    call = ['run', str(config), '--norms', 'bn', 'bnet5', '--batch-sizes', '6', '--epochs', '2', '--out', str(out)]
     with pytest.raises(SystemExit) as ended:
-        compare.main([*call, '--grid', 'model.backbone.norm_at.last.kernel_size=4,3', '--images', '0'])
+        compare.main([*call, '--variant', 'wrong=bnet5', f'{KERNEL}=4', '--images', '0'])
     said = capsys.readouterr().out
-    assert ended.value.code == 1 and '1 of 2 trainings failed' in said, said
+    assert ended.value.code == 1 and '1 of 3 trainings failed' in said, said
     cells = {cell['name']: cell for cell in json.loads((out / 'grid.json').read_text())['cells']}
-    assert cells['bnet5-b6-kernel_size=3-s0']['status'] == 'finished'
-    assert cells['bnet5-b6-kernel_size=4-s0']['status'] == 'failed'
-    assert 'kernel_size' in cells['bnet5-b6-kernel_size=4-s0']['error']
-    assert json.loads((out / 'bnet5-b6-kernel_size=3-s0' / 'cost.json').read_text())['batch_size'] == 6
-    assert 'must be an odd positive integer' in (out / 'report' / 'report.md').read_text()
+    assert cells['bn-b6-s0']['status'] == cells['bnet5-b6-s0']['status'] == 'finished'
+    assert cells['wrong-b6-s0']['status'] == 'failed' and 'kernel_size' in cells['wrong-b6-s0']['error']
+    assert json.loads((out / 'bnet5-b6-s0' / 'cost.json').read_text())['batch_size'] == 6
+    text = (out / 'report' / 'report.md').read_text()
+    assert 'must be an odd positive integer' in text
+    assert '| norm | batch size | box | disc | ring |' in text  # without an option for it
+    html = (out / 'report' / 'index.html').read_text()
+    assert {'figure-progress', 'figure-classes'} <= set(re.findall(r'<section id="([\w-]+)"', html))

@@ -29,7 +29,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp('trained')
     config = tiny.write_config(folder)
     options = ['train_cfg.max_epochs=10', 'train_cfg.val_interval=10', 'default_hooks.checkpoint.interval=5']
-    train.main([str(config), '--work-dir', str(folder / 'run'), '--seed', '0', '--cfg-options', *options])
+    given = ['--work-dir', str(folder / 'run'), '--seed', '0', '--per-class']
+    train.main([str(config), *given, '--cfg-options', *options])
     return folder
 
 
@@ -43,6 +44,11 @@ def aps(path):
     return {key: value for key, value in results.items() if '_mAP' in key}
 
 
+def _behind(log, word):
+    """What the lines of a log say that have a word in them."""
+    return ''.join(line.partition(word)[2] for line in log.splitlines())
+
+
 def test_training_leaves_a_log_a_checkpoint_results_and_a_runnable_config(trained):
     run = trained / 'run'
     last = (run / 'last_checkpoint').read_text()
@@ -50,6 +56,8 @@ def test_training_leaves_a_log_a_checkpoint_results_and_a_runnable_config(traine
     assert set(aps(run / 'results.json')) == {f'{kind}_{c}' for kind in ('bbox', 'segm') for c in COCO_COLUMNS}
     log = next(run.glob('*/*.log')).read_text()
     assert 'eta:' in log and '| bbox |' in log
+    assert 'AP per class' in log and 'mAP_75 |' not in log and 'precision' not in _behind(log, 'Epoch(val)')
+    assert 'precision' not in next(run.glob('*/vis_data/scalars.json')).read_text()
     dumped = Config.fromfile(run / 'tiny.py')
     assert dumped.custom_imports.imports == ['mmdet_norms']
 
@@ -63,8 +71,9 @@ def test_testing_gives_the_same_aps_as_training_did(trained):
     expected = aps(run / 'results.json')
     assert expected['bbox_mAP'] > 0.1 and expected['segm_mAP'] > 0.1
     assert aps(trained / 'tested' / 'results.json') == expected
-    per_class = json.loads((trained / 'tested' / 'results.json').read_text())
-    assert {'bbox_disc_precision', 'segm_box_precision'} <= set(per_class)
+    per_class, validated = (json.loads((trained / d / 'results.json').read_text()) for d in ('tested', 'run'))
+    keys = {f'{kind}_{name}_precision' for kind in ('bbox', 'segm') for name in tiny.CLASSES}
+    assert keys <= set(per_class) and {k: per_class[k] for k in keys} == {k: validated.get(k) for k in keys}
     assert len(list((trained / 'shown').glob('*.png'))) == 4
     assert len(pickle.loads(out.read_bytes())) == 4
     sheet = ['--out', str(trained / 'sheet.png'), '--score-thr', '0.3']

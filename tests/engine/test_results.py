@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mmengine.runner import BaseLoop, EpochBasedTrainLoop
+from mmengine.hooks import RuntimeInfoHook
+from mmengine.logging import MMLogger
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, get_priority
 from pycocotools import mask as rle_codec
 
 import mmdet_norms  # noqa: F401
 from helpers import tiny
-from mmdet_norms.engine import PerClassCocoMetric, ResultsHook, TimedLoggerHook
+from mmdet_norms.engine import ClassResultsHook, PerClassCocoMetric, ResultsHook, TimedLoggerHook
 from mmdet_norms.engine.picture import to_mask
 from mmdet_norms.engine.results import kept_results, plain_results, results_table, write_json
 
@@ -120,6 +122,41 @@ def test_per_class_results_of_boxes_and_masks_are_kept_apart(tmp_path):
     assert metrics['coco/segm_disc_precision'] == 0
     assert metrics['coco/segm_box_precision'] == 1
     assert metrics['coco/segm_mAP'] == 0.5
+
+
+@pytest.mark.parametrize('table', [True, False])
+def test_the_table_of_mmdet_is_no_flood_in_every_validation(table, tmp_path, monkeypatch):
+    tiny.write_dataset(tmp_path)
+    said = []
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'callHandlers', lambda record: said.append(record.msg))
+    path = str(tmp_path / 'annotations.json')
+    metric = PerClassCocoMetric(ann_file=path, metric=['bbox', 'segm'], table=table)
+    metric.dataset_meta = dict(classes=tiny.CLASSES)
+    content = json.loads((tmp_path / 'annotations.json').read_text())
+    for image in content['images']:
+        metric.process({}, [perfect_boxes_empty_disc_masks(image, content['annotations'])])
+    metric.evaluate(size=len(content['images']))
+    assert sum('| mAP_50 |' in text for text in said) == 2 * table
+    assert sum('_mAP_copypaste' in text for text in said) == 2
+    assert not MMLogger.get_current_instance().filters
+
+
+@pytest.mark.parametrize('count', [2, 30])
+def test_results_of_classes_are_in_the_file_only(count, runner, tmp_path, caplog):
+    classes = {f'coco/{kind}_c{i}_precision': 0.1 for kind in ('bbox', 'segm') for i in range(count)}
+    metrics, top = METRICS | classes, {'accuracy/top1': 0.5, 'accuracy/top1_a': 0.5}
+    runner.hooks.append(ClassResultsHook())
+    runner.hooks[0].after_val_epoch(runner, metrics)
+    assert metrics == METRICS  # which all other hooks get
+    ResultsHook().after_val_epoch(runner, metrics)
+    written = json.loads((tmp_path / 'results.json').read_text())
+    assert written['segm_c1_precision'] == 0.1 and written['segm_mAP'] == 0.352
+    assert ('AP per class' in caplog.text) == (count < 20) != ('those of the classes, too' in caplog.text)
+    runner.hooks[0].after_val_epoch(runner, top)
+    ResultsHook().after_val_epoch(runner, top)
+    written = json.loads((tmp_path / 'results.json').read_text())
+    assert written['accuracy/top1_a'] == 0.5 and 'bbox_c1_precision' not in written and len(top) == 1
+    assert get_priority(ClassResultsHook.priority) < get_priority(RuntimeInfoHook.priority)
 
 
 def perfect_boxes_empty_disc_masks(image, annotations):

@@ -16,7 +16,7 @@ from helpers.work_dirs import coco, dump, top_k, write_run
 from mmdet_norms.cli import compare
 from mmdet_norms.errors import UserError
 from mmdet_norms.experiments import report, runs
-from mmdet_norms.experiments.report import figures, metrics, pictures, published
+from mmdet_norms.experiments.report import figures, metrics, pictures, published, tables
 from mmdet_norms.experiments.report.answer import answer, method, verdict
 from mmdet_norms.experiments.report.content import Content
 from mmdet_norms.experiments.runs import Run
@@ -257,13 +257,14 @@ class TestFiles:
         assert set(re.findall(r'<section id="([\w-]+)"', html)) == {
             *(f'figure-{name}' for name in ('batch-size', 'differences', 'progress', 'loss', 'cost', 'classes')),
             *(f'table-{name}' for name in ('results', 'differences-bbox_mAP', 'differences-segm_mAP')),
+            *('table-classes-bbox_mAP', 'table-classes-segm_mAP'),
             *('table-falls', 'table-costs', 'table-runs', 'failed'),
         }
         assert "default-src 'none'" in html
         assert not re.findall(r'https?:|//\w|@import|<link|<iframe|\bsrc=(?!"data:)|url\((?!#)', html)
         assert '<b>no' not in html and '&lt;b&gt;no &amp; no' in html and '<i>' not in html
         assert not re.findall(r'#fe[0-9a-f]{4}', html)  # what stands in for the colours of the page
-        assert html.count('<svg class="figure"') == 2 + 2 + 2 + 2 + 4 + 2
+        assert html.count('<svg class="figure"') == 2 + 2 + 2 + 2 + 4 + 4
 
     def test_command_gives_the_same_bytes(self, folder, tmp_path, capsys):
         """Also where the first report lies among the runs by then."""
@@ -297,6 +298,7 @@ class TestFiles:
         assert '* compare run x.py' not in text and '* command: compare run x.py' in text
         assert re.search(r'\n\| MABN \| 2 \| 3 \| \*\*33\.\d ± 0\.\d\*\* \|', text)
         assert re.search(r'\* .*planted: \\<b\\>no & no\n', text)
+        assert '## By class, mask AP\n' in text and '| norm | batch size | disc | a "b" \\<i\\> |' in text
 
     def test_pictures_are_in_the_page(self, folder, tmp_path, monkeypatch):
         from mmdet_norms.experiments import detections
@@ -316,6 +318,19 @@ class TestFiles:
     def test_the_table_of_runs_is_without_the_report(self, folder, capsys):
         compare.main([str(folder)])
         assert 'gave no results' not in capsys.readouterr().out
+
+
+def test_of_many_classes_those_that_differ_most_are_shown():
+    levels = dict(bn=0.3, mabn=0.4)
+    names = [f'class {i}' for i in range(20)]
+    found = [run_of(norm, 2, 0, ap) for norm, ap in levels.items()]
+    for run, slope in zip(found, (0, -0.01)):
+        run.results |= {f'bbox_{name}_precision': 0.5 + slope * i for i, name in enumerate(names)}
+    content = Content(found)
+    (section,) = (section for section in figures.figures(content) if section.name == 'classes')
+    assert section.caption.endswith('less that of BN; the 12 classes of 20 that differ most.')
+    (table,) = (table for table in tables.tables(content) if table.name == 'classes-bbox_mAP')
+    assert list(table.columns[2:]) == names[8:] and [cell.text for cell in table.rows[0][2:4]] == ['-8.0', '-9.0']
 
 
 def test_figures_of_one_batch_size_and_one_seed():

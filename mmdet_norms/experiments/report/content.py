@@ -1,7 +1,7 @@
 """What the report says, as data: settings, differences from a baseline, falls with the batch size, caveats."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ NORM_NAMES = {
 }  # fmt: skip
 COSTS = ('seconds_per_iteration', 'images_per_second', 'peak_memory_mb', 'parameters')
 _PLACE = ('batch_size', 'seed')
+_MOST_CLASSES = 12
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,14 @@ class Content:
             corrected.update(zip(places, effects.corrected([found[i][2] for i in places])))
         return [Difference(setting, other, corrected[i]) for i, (setting, other, _) in enumerate(found)]
 
+    def class_differences(self, metric: Metric) -> dict[Setting, dict[str, float]]:
+        """Class -> difference from the baseline at the same batch size, of each setting that has both."""
+        found = {}
+        for difference in self.differences_in(metric):
+            ours, base = (setting.classes(metric) for setting in (difference.setting, difference.baseline))
+            found[difference.setting] = {name: ours[name] - base[name] for name in ours if name in base}
+        return {setting: differences for setting, differences in found.items() if differences}
+
     @cached_property
     def headlines(self) -> list[Metric]:
         """The metric to compare by, and the same of the other kind: mask AP beside box AP."""
@@ -224,6 +233,15 @@ class Content:
         ours = effects.corrected([effect for *_, effect, _ in found])
         mores = effects.corrected([more for *_, more in found])
         return [Fall(large, small, e, m) for (large, small, *_), e, m in zip(found, ours, mores)]
+
+
+def most_different(differences: Iterable[Mapping[str, float]]) -> tuple[list[str], str]:
+    """The classes of :meth:`Content.class_differences` that differ most, and in words that these are not all."""
+    known = list(differences)
+    names = list(dict.fromkeys(name for found in known for name in found))
+    most = {name: max(abs(found[name]) for found in known if name in found) for name in names}
+    shown = sorted(sorted(names, key=lambda name: -most[name])[:_MOST_CLASSES], key=names.index)
+    return shown, f'; the {len(shown)} classes of {len(names)} that differ most' * (len(shown) < len(names))
 
 
 def _settings(runs: Sequence[Run]) -> list[Setting]:

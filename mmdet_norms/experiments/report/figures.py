@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .answer import scaled
-from .content import Content, Method, Setting
-from .metrics import Metric, of_classes
+from .content import Content, Method, Setting, most_different
+from .metrics import Metric
 
 COLOURS = 8
 """How many the style sheet has; the first is that of the baseline."""
@@ -29,7 +29,6 @@ _SHAPES = (
     '<path d="M7 1 8.7 5.2 13 5.4 9.6 8.2 10.8 12.6 7 10.1 3.2 12.6 4.4 8.2 1 5.4 5.3 5.2Z"/>',
 )  # fmt: skip
 _DASHES = ('-', (0, (4, 1.5)), (0, (1.5, 1.2)))
-_MOST_CLASSES = 12
 _WIDTH, _HEIGHT = 5.0, 3.4  # inches of 72 units
 
 # Stand in for colours that only the page knows.
@@ -265,35 +264,35 @@ def _costs(content: Content) -> Section | None:
 
 
 def _classes(content: Content) -> Section | None:
-    names = list(dict.fromkeys(name for run in content.compared for name in of_classes(run.results, content.metric)))
-    differences: dict[Setting, dict[str, float]] = {}
-    for difference in content.differences:
-        ours, base = (s.classes(content.metric) for s in (difference.setting, difference.baseline))
-        differences[difference.setting] = {n: (ours[n] - base[n]) * content.metric.scale for n in ours if n in base}
-    if not any(differences.values()):
-        return None
-    most = {n: max((abs(d[n]) for d in differences.values() if n in d), default=0.0) for n in names}
-    shown = sorted(sorted(names, key=lambda n: -most[n])[:_MOST_CLASSES], key=names.index)
+    panels, few = [], ''
+    for metric in content.headlines:
+        differences = content.class_differences(metric)
+        shown, said = most_different(differences.values())
+        few = few or said
+        panels += _class_panels(content, metric, differences, shown)
+    caption = f'Mean over the seeds of each class less that of {content.baseline_name}{few}.'
+    return Section('classes', 'By class', caption, panels, legend=True)
 
+
+def _class_panels(
+    content: Content, metric: Metric, differences: Mapping[Setting, Mapping[str, float]], shown: Sequence[str]
+) -> list[Panel]:
     def draw(axis: Axes, size: int | None) -> bool:
-        known = [s for s in differences if s.batch_size == size and differences[s]]
+        known = [s for s in differences if s.batch_size == size]
         for setting in known:
-            i = content.ordered.index(setting.method)
-            points = [(differences[setting][n], row) for row, n in enumerate(shown) if n in differences[setting]]
+            i, found = content.ordered.index(setting.method), differences[setting]
+            points = [(found[n] * metric.scale, row) for row, n in enumerate(shown) if n in found]
             if points:
                 _dots(axis, *zip(*points), i, 6)
         axis.axvline(0, color=_TEXT, lw=1)
         axis.set_yticks(range(len(shown)), [n if len(n) < 18 else f'{n[:16]}…' for n in shown])
         axis.set_ylim(len(shown) - 0.4, -0.6)
         axis.spines['left'].set_visible(False)
-        axis.set_xlabel(f'{content.metric.name} of the class, difference from {content.baseline_name}')
+        axis.set_xlabel(f'{metric.name} of the class, difference from {content.baseline_name}')
         axis.set_title(_at(content, size), loc='left')
         return bool(known)
 
-    few = f'; the {len(shown)} classes of {len(names)} that differ most' if len(shown) < len(names) else ''
-    panels = _for_sizes(content, 'differences by class', draw, 1.15 + 0.27 * len(shown))
-    caption = f'Mean over the seeds of each class less that of {content.baseline_name}{few}.'
-    return Section('classes', 'By class', caption, panels, legend=True)
+    return _for_sizes(content, f'differences in {metric.name} by class', draw, 1.15 + 0.27 * len(shown))
 
 
 def _for_sizes(content: Content, what: str, draw: Callable, height: float = _HEIGHT) -> list[Panel]:

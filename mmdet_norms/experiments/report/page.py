@@ -45,7 +45,8 @@ def markdown(view: Mapping) -> str:
         lines += ['## Failed', '']
         lines += [f'* {_line(run.folder)}: {_line(run.error or "no word of why")}' for run in view['failed']] + ['']
     for table in view['tables']:
-        lines += [f'## {_line(table.title)}', '', _line(table.caption), '', markdown_row(table.columns)]
+        lines += [f'## {_line(table.title)}', '', _line(table.caption), '']
+        lines += [markdown_row(map(_line, table.columns))]
         lines += [markdown_row(':---' if table.is_words(i) else '---:' for i in range(len(table.columns)))]
         lines += [
             markdown_row(f'**{cell.text}**' if cell.kind == 'best' else _line(cell.text) for cell in cells)

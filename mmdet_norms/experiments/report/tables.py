@@ -6,7 +6,7 @@ from statistics import mean
 
 from ..effects import INTERVAL, Effect, number, signed, spread
 from .answer import ratio, scaled
-from .content import Content, Setting
+from .content import Content, Setting, most_different
 
 NOTHING = '-'
 _WORDS = ('norm', 'against', 'in words', 'metric', 'row', 'data', 'work dir', 'status', 'evaluation')
@@ -44,8 +44,8 @@ class Table:
 
 def tables(content: Content) -> list[Table]:
     """Those that have a row."""
-    made = (_results(content), *_differences(content), _falls(content), _costs(content), _published(content))
-    return [table for table in (*made, _runs(content)) if table.rows]
+    made = (_results(content), *_differences(content), *_classes(content), _falls(content), _costs(content))
+    return [table for table in (*made, _published(content), _runs(content)) if table.rows]
 
 
 def _place(setting: Setting) -> list[Cell]:
@@ -107,6 +107,22 @@ def _differences(content: Content) -> list[Table]:
         caption = 'Paired over the seeds. Holm corrects p for the comparisons of the same batch size.'
         caption = caption if sure else 'Of one seed each, so without an interval.'
         found.append(Table(f'differences-{metric.key}', title, caption, columns, rows))
+    return found
+
+
+def _classes(content: Content) -> list[Table]:
+    found = []
+    for metric in content.headlines:
+        differences = content.class_differences(metric)
+        shown, few = most_different(differences.values())
+        rows = []
+        for setting, of_classes in differences.items():
+            values = [of_classes.get(name) for name in shown]
+            texts = [NOTHING if v is None else signed(v * metric.scale, metric.digits) for v in values]
+            rows.append([*_place(setting), *map(Cell, texts, values)])
+        caption = f'Mean over the seeds of each class less that of {content.baseline_name}{few}.'
+        columns = ['norm', 'batch size', *shown]
+        found.append(Table(f'classes-{metric.key}', f'By class, {metric.name}', caption, columns, rows))
     return found
 
 
