@@ -162,11 +162,23 @@ class AN(WithBatchNorm):
         """Draw the published initial values."""
         nn.init.normal_(self.weight_, 1, 0.1)
         nn.init.normal_(self.bias_, 0, 0.1)
+        self._draw_attention()
+
+    def _draw_attention(self) -> None:
         for module in self.attention_weights.attention:
             module.reset_parameters()
         if self.norm == 'BN':
             conv = self.attention_weights.attention[0]
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+
+    def init_weights(self) -> None:
+        """mmengine calls this when the rules of the modules around have been applied.
+
+        ``zero_init_residual`` zeroes what it finds in the last norm of a block: here the attention, not the mixtures.
+        An attention of zeros would have no gradient, so it is drawn again.
+        """
+        if not self.attention_weights.attention[0].weight.any():
+            self._draw_attention()
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(self, self.num_features, x)

@@ -54,6 +54,15 @@ class FrozenBN(nn.Module):
         self.register_buffer('running_var', torch.ones(num_features))
         self.register_buffer('num_batches_tracked', torch.tensor(0))
 
+    def init_weights(self) -> None:
+        """mmengine calls this when the rules of the modules around have been applied.
+
+        What ``zero_init_residual`` zeroes would stay 0 here, and its block without effect: without weights to load, it
+        is the identity.
+        """
+        if not self.weight.any():
+            nn.init.ones_(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         check_map(self, self.num_features, x)
         return _affine(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
