@@ -1,8 +1,9 @@
 """What the figures share: runs told apart without colours, and a file for papers beside one for screens."""
 
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ..benchmark.chart import STYLE, save
 from ..console import as_text
@@ -21,6 +22,7 @@ DASHES = ('-', '--', '-.', ':')
 HEAT = 'Blues'
 SIGMA, RHO, LAMBDA = ('\N{GREEK SMALL LETTER SIGMA}', '\N{GREEK SMALL LETTER RHO}', '\N{GREEK SMALL LETTER LAMDA}')
 PSI, TIMES = '\N{GREEK CAPITAL LETTER PSI}', '\N{MULTIPLICATION SIGN}'
+_RAISED = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')
 
 _OWN = {'font.size': 8, 'axes.titlesize': 8, 'axes.linewidth': 0.7, 'lines.linewidth': 1.2, 'legend.fontsize': 8}
 
@@ -69,10 +71,53 @@ def plain(axis: Axes) -> None:
 def logarithmic(axis: Axes, which: str) -> None:
     """A log scale whose numbers are plain text: the style leaves formulas alone, as names of runs may have dollars."""
     getattr(axis, f'set_{which}scale')('log')
-    own, (low, high) = getattr(axis, f'{which}axis'), getattr(axis, f'get_{which}lim')()
-    own.set_major_locator(LogLocator(subs=(1, 3) if high < 100 * low else (1,)))
-    own.set_major_formatter('{x:g}')
+    own = getattr(axis, f'{which}axis')
+    own.set_major_locator(_LogTicks())
+    own.set_major_formatter(lambda value, _: power(value))
     own.set_minor_formatter(NullFormatter())
+
+
+def power(value: float) -> str:
+    """A positive number as a label: ``0.03``, ``200``, and where that would be long powers of ten."""
+    if 1e-2 <= value < 1e4:
+        return f'{value:g}'
+    factor, exponent = f'{value:.3e}'.split('e')
+    ten = f'10{str(int(exponent)).translate(_RAISED)}'
+    return ten if float(factor) == 1 else f'{float(factor):g}{TIMES}{ten}'
+
+
+class _LogTicks(LogLocator):
+    """As many numbers as have room: powers of ten, every so many of them, or also some multiples."""
+
+    def tick_values(self, low: float, high: float) -> list[float]:
+        """Between two limits, which are positive on a log scale."""
+        low, high = sorted((low, high))
+        return max((ticks for ticks in _log_ticks(low, high) if self._have_room(ticks, low, high)), key=len)
+
+    def _have_room(self, ticks: Sequence[float], low: float, high: float) -> bool:
+        axes, letter = self.axis.axes, self.axis.label.get_size()
+        upright = self.axis is axes.yaxis
+        box = axes.get_window_extent()
+        points = (box.height if upright else box.width) * 72 / axes.figure.dpi
+        places = [math.log(tick / low) / math.log(high / low) * points for tick in ticks]
+        sizes = [letter if upright else 0.62 * letter * len(power(tick)) for tick in ticks]
+        pairs = pairwise(zip(places, sizes))
+        return all(right - left >= (one + other) / 2 + 0.8 * letter for (left, one), (right, other) in pairs)
+
+
+def _log_ticks(low: float, high: float) -> Iterator[list[float]]:
+    """Ticks between two limits; even steps where a log scale has hardly any."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    powers = range(first, last + 1)
+    for step in range(1, len(powers) + 1):
+        yield [10.0**n for n in powers if n % step == 0 and low <= 10.0**n <= high]
+    for factors in ((1, 3), (1, 2, 5)):
+        found = [factor * 10.0**n for factor in factors for n in powers]
+        found = [tick for tick in found if low <= tick <= high]
+        yield sorted(found)
+    yield from (sorted(pair) for pair in combinations(found, 2))  # rather with a power of ten
+    for count in range(1, 5) if len(found) < 2 else ():
+        yield [tick for tick in MaxNLocator(count).tick_values(low, high) if low <= tick <= high]
 
 
 def head(axes: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> None:

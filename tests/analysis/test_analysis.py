@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ET
+from itertools import combinations, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from helpers import tiny_cls
 from helpers.commands import fails
-from mmdet_norms.analysis import attention, curves, kernels, stats
+from mmdet_norms.analysis import attention, curves, figures, kernels, stats
 from mmdet_norms.analysis import runs as analysis_runs
 from mmdet_norms.analysis.figures import stage
 from mmdet_norms.analysis.runs import looks_of, names_of
@@ -116,6 +117,30 @@ def test_figures_of_statistics(tmp_path):
     numbers = json.loads((tmp_path / 'fluctuation.json').read_text())
     assert len(rows) == 4 and rows[3].split(' | ')[1] == f'{numbers["$x$, <batch 2>"]["head.bn"]["mean"]:.3g}'
     assert not [text for texts in found.values() for text in texts if 'mathdefault' in text]
+
+
+@pytest.mark.parametrize('decades', [0.1, 0.8, 1.3, 3, 7])
+def test_the_numbers_of_a_log_axis_have_room(decades):
+    with figures.styled():
+        for low, width in product((4e-7, 1.3e-3, 0.7), (1.75, 3.4)):
+            figure, axes = figures.sheet(1, 2, width=width)
+            values = [low, low * 10**decades]
+            axes[0, 0].plot(values, [0, 1])
+            axes[0, 1].plot([0, 1], values)
+            for axis, which in zip(axes[0], 'xy'):
+                figures.logarithmic(axis, which)
+            figure.draw_without_rendering()
+            for own in (axes[0, 0].xaxis, axes[0, 1].yaxis):
+                ends = sorted(own.get_view_interval())
+                shown = [t for t, at in zip(own.get_ticklabels(), own.get_ticklocs()) if ends[0] <= at <= ends[1]]
+                assert len({text.get_text() for text in shown}) == len(shown) >= 2
+                boxes = [text.get_window_extent() for text in shown]
+                assert not [a for a, b in combinations(boxes, 2) if a.padded(1).overlaps(b)]
+
+
+def test_numbers_of_a_log_axis_are_plain_text():
+    said = [figures.power(value) for value in (3 * 10.0**-5, 1e-12, 0.01, 30.0, 1e4, 1.5e6)]
+    assert said == [f'3{figures.TIMES}10⁻⁵', '10⁻¹²', '0.01', '30', '10⁴', f'1.5{figures.TIMES}10⁶']
 
 
 def test_batches_that_are_accumulated_count_as_a_larger_one():
