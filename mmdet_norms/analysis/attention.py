@@ -16,7 +16,7 @@ from ..engine.norm_quantities import mixture_weights
 from ..engine.results import write_json
 from ..experiments.detections import EvaluatedRun, answers
 from ..layers import AN
-from .figures import LAMBDA, heat, legend, look_of, sheet, short, styled, write
+from .figures import LAMBDA, heat, legend, look_of, sheet, short, some_of, styled, write
 from .runs import load_norms
 
 ALL = 'all instances'
@@ -118,7 +118,10 @@ def draw(found: Mapping[str, Weights], out: Path, stem: str = 'attention') -> li
             edges = np.linspace(0, 1, _BINS + 1)
             for name, shares in weights.histograms().items():
                 if name in classes:
-                    left.stairs(shares, edges, **look_of(classes.index(name)))
+                    look = look_of(classes.index(name))
+                    left.stairs(shares, edges, color=look['color'], ls=look['ls'])
+                    middles = (edges[1:] + edges[:-1]) / 2
+                    left.plot(middles, shares, **look | dict(ls=''), markevery=some_of(_BINS, look, few=0))
             left.set_title(short(layer), loc='left')
             left.set_ylabel('share')
             means = {name: row for name, row in weights.means().items() if name in classes}

@@ -16,8 +16,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from ..benchmark.chart import STYLE, save
 from ..console import as_text
 
-# Read on white and on black, and told apart without colours by the dashes.
+# Read on white and on black; where there are no colours, the markers tell lines apart.
 COLOURS = ('#2f86dd', '#e0762f', '#2aa06b', '#b565c8', '#c2a21f', '#d6517d', '#5f6fd0', '#3aa6b0')
+MARKERS = 'osD^vP*X'
 DASHES = ('-', '--', '-.', ':')
 HEAT = 'Blues'
 SIGMA, RHO, LAMBDA = ('\N{GREEK SMALL LETTER SIGMA}', '\N{GREEK SMALL LETTER RHO}', '\N{GREEK SMALL LETTER LAMDA}')
@@ -28,19 +29,27 @@ _OWN = {'font.size': 8, 'axes.titlesize': 8, 'axes.linewidth': 0.7, 'lines.linew
 
 
 def look_of(number: int) -> dict:
-    """Colour and dashes of the number-th line."""
-    return dict(color=COLOURS[number % len(COLOURS)], ls=DASHES[number // len(COLOURS) % len(DASHES)])
+    """Colour, marker and dashes of the number-th line; the first eight are solid."""
+    turn, place = divmod(number, len(COLOURS))
+    marker = MARKERS[(place + turn) % len(MARKERS)]
+    return dict(color=COLOURS[place], marker=marker, ms=4 if marker == '*' else 3, ls=DASHES[turn % len(DASHES)])
 
 
 def point_of(number: int) -> dict:
     """The same for points."""
-    return dict(color=COLOURS[number % len(COLOURS)], ls='', marker='osD^vP*X'[number % 8], ms=4)
+    look = look_of(number)
+    return look | dict(ls='', ms=look['ms'] + 1.5)
+
+
+def some_of(count: int, look: Mapping, few: int = 25) -> tuple[int, int]:
+    """Which of a line's points are marked: if they are not few about six, and not those of the other lines."""
+    every = math.ceil(count / 6) if count >= few else 1
+    return MARKERS.index(look['marker']) * every // len(MARKERS), every
 
 
 def course(axis: Axes, steps: Sequence[float], values: Sequence[float], look: Mapping) -> None:
-    """A line over iterations, whose points show where they are few: a line of one would be nothing."""
-    marker = dict(marker='o', ms=2.5) if len(steps) < 25 else {}
-    axis.plot(steps, values, **look, **marker)
+    """A line over iterations, all of whose points show where they are few: a line of one would be nothing."""
+    axis.plot(steps, values, **look, markevery=some_of(len(steps), look))
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 

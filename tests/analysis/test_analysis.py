@@ -143,6 +143,19 @@ def test_numbers_of_a_log_axis_are_plain_text():
     assert said == [f'3{figures.TIMES}10⁻⁵', '10⁻¹²', '0.01', '30', '10⁴', f'1.5{figures.TIMES}10⁶']
 
 
+def test_lines_differ_without_colours(tmp_path):
+    looks_of_lines = [figures.look_of(number) for number in range(32)]
+    assert len({(look['marker'], look['ls']) for look in looks_of_lines}) == 32
+    steps = range(2, 202, 2)
+    runs = {f'{n}': {step: {'bn': line(step)} for step in steps} for n in range(8)}
+    paths = stats.draw(runs, tmp_path)
+    lines = re.findall(
+        r'<g id="line2d_\d+">(.*?)\n    </g>', next(p for p in paths if p.name == 'stats.svg').read_text(), re.S
+    )
+    marked = [re.findall(r'<use ', one) for one in lines if one.count('L ') > 50]
+    assert len(marked) == 8 * 4 and all(5 <= len(one) <= 6 for one in marked)
+
+
 def test_batches_that_are_accumulated_count_as_a_larger_one():
     plain = looks()
     halved = {
@@ -161,7 +174,7 @@ def test_a_single_look_is_a_point(tmp_path):
     assert [path.name for path in found] == ['stats.svg', 'stats.png']
     assert 'layer1.0.bn1' in texts(found[0])
     points = re.findall(r'<use [^>]*fill: #2f86dd', found[0].read_text())  # the markers; axes have others
-    assert len(points) == 8
+    assert len(points) == 8 + 1  # and that of the legend
 
 
 def test_wrong_layers_and_channels(tmp_path):
