@@ -84,6 +84,50 @@ class TestAnswer:
         assert verdict(found) == 'BN ahead of MABN and BNET-5'
         assert 'the next is MABN, -9.9, 95 % interval' in said(found)
 
+    def test_what_is_below_is_named_as_far_as_that_can_be_said(self):
+        """Of 22 below, not certain, and of 22 below in one seed, it said 'no difference seen'."""
+        levels = {'gn': 0.301, 'mabn': 0.289, 'bnet5': 0.25}
+        found = Content(
+            [run_of('bn', 2, seed, 0.3 + NOISE[seed]) for seed in range(3)]
+            + [
+                run_of(norm, 2, s, levels[norm] + (0.006 * (s - 1) if norm == 'mabn' else 0))
+                for norm in levels
+                for s in range(3)
+            ]
+            + [run_of('cbn', 2, 0, 0.07), run_of('bn', 4, 0, 0.3), run_of('bn', 4, 1, 0.3)]
+            + [run_of('gn', 4, 0, 0.3), run_of('gn', 4, 1, 0.3), run_of('cbn', 4, 1, 0.1)]
+        )
+        assert verdict(found) == (
+            'BNET-5 behind BN, MABN perhaps behind it at batch size 2; one seed only of CBN (-22.8) at 2; '
+            'no difference seen from BN at 4; one seed only of CBN (-20.0) at 4'
+        )
+        first, second, falls = answer(found)
+        assert re.search(
+            r'Below BN: BNET-5 by 5\.0 \(4\.5 to 5\.6\)\. Perhaps below BN: MABN by 1\.1 \(0\.\d to \d\.\d\)\. '
+            r'CBN is 22\.8 below BN in one seed: how sure that is cannot be said\.$',
+            first,
+        )
+        assert second.endswith('CBN is 20.0 below BN in one seed: how sure that is cannot be said.')
+        assert falls.endswith('CBN loses 3.0 in one seed.') and '"Perhaps" is what' in method(found)
+
+    def test_what_is_not_seen_is_said_with_the_widest_interval(self):
+        loose = dict(bn=(0, 0), gn=(0.001, 0.001), mabn=(0, 0.08), bnet5=(0, 0.01))
+        runs = [
+            run_of(norm, 2, s, 0.3 + above + (s - 1) * spread)
+            for norm, (above, spread) in loose.items()
+            for s in range(3)
+        ]
+        found = Content(runs)
+        assert verdict(found) == 'No difference seen from BN'
+        assert re.search(
+            r'seen of MABN and BNET-5; the widest interval is that of MABN, -19\.9 to 19\.9\.$', answer(found)[0]
+        )
+
+    def test_a_headline_names_some_of_many(self):
+        low = [run_of(f'n{i}', 2, s, 0.3 - 0.02 * i + NOISE[s]) for i in range(1, 7) for s in range(3)]
+        base = [run_of('bn', 2, s, 0.3 + NOISE[s]) for s in range(3)]
+        assert verdict(Content(base + low)) == 'BN ahead of n1, n2, n3 and 3 others'
+
     def test_one_seed_is_no_proof(self):
         found = Content(grid(seeds=1))
         assert 'of one seed: how sure that is cannot be said' in said(found)
@@ -102,7 +146,7 @@ class TestAnswer:
         assert verdict(found) == told
         found = Content(runs(bn=0.3, gn=0.3, mabn=0.2))
         assert 'BN and GN have the same, highest box AP, ' in said(found)
-        told = 'BN and GN have the highest value, of one seed' if seeds == 1 else 'Nothing seen ahead of BN'
+        told = 'BN and GN have the highest value, of one seed' if seeds == 1 else 'MABN behind BN'
         assert verdict(found) == told
         found = Content(runs(bn=0.2, gn=0.3, mabn=0.3))
         assert re.search(r'GN and MABN have the same.* Against BN: GN \+10\.0, .*; MABN \+10\.0, ', said(found))

@@ -5,18 +5,25 @@ from collections.abc import Iterator, Sequence
 from statistics import mean
 
 from .. import effects
-from ..effects import Effect, interval, number, p_value, seeds
+from ..effects import Effect, interval, number, p_value, seeds, signed
 from .content import Content, Difference, Fall, Setting
 
 _COSTS = (('seconds_per_iteration', 'time per iteration'), ('peak_memory_mb', 'memory'))
+_PLACES = {
+    'above': 'ahead of',
+    'perhaps above': 'perhaps ahead of',
+    'below': 'behind',
+    'perhaps below': 'perhaps behind',
+}
 _NEAR = 0.02  # of a cost: less is the noise of a measurement
 
 
 def verdict(content: Content) -> str:
-    """One line: ``'MABN ahead of BN at batch size 2; no difference seen at 16'``."""
+    """One line: ``'MABN ahead of BN at batch size 2; no difference seen from BN at 16'``."""
     said: dict[str, list[str]] = {}
     for size in content.batch_sizes:
-        said.setdefault(_verdict_at(content, size), []).append('an unknown one' if size is None else str(size))
+        for what in _verdict_at(content, size):
+            said.setdefault(what, []).append('an unknown one' if size is None else str(size))
     sizes = list(said.values())
     parts = [f'{what} at {_listed(sizes)}' for what, sizes in said.items()] if len(content.batch_sizes) > 1 else [*said]
     text = '; '.join(parts)
@@ -27,7 +34,7 @@ def verdict(content: Content) -> str:
 
 def answer(content: Content) -> list[str]:
     """Paragraphs: of each batch size, and of what it changes."""
-    paragraphs = [' '.join(_at(content, size)) for size in content.batch_sizes]
+    paragraphs = [' '.join([*_at(content, size), *_others(content, size)]) for size in content.batch_sizes]
     return [text for text in (*paragraphs, ' '.join(_falls(content))) if text]
 
 
@@ -58,30 +65,31 @@ def ratio(setting: Setting, other: Setting, key: str) -> float | None:
     return ours / theirs if ours and theirs else None
 
 
-def _verdict_at(content: Content, size: int | None) -> str:
+def _verdict_at(content: Content, size: int | None) -> list[str]:
+    """What is seen, and those of which nothing can be: they are no part of a difference that is not seen."""
     ranked = content.best(size)
     if not ranked:
-        return 'nothing finished'
+        return ['nothing finished']
     best, base = ranked[0], content.baseline_name
-    differences = [d for d in content.differences if d.setting in ranked]
-    ahead = [d for d in differences if d.effect.is_seen and d.effect.difference > 0]
-    behind = [d for d in differences if d.effect.is_seen and d.effect.difference < 0]
-    if ahead:
-        names = [d.setting.method.name for s in ranked for d in ahead if d.setting is s]
-        return f'{_listed(names)} ahead of {base}'
+    differences = _ranked(content, size)
+    tested = [d for d in differences if d.effect.p is not None]
     equal = [setting.method.name for setting in _equal(content, ranked)]
     has = f'{best.method.name} has' if len(equal) == 1 else f'{_listed(equal)} have'
     what = 'the highest' if len(equal) < len(ranked) or len(equal) == 1 else 'the same'
     if not differences:
-        return f'only {best.method.name} finished' if len(ranked) == 1 else f'{has} {what} mean'
-    if all(d.effect.p is None for d in differences):
-        return f'{has} {what} value, of one seed'
-    likely = [d for d in differences if d.effect.is_likely and d.effect.difference > 0]
-    if likely:
-        return f'{max(likely, key=lambda d: d.effect.difference).setting.method.name} perhaps ahead of {base}'
-    if behind and len(behind) == len(differences):
-        return f'{base} ahead of {_listed([d.setting.method.name for d in behind])}'
-    return f'nothing seen ahead of {base}' if behind else f'no difference seen from {base}'
+        return [f'only {best.method.name} finished' if len(ranked) == 1 else f'{has} {what} mean']
+    if not tested:
+        return [f'{has} {what} value, of one seed']
+    groups = {where: [d.setting.method.name for d in found] for where, found in _groups(tested).items()}
+    if len(groups.get('below', ())) == len(tested):
+        said = f'{base} ahead of {_some([d.setting.method.name for d in tested])}'
+    else:
+        parts = [f'{_some(names)} {_PLACES[where]}' for where, names in groups.items()]
+        said = ', '.join(f'{part} {"it" if i else base}' for i, part in enumerate(parts))
+    digits = content.metric.digits
+    untested = [d for d in differences if d.effect.p is None]
+    ones = [f'{d.setting.method.name} ({signed(scaled(content, d.effect).difference, digits)})' for d in untested]
+    return [said or f'no difference seen from {base}', *([f'one seed only of {_some(ones)}'] if ones else ())]
 
 
 def _at(content: Content, size: int | None) -> Iterator[str]:
@@ -98,7 +106,7 @@ def _at(content: Content, size: int | None) -> Iterator[str]:
     difference = content.difference(best)
     head = f'{best.method.name} has the highest {metric.name}, {value(content, best)}'
     if difference is None:
-        rivals = sorted((d for d in content.differences if d.setting in ranked), key=lambda d: -d.effect.difference)
+        rivals = _ranked(content, size)
         if len(ranked) == 1:
             alone = f'{best.method.name} has a {metric.name} of {value(content, best)}'
             yield f'{where}, {alone}; there is nothing to compare it with.'
@@ -123,6 +131,61 @@ def _at(content: Content, size: int | None) -> Iterator[str]:
         yield f'{where}, {head}, but against {base} there is {words(content, difference.effect)}.'
     yield from _second(content, ranked)
     yield from _cost(content, difference)
+
+
+def _others(content: Content, size: int | None) -> Iterator[str]:
+    """Those that :func:`_at` leaves out, if any can be told from chance at all."""
+    differences, ranked, base = _ranked(content, size), content.best(size), content.baseline_name
+    if all(d.effect.p is None for d in differences):
+        return
+    told = _equal(content, ranked)
+    if len(told) == 1 and content.difference(told[0]) is None:
+        told = [differences[0].setting]  # the baseline is the best, which the next one is set against
+    left = [d for d in differences if d.setting not in told]
+    for where, found in _groups(left).items():
+        said = [f'{d.setting.method.name} by {_extent(content, d.effect)}' for d in found]
+        yield f'{where.capitalize()} {base}: {_listed(said)}.'
+    unseen = [d for d in left if d.effect.p is not None and not d.effect.is_seen and not d.effect.is_likely]
+    if unseen:
+        widest = max(unseen, key=lambda d: d.effect.high - d.effect.low)
+        found, digits = scaled(content, widest.effect), content.metric.digits
+        reach = f'{number(found.low, digits)} to {number(found.high, digits)}'
+        reach = (
+            f'; the widest interval is that of {widest.setting.method.name}, {reach}' if unseen[1:] else f' ({reach})'
+        )
+        yield f'No difference from {base} is seen of {_listed([d.setting.method.name for d in unseen])}{reach}.'
+    for d in left:
+        if d.effect.p is None:
+            where = f'{_gap(content, d.effect)} {"below" if d.effect.difference < 0 else "above"}'
+            yield f'{d.setting.method.name} is {where} {base} in one seed: how sure that is cannot be said.'
+
+
+def _ranked(content: Content, size: int | None) -> list[Difference]:
+    """The differences at a batch size, highest first."""
+    found = [d for d in content.differences if d.setting.batch_size == size]
+    return sorted(found, key=lambda d: -d.effect.difference)
+
+
+def _groups(differences: Sequence[Difference]) -> dict[str, list[Difference]]:
+    """Where they are from the baseline, as far as that can be said: the largest first."""
+    found: dict[str, list[Difference]] = {}
+    for where in _PLACES:
+        known = [d for d in differences if (d.effect.is_likely if 'perhaps' in where else d.effect.is_seen)]
+        known = [d for d in known if (d.effect.difference > 0) == ('above' in where)]
+        if known:
+            found[where] = sorted(known, key=lambda d: -abs(d.effect.difference))
+    return found
+
+
+def _gap(content: Content, effect: Effect) -> str:
+    return number(abs(scaled(content, effect).difference), content.metric.digits)
+
+
+def _extent(content: Content, effect: Effect) -> str:
+    """How large one is that leaves 0 out: ``'3.0 (0.3 to 5.6)'``."""
+    ends = scaled(content, effect)
+    low, high = (number(end, content.metric.digits) for end in sorted((abs(ends.low), abs(ends.high))))
+    return f'{_gap(content, effect)} ({low} to {high})'
 
 
 def _equal(content: Content, ranked: Sequence[Setting]) -> list[Setting]:
@@ -172,20 +235,23 @@ def _cost(content: Content, difference: Difference) -> Iterator[str]:
 def _falls(content: Content) -> Iterator[str]:
     for pair in dict.fromkeys((fall.large.batch_size, fall.small.batch_size) for fall in content.falls):
         falls = [fall for fall in content.falls if (fall.large.batch_size, fall.small.batch_size) == pair]
+        ones = [fall for fall in falls if fall.effect.p is None]
         falls = [fall for fall in falls if fall.effect.p is not None]
         seen = sorted((f for f in falls if f.effect.is_seen or f.effect.is_likely), key=lambda f: f.effect.difference)
         unseen = [fall.small.method.name for fall in falls if fall not in seen]
         said = [_fall(content, fall) for fall in seen]
         said += [f'no change is seen of {_listed(unseen)}'] if unseen else []
+        said += [_fall(content, fall) for fall in ones] if said else []
         if said:
             yield f'From batch size {pair[0]} to {pair[1]}, {_listed(said)}.'
 
 
 def _fall(content: Content, fall: Fall) -> str:
-    effect, digits = scaled(content, fall.effect), content.metric.digits
-    verb = ('' if effect.is_seen else 'perhaps ') + ('loses' if effect.difference < 0 else 'gains')
-    low, high = (number(end, digits) for end in sorted((abs(effect.low), abs(effect.high))))
-    return f'{fall.small.method.name} {verb} {number(abs(effect.difference), digits)} ({low} to {high})'
+    effect, name = fall.effect, fall.small.method.name
+    verb = 'loses' if effect.difference < 0 else 'gains'
+    if effect.p is None:
+        return f'{name} {verb} {_gap(content, effect)} in one seed'
+    return f'{name} {verb if effect.is_seen else f"perhaps {verb}"} {_extent(content, effect)}'
 
 
 def _how_sure(content: Content) -> Iterator[str]:
@@ -198,8 +264,15 @@ def _how_sure(content: Content) -> Iterator[str]:
     if most > 1:
         each = ' of each batch size' if len(content.batch_sizes) > 1 else ''
         yield f"A difference counts as seen at p < 0.05 after Holm's correction for the {most} comparisons{each}."
+        if any(d.effect.is_likely for d in tested):
+            yield '"Perhaps" is what only its own p, without the correction, says.'
     else:
         yield 'A difference counts as seen at p < 0.05.'
+
+
+def _some(names: Sequence[str]) -> str:
+    """For a headline: not all of many."""
+    return _listed(names if len(names) < 5 else [*names[:3], f'{len(names) - 3} others'])
 
 
 def _listed(names: Sequence[str]) -> str:
