@@ -93,7 +93,7 @@ def never_begun(model: nn.Module, iterations: float) -> list[str]:
     return list(
         {
             kind: f'{kind}: this training ends within its warm-up of {length} iterations, {what}; train longer than '
-            f'these {iterations}, or write a smaller norm_cfg.{key}'
+            f'these {iterations}' + (f', or write a smaller norm_cfg.{key}' if key else '')
             for kind, key, length, done, what in _warm_ups(model)
             if 0 < iterations <= length - done
         }.values()
@@ -106,12 +106,18 @@ def in_warm_up(model: nn.Module) -> list[str]:
 
 
 def _warm_ups(model: nn.Module) -> Iterator[tuple[str, str, int, int, str]]:
-    """Of norms with a warm-up: type, key of the norm_cfg, iterations, how many of them it has done, and what it is."""
+    """Of norms with a warm-up: type, key of the norm_cfg, iterations, how many of them it has done, and what it is.
+
+    The key is empty where no other value would make the warm-up shorter.
+    """
     for module in model.modules():
         if isinstance(module, BRN):
             warm_up = 'warmup_iters', module.warmup_iters, module.bn.num_batches_tracked, 'in which it is batch norm'
         elif isinstance(module, MABN):
-            warm_up = 'warmup_iters', module.warmup_iters, module.iters, 'in which it averages over no iterations'
+            # its windows come first, then r, which makes eval the function that was trained
+            is_fixed = module.warmup_iters <= module.renorm_delay == module.RENORM_DELAY
+            what = f'in which r is 1, and up to {module.warmup_iters} of which it averages over no iterations'
+            warm_up = '' if is_fixed else 'warmup_iters', module.renorm_delay, module.iters, what
         elif isinstance(module, CBN):
             warm_up = 'burnin', module.burnin_iters or 0, module.iter_count, 'in which it is batch norm'
         else:

@@ -159,6 +159,11 @@ class MABN(WantsCenConv, AveragesOnRequest):
             self.register_buffer(name, value)
         self._calls = Calls()
 
+    @property
+    def renorm_delay(self) -> int:
+        """Iterations in which r is 1."""
+        return max(self.RENORM_DELAY, self.warmup_iters)
+
     def new_state(self) -> dict[str, Tensor]:
         """The buffers of a new layer."""
         return dict(
@@ -200,7 +205,7 @@ class MABN(WantsCenConv, AveragesOnRequest):
         self.iters += 1
         t = self.iters.clone()
         used, old = self._windowed(self.buffer_x2, moment, t), self.running_var.flatten().to(moment.dtype)
-        renorm = self._renorm(used, old, t > max(self.RENORM_DELAY, self.warmup_iters))
+        renorm = self._renorm(used, old, t > self.renorm_delay)
         new = self.momentum * old + (1 - self.momentum) * used
         self.running_var.copy_(torch.where(new.isfinite(), new, old).view_as(self.running_var))
         return used, renorm, t

@@ -61,6 +61,10 @@ class GroupedMABN(MABN):
         super().__init__(num_features, B, real_B, warmup_iters, momentum, eps, buffer_size, **unknown)
         self.norm_batch = norm_batch
 
+    @property
+    def renorm_delay(self) -> int:
+        return max(self.warmup_iters - 1, 0)
+
     def new_state(self) -> dict[str, Tensor]:
         return dict(
             running_var=torch.ones(self.num_features),
@@ -75,7 +79,7 @@ class GroupedMABN(MABN):
     def _advance(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         t, old = self.iters + 1, self.running_var.to(moments.dtype)
         used = self._windowed(self.pre_x2, moments, t)
-        renorm = self._renorm(used, old, t >= self.warmup_iters)
+        renorm = self._renorm(used, old, t > self.renorm_delay)
         now = used.mean(0)
         new = torch.where(t == 1, now, self.momentum * old + (1 - self.momentum) * now).to(self.running_var.dtype)
         good = moments.isfinite().all() & new.isfinite().all()

@@ -62,7 +62,13 @@ def test_the_median_leaves_out_the_first_iterations_and_validations(runner, cloc
 
 @pytest.mark.parametrize(
     'norm, counter, length',
-    [(BRN(2), 'bn.num_batches_tracked', 5000), (MABN(2), 'iters', 100), (CBN(2), 'iter_count', 8)],
+    [
+        (BRN(2), 'bn.num_batches_tracked', 5000),
+        (MABN(2), 'iters', 1000),  # until then r is 1
+        (MABN(2, warmup_iters=1500), 'iters', 1500),
+        (MABN(2, norm_batch=2), 'iters', 99),
+        (CBN(2), 'iter_count', 8),
+    ],
 )
 def test_norms_that_are_in_their_warm_up_are_named(norm, counter, length, runner, clock, tmp_path):
     hook, runner.model = CostHook(), nn.Sequential(nn.BatchNorm2d(2), norm)

@@ -128,8 +128,10 @@ def test_statistics_of_new_layers_that_norm_eval_keeps_are_named(kind, reads):
         (dict(type='BRN'), 272, True),
         (dict(type='BRN', warmup_iters=100, r_iters=200, d_iters=200), 272, False),
         (dict(type='MABN'), 34, True),
-        (dict(type='MABN'), 272, False),
+        (dict(type='MABN'), 1000, True),
+        (dict(type='MABN'), 1001, False),
         (dict(type='MABN', norm_batch=2), 34, True),
+        (dict(type='MABN', norm_batch=2), 100, False),
         (dict(type='CBN'), 8, True),
         (dict(type='CBN'), 9, False),
         (dict(type='BN'), 1, False),
@@ -140,3 +142,4 @@ def test_a_training_that_ends_in_the_warm_up_is_named(norm_cfg, iterations, warn
     said = never_begun(model, iterations)
     assert len(said) == warned
     assert not warned or f'{norm_cfg["type"]}: this training ends within its warm-up' in said[0]
+    assert not warned or ('smaller norm_cfg' in said[0]) == (norm_cfg != dict(type='MABN'))  # r waits in any case

@@ -343,7 +343,7 @@ def _notes(content: Content):
         trainings = '1 training' if count == 1 else f'{count} trainings'
         yield (
             f'{norm}: {trainings} ended within the warm-up of {kind}, and measured what it is until then, another '
-            'method: train longer, or shorten it (docs/norms.md).'
+            'method: train longer, or shorten it where it can be (docs/norms.md).'
         )
     devices = {run.cost['device'] for run in content.compared if run.cost.get('device')}
     if len(devices) > 1:
