@@ -71,6 +71,17 @@ def test_going_on_reads_the_checkpoint_once(tmp_path, monkeypatch):
     assert [path for path in read if path.endswith('epoch_1.pth')] == [str(tmp_path / 'run' / 'epoch_1.pth')]
 
 
+@pytest.mark.parametrize('norm', ['cbn', 'mabn'])
+def test_validations_on_the_way_change_no_bit(norm, tmp_path):
+    config = str(tiny.write_config(tmp_path, MORE))
+    for every in ('1', '3'):
+        options = ['train_cfg.max_epochs=3', f'train_cfg.val_interval={every}']
+        arguments = ['--work-dir', str(tmp_path / every), '--norm', norm, '--seed', '0']
+        train.main([config, *arguments, '--cfg-options', *options])
+    assert (tmp_path / '1' / 'results.json').read_bytes() == (tmp_path / '3' / 'results.json').read_bytes()
+    assert not differing(tmp_path / '1' / 'epoch_3.pth', tmp_path / '3' / 'epoch_3.pth')
+
+
 @pytest.mark.slow
 def test_so_is_one_of_two_processes(tmp_path):
     config = tiny.write_config(tmp_path, MORE + "train_dataloader['num_workers'] = 1\n")

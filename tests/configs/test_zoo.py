@@ -709,3 +709,16 @@ def test_links_of_a_readme_lead_somewhere(folder):
     readme = CONFIGS / folder / 'README.md'
     for target in re.findall(r'\]\(([^)#]+)[^)]*\)', readme.read_text()):
         assert target.startswith('https://') or (readme.parent / target).exists(), target
+
+
+COMPARED = [path for path in CONFIGS.glob('*/*.py') if path.parent.name in ('demo', 'reproduce')]
+
+
+@pytest.mark.parametrize(
+    'path', [path for path in COMPARED if 'norm-batch' not in path.stem], ids=lambda path: path.stem
+)
+def test_what_is_compared_is_validated_on_the_way(path):
+    """Of one validation there is no curve. Each checkpoint has one, as before."""
+    cfg = Config.fromfile(path)
+    every, end = cfg.train_cfg.val_interval, cfg.train_cfg.get('max_epochs') or cfg.train_cfg.max_iters
+    assert end >= 3 * every and end % every == 0 and cfg.default_hooks.checkpoint.interval % every == 0

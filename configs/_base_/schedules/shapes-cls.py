@@ -1,5 +1,5 @@
 # Under two minutes on two CPU cores.
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=7, val_interval=7)
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=7, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
