@@ -2,8 +2,14 @@
 
 import errno
 import json
+import os
+import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +17,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import tiny, tiny_cls
+from helpers import tiny, tiny_cls, warm
 from mmdet_norms.cli import compare, compare_run
 from mmdet_norms.errors import UserError
 from mmdet_norms.experiments import Outcome, comparison
-from mmdet_norms.experiments.grid import FINISHED
+from mmdet_norms.experiments.grid import FINISHED, LOG
 
 KERNEL = 'model.backbone.norm_at.last.kernel_size'
 
@@ -264,9 +270,44 @@ def test_the_trainings_are_listed(config, tmp_path, capsys):
     assert lines[1].endswith(' --per-class')
 
 
+def _is_there(process, *paths):
+    """Wait for files that a grid writes, which is in no hurry on a busy machine; then a moment of no rule."""
+    end = time.monotonic() + 300
+    while not all(path.exists() for path in paths):
+        assert process.poll() is None and time.monotonic() < end, f'{process.poll()}: no {paths}'
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.3))
+
+
+@pytest.mark.slow
+def test_a_grid_that_was_killed_three_times_ends_as_one_that_was_not(tmp_path):
+    """Killed with all its trainings: before a checkpoint, behind one, and when one training had finished."""
+    config, out = tiny_cls.write_config(tmp_path), tmp_path / 'killed'
+    code = "from helpers import warm; warm.begin_warm(); from mmdet_norms_start.commands import run; run('compare')"
+    call = [sys.executable, '-c', code, 'run', config, '--norms', 'bn', 'mabn', '--batch-sizes', '6', '--images', '0']
+    call += ['--epochs', '3', '--out']
+    first, second = out / 'bn-b6-s0', out / 'mabn-b6-s0'
+    for waits_for in ([first / LOG], [first / 'epoch_1.pth'], [first / FINISHED, second / LOG]):
+        with warm.Popen([*call, out], start_new_session=True, stdout=subprocess.DEVNULL) as grid:
+            _is_there(grid, *waits_for)
+            os.killpg(grid.pid, signal.SIGKILL)
+    log = (first / LOG).read_bytes()
+    for folder in (out, tmp_path / 'whole'):
+        done = warm.run([*call, folder], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (first / LOG).read_bytes() == log  # it did not run again
+    tables = [(f / 'report' / 'report.md').read_text().partition('## Results\n')[2] for f in (out, tmp_path / 'whole')]
+    (table, same) = (text.partition('\n## ')[0] for text in tables)
+    assert table == same and '| MABN |' in table
+    for cell in (first, second):
+        whole = tmp_path / 'whole' / cell.name
+        assert json.loads((cell / 'results.json').read_text()) == json.loads((whole / 'results.json').read_text())
+        weights, others = (torch.load(f / 'epoch_3.pth', weights_only=False)['state_dict'] for f in (cell, whole))
+        assert weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
+
+
 @pytest.mark.slow
 def test_a_planted_failure_leaves_the_other_trainings_and_the_report(tmp_path, capsys):
-    """tests/cli/test_norm_batch_command.py kills a grid."""
     config, out = tiny_cls.write_config(tmp_path), tmp_path / 'out'
     call = ['run', str(config), '--norms', 'bn', 'bnet5', '--batch-sizes', '6', '--epochs', '2', '--out', str(out)]
     with pytest.raises(SystemExit) as ended:
