@@ -1,5 +1,6 @@
 """The comparison page: what it says of runs, and that it is a page."""
 
+import ast
 import csv
 import functools
 import http.server
@@ -261,7 +262,10 @@ class TestMetrics:
 
     @pytest.mark.parametrize(
         'change',
-        ['model.neck.norm_cfg.rho=0', 'model.backbone.depth=101', 'train_cfg.max_epochs=1', 'norm gn-ws', None],
+        [
+            *('model.neck.norm_cfg.rho=0', 'model.backbone.depth=101', 'train_cfg.max_epochs=1', 'norm gn-ws'),
+            *('model.backbone.init_cfg=None', 'train_dataloader.dataset.pipeline.2.scale=(1, 2)', None),
+        ],
     )
     def test_a_published_row_is_of_that_model_and_that_length(self, change, tmp_path):
         """It stood beside every run whose norms have the same type: GN's beside GN + WS, CBN's beside rho 0."""
@@ -272,12 +276,39 @@ class TestMetrics:
             cfg.model = apply_norm(cfg.model, 'gn-ws')
         elif change is not None:
             key, _, value = change.partition('=')
-            cfg.merge_from_dict({key: int(value)})
-        cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='another/place/of/resnet50.pth')
+            cfg.merge_from_dict({key: ast.literal_eval(value)})
+        if cfg.model.backbone.init_cfg:
+            cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='another/place/of/resnet50.pth')
         (tmp_path / 'now' / 'vis_data').mkdir(parents=True)
         cfg.dump(tmp_path / 'now' / 'vis_data' / 'config.py')  # as a run has it
         run = Run('', {}, 'finished', config=f'configs/{norm}/{name}.py', cfg=runs._config(tmp_path))
         assert (published.published(run) is None) == (change is not None)
+
+    def test_a_published_row_is_that_of_the_norm(self):
+        """Of a grid of one config, only the norm that the config names had one."""
+        rows = published._rows()
+        cfg = published.Config.fromfile(rows['mask-rcnn_r50_fpn_bnet5_1x_coco'][1])
+        found = {}
+        for norm in ('bnet5', 'bn', 'gn'):
+            cfg.model = apply_norm(cfg.model, norm)
+            name = f'mask-rcnn_r50_fpn_{norm}_1x_coco'
+            cost = dict(parameters=rows[name][0]['Metadata']['Parameters'])
+            run = Run('', {}, 'finished', config='mask-rcnn_r50_fpn_bnet5_1x_coco.py', cfg=cfg.to_dict(), cost=cost)
+            found[norm] = (published.published(run) or {}).get('name')
+        names = {norm: f'mask-rcnn_r50_fpn_{norm}_1x_coco' for norm in ('bnet5', 'bn')}
+        assert found == dict(names, gn=None)  # that is one with CBN's box head
+
+    @pytest.mark.parametrize(
+        ('iterations', 'batch_size', 'is_there'),
+        [(180000, 16, True), (1440000, 2, True), (180000, 2, False), (100, 16, False), (180000, None, True)],
+    )
+    def test_a_published_row_of_iterations_is_of_as_many_images(self, iterations, batch_size, is_there):
+        """A training of 100 iterations had the row of 180000."""
+        name = 'mask-rcnn_r50-scratch_fpn_mabn_180k_coco'
+        cfg = published.Config(dict(published._config(published._rows()[name][1])))
+        cfg.train_cfg.max_iters = iterations
+        run = Run('', dict(batch_size=batch_size), 'finished', config=f'{name}.py', cfg=cfg.to_dict())
+        assert (published.published(run) is not None) == is_there
 
 
 @pytest.fixture(scope='module')

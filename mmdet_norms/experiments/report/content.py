@@ -198,7 +198,7 @@ class Content:
         return [self.metric, *(metric for metric in self.metrics if metric.key in same and metric != self.metric)]
 
     def published(self, setting: Setting) -> dict | None:
-        """The published row of what its runs were started with."""
+        """The published row of what its runs trained."""
         return next((row for run in setting.runs if (row := published(run))), None)
 
     def best(self, batch_size: int | None) -> list[Setting]:
