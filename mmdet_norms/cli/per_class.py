@@ -7,10 +7,12 @@ from mmdet.registry import METRICS
 from mmengine.config import Config
 
 from mmdet_norms.classification.accuracy import Accuracy
-from mmdet_norms.engine.results import PerClassCocoMetric
+from mmdet_norms.engine.results import PER_CLASS_SUFFIX, TOP1_OF_CLASS, PerClassCocoMetric
 from mmdet_norms.entries import class_of, is_a, name_of
 
 from .common import add_hook
+
+_GO_BY = ('default_hooks', 'custom_hooks', 'param_scheduler')
 
 
 def tell_classes_apart(metric: dict, with_subclasses: bool = False) -> bool:
@@ -34,14 +36,17 @@ def tell_classes_apart(metric: dict, with_subclasses: bool = False) -> bool:
 def validate_per_class(cfg: Config) -> list[str]:
     """Have every validation of a training write the results of each class to results.json.
 
-    A line of a log and a tracker are spared them, unless the config asked for them by itself.
+    A line of a log and a tracker are spared them, unless the config asked for them by itself. Where it goes by one of
+    them, such as ``save_best='coco/car_precision'``, all is left as it is: the name would be another.
 
     Returns:
-        Notes, where the metrics know none.
+        Notes, where nothing is changed.
     """
+    if any(name in repr([cfg.get(key) for key in _GO_BY]) for name in (PER_CLASS_SUFFIX, TOP1_OF_CLASS)):
+        return ['--per-class: the config goes by the result of a class, and is left as it is']
     evaluator = copy.deepcopy(cfg.get('val_evaluator'))
     metrics = evaluator if isinstance(evaluator, (list, tuple)) else [evaluator] if evaluator else []
-    is_asked_for = any(metric.get('classwise') or metric.get('per_class') for metric in metrics)
+    is_asked_for = any(_is_loud(metric) for metric in metrics)
     told = [metric for metric in metrics if tell_classes_apart(metric)]
     if not told:
         names = ', '.join(name_of(metric, METRICS) for metric in metrics) or 'none'
@@ -53,3 +58,9 @@ def validate_per_class(cfg: Config) -> list[str]:
         add_hook(cfg, 'ClassResultsHook')
     cfg.val_evaluator = evaluator
     return []
+
+
+def _is_loud(metric: dict) -> bool:
+    if class_of(metric, METRICS) is PerClassCocoMetric:
+        return metric.get('table', True)
+    return bool(metric.get('classwise') or metric.get('per_class'))

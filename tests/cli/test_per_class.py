@@ -58,7 +58,29 @@ def test_others_are_left_as_they_are(evaluator, named, monkeypatch):
     assert cfg.val_evaluator == evaluator and 'custom_hooks' not in cfg
 
 
-def test_who_asks_for_curves_of_classes_in_the_config_keeps_them():
-    cfg = Config(dict(val_evaluator=dict(COCO, classwise=True)))
+@pytest.mark.parametrize('asked', [dict(COCO, classwise=True), dict(COCO, type='PerClassCocoMetric')])
+def test_who_asks_for_curves_of_classes_in_the_config_keeps_them(asked):
+    cfg = Config(dict(val_evaluator=dict(asked)))
     assert validate_per_class(cfg) == []
     assert cfg.val_evaluator.type == 'PerClassCocoMetric' and 'custom_hooks' not in cfg
+
+
+def test_a_config_of_a_run_that_had_the_option_stays_as_it_is():
+    cfg = Config(dict(val_evaluator=dict(QUIET), custom_hooks=[dict(type='ClassResultsHook')]))
+    assert validate_per_class(cfg) == []
+    assert cfg.val_evaluator == QUIET and cfg.custom_hooks == [dict(type='ClassResultsHook')]
+
+
+@pytest.mark.parametrize(
+    'goes_by',
+    [
+        dict(default_hooks=dict(checkpoint=dict(type='CheckpointHook', save_best=['coco/disc_precision']))),
+        dict(custom_hooks=[dict(type='EarlyStoppingHook', monitor='accuracy/top1_disc')]),
+        dict(param_scheduler=[dict(type='ReduceOnPlateauLR', monitor='coco/disc_precision')]),
+    ],
+)
+def test_what_goes_by_the_result_of_a_class_finds_it(goes_by):
+    cfg = Config(dict(val_evaluator=dict(COCO, classwise=True), **goes_by))
+    before = cfg.to_dict()
+    (note,) = validate_per_class(cfg)
+    assert 'goes by the result of a class' in note and cfg.to_dict() == before
