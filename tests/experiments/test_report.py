@@ -390,6 +390,21 @@ class TestFiles:
         assert [name.rpartition('/')[2] for name in asked['runs']] == ['bn-2-0', 'mabn-2-0', 'bnet5-2-0']
         assert shown.source.startswith('data:image/jpeg;base64,') and 'batch size 2, seed 0' in shown.caption
 
+    def test_a_norm_of_larger_batches_only_is_in_the_pictures_too(self, monkeypatch):
+        from mmdet_norms.experiments import detections
+
+        asked = {}
+        monkeypatch.setattr(
+            detections,
+            'side_by_side',
+            lambda chosen, labels, number: asked.update(zip(labels, chosen)) or np.zeros((2, 2, 3), np.uint8),
+        )
+        levels = {'bn': {2: 0.25, 16: 0.34}, 'mabn': {2: 0.33}, 'bnet5': {16: 0.341}}
+        caption = pictures.pictures(Content(grid(levels)), 3).caption
+        assert asked == {'BN': 'bn-2-0', 'MABN': 'mabn-2-0', 'BNET-5': 'bnet5-16-0'}
+        which = 'at batch size 2, seed 0 (BNET-5 at batch size 16, seed 0)'
+        assert caption == f'What the norms find {which}, beside the ground truth.'
+
     def test_the_table_of_runs_is_without_the_report(self, folder, capsys):
         compare.main([str(folder)])
         assert 'gave no results' not in capsys.readouterr().out
