@@ -315,7 +315,8 @@ class TestMetrics:
 def folder(tmp_path_factory):
     """A grid of work dirs with a failed cell, and its report."""
     root = tmp_path_factory.mktemp('grid')
-    cells = [dict(name='planted', labels=dict(norm='gn', batch_size=2, seed=0), status='failed', error='<b>no & no')]
+    cells = [dict(name='planted', labels=dict(norm='gn', batch_size=2, seed=0), status='failed')]
+    cells[0].update(error='<b>no & no', log='planted/output.txt')
     for run in grid():
         ap = run.results['bbox_mAP']
         results = coco('bbox', ap, CLASSES) | coco('segm', ap - 0.05, CLASSES)
@@ -372,7 +373,7 @@ class TestFiles:
         assert text.startswith('# MABN ahead of BN at batch size 2; ')
         assert '* compare run x.py' not in text and '* command: compare run x.py' in text
         assert re.search(r'\n\| MABN \| 2 \| 3 \| \*\*33\.\d ± 0\.\d\*\* \|', text)
-        assert re.search(r'\* .*planted: \\<b\\>no & no\n', text)
+        assert re.search(r'\* .*planted: \\<b\\>no & no \(log: .*/runs/planted/output\.txt\)\n', text)
         assert '## By class, mask AP\n' in text and '| norm | batch size | disc | a "b" \\<i\\> |' in text
 
     def test_pictures_are_in_the_page(self, folder, tmp_path, monkeypatch):

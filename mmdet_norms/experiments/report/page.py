@@ -43,7 +43,10 @@ def markdown(view: Mapping) -> str:
         lines += [*(f'* {_line(text)}' for text in bullets), '']
     if view['failed']:
         lines += ['## Failed', '']
-        lines += [f'* {_line(run.folder)}: {_line(run.error or "no word of why")}' for run in view['failed']] + ['']
+        for run in view['failed']:
+            log = f' (log: {_line(run.log)})' if run.log else ''
+            lines += [f'* {_line(run.folder)}: {_line(run.error or "no word of why")}{log}']
+        lines += ['']
     for table in view['tables']:
         lines += [f'## {_line(table.title)}', '', _line(table.caption), '']
         lines += [markdown_row(map(_line, table.columns))]
