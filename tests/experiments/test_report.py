@@ -168,6 +168,13 @@ class TestAnswer:
     def test_costs_nobody_measured_are_not_mentioned(self):
         assert 'takes' not in said(Content([run_of(r.labels['norm'], 2, r.labels['seed'], 0.3) for r in grid()[:6]]))
 
+    def test_images_per_second_are_those_of_the_mean_time(self):
+        times = (0.05, 0.06, 0.1)
+        costs = [dict(seconds_per_iteration=time, images_per_second=32 / time) for time in times]
+        (setting,) = Content([run_of('bn', 32, seed, 0.3, cost) for seed, cost in enumerate(costs)]).settings
+        product = setting.cost('images_per_second') * setting.cost('seconds_per_iteration')
+        assert product == pytest.approx(32)
+
     def test_other_norms_and_further_labels_have_baselines_of_their_own(self):
         several = [
             run_of(norm, 2, seed, 0.3 + (norm != 'bn') * 0.1 * rho + NOISE[seed], rho=rho)

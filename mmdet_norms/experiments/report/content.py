@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import mean
+from statistics import harmonic_mean, mean
 
 from ...errors import UserError, did_you_mean
 from .. import effects
@@ -55,10 +55,11 @@ class Setting:
         return {run.labels['seed']: value for run, value in found if value is not None and value >= 0}
 
     def cost(self, key: str) -> float | None:
-        """Mean over the seeds."""
+        """Mean over the seeds; of images per second the harmonic one, which is that of the mean time."""
         known = [run.cost.get(key) for run in self.runs if run.is_finished]
         known = [value for value in known if isinstance(value, (int, float))]
-        return mean(known) if known else None
+        middle = harmonic_mean if key == 'images_per_second' else mean
+        return middle(known) if known else None
 
     def classes(self, metric: Metric) -> dict[str, float]:
         """Class -> mean over the seeds of a metric."""

@@ -166,7 +166,9 @@ def _costs(content: Content) -> Table:
         if any(setting.cost(key) for key, *_ in keys):
             rows.append(cells)
     of = {run.cost.get('peak_memory_of') for run in content.compared} - {None}
-    caption = f'Means over the seeds; in brackets, times that of {content.baseline_name}.'
+    caption = (
+        f'Means over the seeds (images / s: of the mean time); in brackets, times that of {content.baseline_name}.'
+    )
     caption += f' Memory of the {" or ".join(sorted(of))}.' if of else ''
     return Table('costs', 'Cost', caption, ['norm', 'batch size', *(name for _, name, _ in keys)], rows)
 
