@@ -35,9 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.images < 0:
         raise UserError(f'--images {args.images}: must be at least 0')
-    for name in report.FILES:
-        require_writable(Path(args.out) / name, '--out')
-    paths = report.write(args.folders, args.out, args.metric, args.baseline, args.images)
+
+    def ready() -> None:
+        for name in report.FILES:
+            require_writable(Path(args.out) / name, '--out')
+
+    paths = report.write(args.folders, args.out, args.metric, args.baseline, args.images, ready)
     print(''.join(f'{text}\n\n' for text in report.said(paths)), end='')
     print('written:', *map(str, paths))
 

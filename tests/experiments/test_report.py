@@ -361,6 +361,16 @@ class TestFiles:
                 compare.main(['report', str(folder), '--out', str(tmp_path), *wrong])
             assert stop.value.code == 2 and why in capsys.readouterr().err
 
+    def test_a_report_of_nothing_leaves_no_folder(self, folder, tmp_path, capsys):
+        for arguments in ([str(tmp_path / 'nothing')], [str(folder), '--metric', 'x']):
+            with pytest.raises(SystemExit):
+                compare.main(['report', *arguments, '--out', str(tmp_path / 'out')])
+            assert not (tmp_path / 'out').exists()
+        (tmp_path / 'out').write_text('a file')
+        with pytest.raises(SystemExit):
+            compare.main(['report', str(folder), '--out', str(tmp_path / 'out')])
+        assert '--out: ' in capsys.readouterr().err
+
     def test_numbers(self, folder):
         rows = list(csv.DictReader((folder / 'report' / 'results.csv').read_text().splitlines()))
         assert len(rows) == 19

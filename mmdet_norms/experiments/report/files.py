@@ -3,7 +3,7 @@
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -29,6 +29,7 @@ def write(
     metric: str | None = None,
     baseline: str | None = None,
     images: int = 4,
+    on_read: Callable[[], None] = lambda: None,
 ) -> list[Path]:
     """Compare the runs in some folders, and write the report.
 
@@ -40,6 +41,7 @@ def write(
         metric: what to compare by, a key of results.json; by default box AP, mask AP, top-1 accuracy or what there is.
         baseline: what others are compared with: a norm, or ``KEY=VALUE`` of a label; by default ``bn``.
         images: of the validation set, to be shown as the norms see them; for 0, no model is loaded.
+        on_read: called when there is something to write, before figures and pictures take their time.
 
     Returns:
         The files.
@@ -48,6 +50,7 @@ def write(
         UserError: a folder has no runs, none is finished, or none has that metric or baseline.
     """
     content = Content(*runs.find(folders), metric=metric, baseline=baseline)
+    on_read()
     view = _view(content, images)
     texts = dict(zip(FILES, (page.page(view), page.markdown(view), _csv(content))))
     out = Path(out)
