@@ -174,10 +174,13 @@ class AN(WithBatchNorm):
     def init_weights(self) -> None:
         """mmengine calls this when the rules of the modules around have been applied.
 
-        ``zero_init_residual`` zeroes what it finds in the last norm of a block: here the attention, not the mixtures.
-        An attention of zeros would have no gradient, so it is drawn again.
+        ``zero_init_residual`` zeroes the last norm of a block with all that is in it. That is to be the mixtures, from
+        which the output is 0; an attention of zeros would have no gradient.
         """
-        if not self.attention_weights.attention[0].weight.any():
+        attention = list(self.attention_weights.attention.parameters())
+        if not any(value.any() for value in attention):
+            nn.init.zeros_(self.weight_)
+            nn.init.zeros_(self.bias_)
             self._draw_attention()
 
     def forward(self, x: Tensor) -> Tensor:

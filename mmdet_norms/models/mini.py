@@ -17,6 +17,7 @@ from mmdet.models.layers import ResLayer, SELayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..entries import name_of
 from ..errors import did_you_mean
 from ..layers._args import ConfigError
 from ..registry import MODELS
@@ -48,6 +49,9 @@ do not fit, 'an' has 20 components in stages 3 and 4, and the convolutions are t
 CONVS = {'gn-ws': dict(type='ConvWS'), 'mabn': dict(type='CenConv')}
 """``norm`` -> ``conv_cfg``, where it brings one."""
 
+# The paper of AN leaves its mixtures as drawn; a fixed weight of FrozenBN would stay 0.
+_NOT_ZEROED = ('AN', 'FrozenBN')
+
 
 class NormEverywhere(NormAt, ResNet):
     """Base of the networks here: mmdet's ResNet with a norm, an activation and blocks by name.
@@ -65,8 +69,8 @@ class NormEverywhere(NormAt, ResNet):
         act_cfg: any activation, in place of ``act_cls``.
         norm_eval: running statistics stay as they are in training. Default False, unlike mmdet's: these networks are
             trained from scratch.
-        zero_init_residual: the last norm of each block starts at 0, but for AN, whose mixtures stay as drawn, and
-            FrozenBN. Default: that of the network.
+        zero_init_residual: the last norm of each block starts at 0 (but for AN, whose paper draws it). Default: that of
+            the network.
         kwargs: as for mmdet's ResNet: ``in_channels``, ``base_channels`` (64), ``out_indices`` (all four stages),
             ``frozen_stages``, ``strides``, ``dilations``, ``with_cp``, ``init_cfg`` (Kaiming's rule), ``norm_at`` ...
 
@@ -132,7 +136,8 @@ class NormEverywhere(NormAt, ResNet):
             kwargs['norm_cfg'] = dict(kwargs['norm_cfg'], k=20)  # as published
         last = 'norm2' if self.block.expansion == 1 else 'norm3'
         zero = dict(type='Constant', val=0, override=dict(name=last))
-        kwargs['init_cfg'] = zero if self.zero_init_residual and self._draws else None
+        zeroed = self.zero_init_residual and self._draws and name_of(kwargs['norm_cfg']) not in _NOT_ZEROED
+        kwargs['init_cfg'] = zero if zeroed else None
         return ResLayer(**kwargs)
 
 

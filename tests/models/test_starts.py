@@ -3,9 +3,7 @@
 import pytest
 import torch
 from mmdet.registry import MODELS
-from torch import nn
 
-import mmdet_norms
 from mmdet_norms.layers import NORMS, FrozenBN
 
 OF_TORCH = ('BN', 'GN')
@@ -30,16 +28,16 @@ def test_every_parameter_learns_from_scratch(norm, depth):
     assert bool(frozen) == (norm == 'FrozenBN') and all(module.weight.all() for module in frozen)
 
 
-@pytest.mark.parametrize('kind', ['BN', 'GN'])
-def test_an_attention_is_drawn_again_only_if_it_was_zeroed(kind):
-    norm = mmdet_norms.layers.AN(8, norm=kind, num_groups=2)
-    drawn = {name: value.clone() for name, value in norm.state_dict().items()}
-    norm.init_weights()
-    assert all(torch.equal(value, drawn[name]) for name, value in norm.state_dict().items())
-    for module in norm.attention_weights.attention:
-        nn.init.zeros_(module.weight), nn.init.zeros_(module.bias) if module.bias is not None else None
-    norm.init_weights()
-    again = norm.state_dict()
-    assert torch.equal(again['weight_'], drawn['weight_']) and again['attention_weights.attention.0.weight'].all()
-    if kind == 'BN':
-        assert (again['attention_weights.attention.1.weight'] == 1).all()
+@pytest.mark.parametrize('norm, groups', [('BN', 1), ('GN', 2)])
+def test_zero_init_zeroes_the_mixtures_of_an_and_no_attention(norm, groups):
+    torch.manual_seed(0)
+    block = dict(type='AN', norm=norm, num_groups=groups)
+    model = MODELS.build(dict(type='ResNet', depth=18, base_channels=4, norm_cfg=block, norm_eval=False))
+    drawn = {name: value.clone() for name, value in model.layer1[0].bn1.state_dict().items() if 'conv' not in name}
+    model.init_weights()
+    last = model.layer1[0].bn2
+    assert not last.weight_.any() and not last.bias_.any()
+    assert last.attention_weights.attention[0].weight.all()
+    assert norm == 'GN' or (last.attention_weights.attention[1].weight == 1).all()
+    for name in ('weight_', 'bias_'):  # one that is not zeroed stays as it was
+        assert torch.equal(model.layer1[0].bn1.state_dict()[name], drawn[name])
