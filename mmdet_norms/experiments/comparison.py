@@ -15,7 +15,7 @@ from ..console import as_text
 from ..engine.results import COLUMNS, accuracies, coco_kinds, format_ap, read_json, write_json
 from .executors import LOG
 from .grid import Cell, Outcome, finished
-from .runs import GRID
+from .runs import GRID, commands
 
 WAITING, RUNNING, FINISHED, FAILED = 'waiting', 'running', 'finished', 'failed'
 
@@ -76,6 +76,8 @@ class Comparison:
 class Record:
     """``grid.json`` in the folder of a comparison, written anew whenever something changes.
 
+    It describes the last command; ``commands`` and the cells are those of all.
+
     Args:
         folder: of the comparison.
         about: what it says beside the cells: command, date, machine, ...
@@ -95,7 +97,12 @@ class Record:
         )
         if comparison.variants:
             self._head['variants'] = {name: [norm, *own] for name, (norm, own) in comparison.variants.items()}
-        cells = read_json(self.path).get('cells')
+        earlier = read_json(self.path)
+        said = commands(earlier)
+        if about.get('command') not in [entry['command'] for entry in said]:
+            said += commands(about)
+        self._head['commands'] = said
+        cells = earlier.get('cells')
         cells = cells if isinstance(cells, list) else []
         before = {cell['name']: cell for cell in cells if isinstance(cell, dict) and isinstance(cell.get('name'), str)}
         names = {cell.name for cell in self.cells}

@@ -92,6 +92,14 @@ def find(folders: Sequence[str | os.PathLike]) -> tuple[list[Run], list[dict]]:
     return runs, grids
 
 
+def commands(grid: Mapping) -> list[dict]:
+    """What was typed to train a grid, each once in order: ``command``, and the ``date`` when it was first."""
+    noted = grid.get('commands')
+    noted = noted if isinstance(noted, list) else [grid]  # an earlier version kept the last one only
+    noted = [entry for entry in noted if isinstance(entry, Mapping) and isinstance(entry.get('command'), str)]
+    return [{key: entry[key] for key in ('command', 'date') if entry.get(key)} for entry in noted]
+
+
 def is_report(results: Mapping) -> bool:
     """Whether a results.json is that of many runs, which ``compare report`` writes."""
     return isinstance(results.get('settings'), list)

@@ -76,11 +76,28 @@ def test_grid_json_says_what_every_cell_is(tmp_path):
         log='bn-b2-s0/output.txt',
     )
     assert [cell['status'] for cell in written()['cells']] == ['failed', 'finished', 'waiting', 'waiting']
-    keys = {'command', 'config', 'norms', 'batch_sizes', 'seeds', 'grid', 'budget', 'cells'}
+    keys = {'command', 'commands', 'config', 'norms', 'batch_sizes', 'seeds', 'grid', 'budget', 'cells'}
     assert set(written()) == keys and written()['norms'] == ['bn', 'gn'] and last['name'] == 'gn-b2-s1'
     other = Record(tmp_path, dict(command='more'), Comparison('c.py', ['bn'], [4], [0]))
     other.write()
     assert [cell['name'] for cell in written()['cells']] == ['bn-b4-s0', *(cell.name for cell in cells)]
+
+
+def test_grid_json_keeps_every_command_once(tmp_path):
+    """The report of a folder that three commands trained showed the last one."""
+
+    def write(command, date):
+        Record(tmp_path, dict(command=command, date=date), Comparison('c.py', ['bn'], [4], [0])).write()
+        return json.loads((tmp_path / 'grid.json').read_text())
+
+    (tmp_path / 'grid.json').write_text('{"command": "run a", "date": "1"}')  # of an earlier version
+    write('run b', '2')
+    written = write('run a', '3')  # which goes on
+    assert written['commands'] == [dict(command='run a', date='1'), dict(command='run b', date='2')]
+    assert (written['command'], written['date']) == ('run a', '3')
+    for damaged in ('{"commands": 5}', '{"commands": [1, {}, {"command": 2}]}'):
+        (tmp_path / 'grid.json').write_text(damaged)
+        assert write('run b', '4')['commands'] == [dict(command='run b', date='4')]
 
 
 def shown(rich_table):

@@ -329,7 +329,9 @@ def folder(tmp_path_factory):
         results = coco('bbox', ap, CLASSES) | coco('segm', ap - 0.05, CLASSES)
         write_run(root / 'runs' / run.folder, results, run.labels, cost=run.cost, seed=run.labels['seed'])
         cells.append(dict(name=run.folder, labels=run.labels, status='finished'))
-    dump(root / 'runs' / 'grid.json', dict(command='compare run x.py', machine='a small one', cells=cells))
+    said = [dict(command='compare run first.py', date='1'), dict(command='compare run x.py', date='2')]
+    head = dict(command='compare run x.py', date='3', commands=said, machine='a small one')
+    dump(root / 'runs' / 'grid.json', dict(head, cells=cells))
     report.write([root / 'runs'], root / 'runs' / 'report')
     return root / 'runs'
 
@@ -377,6 +379,7 @@ class TestFiles:
         assert (rows[0]['norm'], rows[0]['status'], rows[0]['error']) == ('gn', 'failed', '<b>no & no')
         assert float(rows[1]['bbox_mAP']) == 0.248 and float(rows[1]['seconds_per_iteration']) == 0.2
         content = json.loads((folder / 'report' / 'results.json').read_text())
+        assert content['grids'][0]['commands'][0]['command'] == 'compare run first.py'
         mabn = next(s for s in content['settings'] if s['labels'] == {'norm': 'mabn'} and s['batch_size'] == 2)
         values = mabn['results']['bbox_mAP']
         assert values['mean'] == pytest.approx(np.mean(list(values['seeds'].values())))
@@ -388,7 +391,8 @@ class TestFiles:
     def test_text(self, folder):
         text = (folder / 'report' / 'report.md').read_text()
         assert text.startswith('# MABN ahead of BN at batch size 2; ')
-        assert '* compare run x.py' not in text and '* command: compare run x.py' in text
+        assert '* compare run x.py' not in text and text.count('* command: compare run x.py') == 1
+        assert '* date: 1 to 3\n* command: compare run first.py\n* command: ' in text
         assert re.search(r'\n\| MABN \| 2 \| 3 \| \*\*33\.\d ± 0\.\d\*\* \|', text)
         assert re.search(r'\* .*planted: \\<b\\>no & no \(log: .*/runs/planted/output\.txt\)\n', text)
         assert '## By class, mask AP\n' in text and '| norm | batch size | disc | a "b" \\<i\\> |' in text

@@ -104,7 +104,11 @@ def _facts(content: Content, config: str) -> list[tuple[str, str]]:
         ('device', _common(str(run.cost.get('device') or '') for run in content.compared)),
     ]
     for grid in content.grids:
-        facts += [(key, str(grid.get(key) or '')) for key in ('budget', 'machine', 'date', 'command')]
+        said = runs.commands(grid)
+        dates = [str(entry['date']) for entry in (*said, grid) if entry.get('date')]
+        facts += [(key, str(grid.get(key) or '')) for key in ('budget', 'machine')]
+        facts += [('date', ' to '.join(dict.fromkeys((dates[0], dates[-1]))) if dates else '')]
+        facts += [('command', entry['command']) for entry in said]
     return [(name, text) for name, text in facts if text]
 
 
@@ -160,6 +164,7 @@ def _json(content: Content, view: dict) -> dict:
             )
             for fall in content.falls
         ],
+        grids=[dict(machine=grid.get('machine'), commands=runs.commands(grid)) for grid in content.grids],
         runs=[_run(run) for run in content.runs],
     )
 
