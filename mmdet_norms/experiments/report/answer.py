@@ -211,12 +211,15 @@ def _second(content: Content, ranked: Sequence[Setting]) -> Iterator[str]:
     """Whether the runner-up is told apart from the best."""
     if len(ranked) < 3 or content.difference(ranked[1]) is None:
         return
-    found = effects.effect(content.values(ranked[0]), content.values(ranked[1]), content.metric.step)
+    values, where = [content.values(setting) for setting in ranked[:2]], 'below it'
+    found = effects.effect(*values, content.metric.step)
     if found is None or found.p is None or found.is_seen:
         return
+    if found.difference < 0:  # the best mean is one of more seeds
+        found, where = effects.effect(*reversed(values), content.metric.step), 'above it over the seeds of both'
     found = scaled(content, found)
     name, digits = ranked[1].method.name, content.metric.digits
-    yield f'{name}, {number(found.difference, digits)} below it, is not told apart from it ({interval(found, digits)}).'
+    yield f'{name}, {number(found.difference, digits)} {where}, is not told apart from it ({interval(found, digits)}).'
 
 
 def _cost(content: Content, difference: Difference) -> Iterator[str]:
