@@ -32,16 +32,16 @@ def look_of(number: int) -> dict:
     """Colour, marker and dashes of the number-th line; the first eight are solid."""
     turn, place = divmod(number, len(COLOURS))
     marker = MARKERS[(place + turn) % len(MARKERS)]
-    return dict(color=COLOURS[place], marker=marker, ms=4 if marker == '*' else 3, ls=DASHES[turn % len(DASHES)])
+    return dict(color=COLOURS[place], marker=marker, ms=5 if marker == '*' else 4, ls=DASHES[turn % len(DASHES)])
 
 
 def point_of(number: int) -> dict:
     """The same for points."""
     look = look_of(number)
-    return look | dict(ls='', ms=look['ms'] + 1.5)
+    return look | dict(ls='', ms=look['ms'] + 1)
 
 
-def some_of(count: int, look: Mapping, few: int = 25) -> tuple[int, int]:
+def some_of(count: int, look: Mapping, few: int = 12) -> tuple[int, int]:
     """Which of a line's points are marked: if they are not few about six, and not those of the other lines."""
     every = math.ceil(count / 6) if count >= few else 1
     return MARKERS.index(look['marker']) * every // len(MARKERS), every
