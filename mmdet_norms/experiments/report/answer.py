@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from statistics import mean
 
 from .. import effects
@@ -78,17 +79,18 @@ def _verdict_at(content: Content, size: int | None) -> list[str]:
     what = 'the highest' if len(equal) < len(ranked) or len(equal) == 1 else 'the same'
     if not differences:
         return [f'only {best.method.name} finished' if len(ranked) == 1 else f'{has} {what} mean']
+    untested = [d for d in differences if d.effect.p is None]
+    digits = content.metric.digits
+    ones = [f'{d.setting.method.name} ({signed(scaled(content, d.effect).difference, digits)})' for d in untested]
     if not tested:
-        return [f'{has} {what} value, of one seed']
+        said = f'{has} {what} value, of one seed' if _is_ranked(content, ranked) else f'one seed only of {_some(ones)}'
+        return [said]
     groups = {where: [d.setting.method.name for d in found] for where, found in _groups(tested).items()}
     if len(groups.get('below', ())) == len(tested):
         said = f'{base} ahead of {_some([d.setting.method.name for d in tested])}'
     else:
         parts = [f'{_some(names)} {_PLACES[where]}' for where, names in groups.items()]
         said = ', '.join(f'{part} {"it" if i else base}' for i, part in enumerate(parts))
-    digits = content.metric.digits
-    untested = [d for d in differences if d.effect.p is None]
-    ones = [f'{d.setting.method.name} ({signed(scaled(content, d.effect).difference, digits)})' for d in untested]
     return [said or f'no difference seen from {base}', *([f'one seed only of {_some(ones)}'] if ones else ())]
 
 
@@ -97,6 +99,9 @@ def _at(content: Content, size: int | None) -> Iterator[str]:
     ranked = content.best(size)
     if not ranked:
         yield f'{where} no run has come to its end.'
+        return
+    if not _is_ranked(content, ranked):
+        yield from _of_other_seeds(content, where, size)
         return
     equal = _equal(content, ranked)
     if len(equal) > 1:
@@ -136,7 +141,7 @@ def _at(content: Content, size: int | None) -> Iterator[str]:
 def _others(content: Content, size: int | None) -> Iterator[str]:
     """Those that :func:`_at` leaves out, if any can be told from chance at all."""
     differences, ranked, base = _ranked(content, size), content.best(size), content.baseline_name
-    if all(d.effect.p is None for d in differences):
+    if all(d.effect.p is None for d in differences) or not _is_ranked(content, ranked):
         return
     told = _equal(content, ranked)
     if len(told) == 1 and content.difference(told[0]) is None:
@@ -207,19 +212,31 @@ def _of_equal_ones(content: Content, where: str, equal: Sequence[Setting], ranke
         yield from _cost(content, difference)
 
 
+def _is_ranked(content: Content, ranked: Sequence[Setting]) -> bool:
+    """Whether the means have the order of the paired differences; where seeds are missing they may not."""
+    known = {d.setting: d.effect.difference for d in content.differences}
+    known.update({d.baseline: 0.0 for d in content.differences})
+    found = [known[setting] for setting in ranked if setting in known]
+    return all(a >= b or math.isclose(a, b, abs_tol=1e-9) for a, b in pairwise(found))
+
+
+def _of_other_seeds(content: Content, where: str, size: int | None) -> Iterator[str]:
+    """The mean is the highest because seeds are missing: only differences over common seeds are said."""
+    said = '; '.join(f'{d.setting.method.name} {words(content, d.effect)}' for d in _ranked(content, size))
+    yield f'{where}, not all have the same seeds, and the means are not to be compared.'
+    yield f'Against {content.baseline_name}, over the seeds of both: {said}.'
+
+
 def _second(content: Content, ranked: Sequence[Setting]) -> Iterator[str]:
     """Whether the runner-up is told apart from the best."""
     if len(ranked) < 3 or content.difference(ranked[1]) is None:
         return
-    values, where = [content.values(setting) for setting in ranked[:2]], 'below it'
-    found = effects.effect(*values, content.metric.step)
-    if found is None or found.p is None or found.is_seen:
+    found = effects.effect(content.values(ranked[0]), content.values(ranked[1]), content.metric.step)
+    if found is None or found.p is None or found.is_seen or found.difference < 0:  # of common seeds, not of all
         return
-    if found.difference < 0:  # the best mean is one of more seeds
-        found, where = effects.effect(*reversed(values), content.metric.step), 'above it over the seeds of both'
     found = scaled(content, found)
     name, digits = ranked[1].method.name, content.metric.digits
-    yield f'{name}, {number(found.difference, digits)} {where}, is not told apart from it ({interval(found, digits)}).'
+    yield f'{name}, {number(found.difference, digits)} below it, is not told apart from it ({interval(found, digits)}).'
 
 
 def _cost(content: Content, difference: Difference) -> Iterator[str]:

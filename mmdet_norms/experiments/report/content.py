@@ -64,10 +64,14 @@ class Setting:
     def classes(self, metric: Metric) -> dict[str, float]:
         """Class -> mean over the seeds of a metric."""
         found: dict[str, list[float]] = {}
-        for run in self.runs:
-            for name, value in of_classes(run.results, metric).items() if run.is_finished else ():
+        for classes in self.classes_of_seeds(metric).values():
+            for name, value in classes.items():
                 found.setdefault(name, []).append(value)
         return {name: mean(values) for name, values in found.items()}
+
+    def classes_of_seeds(self, metric: Metric) -> dict[object, dict[str, float]]:
+        """Seed -> class -> value of a metric."""
+        return {run.labels['seed']: of_classes(run.results, metric) for run in self.runs if run.is_finished}
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,11 +188,16 @@ class Content:
         return [Difference(setting, other, corrected[i]) for i, (setting, other, _) in enumerate(found)]
 
     def class_differences(self, metric: Metric) -> dict[Setting, dict[str, float]]:
-        """Class -> difference from the baseline at the same batch size, of each setting that has both."""
-        found = {}
+        """Class -> difference from the baseline at the same batch size, over the seeds that have both."""
+        found: dict[Setting, dict[str, float]] = {}
         for difference in self.differences_in(metric):
-            ours, base = (setting.classes(metric) for setting in (difference.setting, difference.baseline))
-            found[difference.setting] = {name: ours[name] - base[name] for name in ours if name in base}
+            ours, base = (s.classes_of_seeds(metric) for s in (difference.setting, difference.baseline))
+            gaps: dict[str, list[float]] = {}
+            for seed in ours.keys() & base.keys():
+                for name in ours[seed].keys() & base[seed].keys():
+                    gaps.setdefault(name, []).append(ours[seed][name] - base[seed][name])
+            names = dict.fromkeys(name for classes in ours.values() for name in classes)
+            found[difference.setting] = {name: mean(gaps[name]) for name in names if name in gaps}
         return {setting: differences for setting, differences in found.items() if differences}
 
     @cached_property

@@ -120,7 +120,7 @@ def _classes(content: Content) -> list[Table]:
             values = [of_classes.get(name) for name in shown]
             texts = [NOTHING if v is None else signed(v * metric.scale, metric.digits) for v in values]
             rows.append([*_place(setting), *map(Cell, texts, values)])
-        caption = f'Mean over the seeds of each class less that of {content.baseline_name}{few}.'
+        caption = f'Each class less that of {content.baseline_name}, mean over the seeds of both{few}.'
         columns = ['norm', 'batch size', *shown]
         found.append(Table(f'classes-{metric.key}', f'By class, {metric.name}', caption, columns, rows))
     return found
