@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,7 +18,7 @@ from mmdet_norms.deploy import is_fused
 from mmdet_norms.engine.coco_detections import DumpCocoDetections, category_ids, is_detections
 from mmdet_norms.engine.predictions import DumpPredictions, is_predictions
 from mmdet_norms.engine.shared_memory import require_shared_memory
-from mmdet_norms.engine.work_dir import TESTING, Begins, claimed, left_alone_when_refused, require_unclaimed
+from mmdet_norms.engine.work_dir import TESTING, claimed, require_unclaimed
 from mmdet_norms.entries import class_of, is_a, is_classifier, name_of, parameter_of
 from mmdet_norms.files import remove_unfinished, require_writable
 
@@ -51,11 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = test_config(args)
     check_test(cfg, args)
-    with _claimed(cfg, args) if is_first_process(args) else nullcontext(threading.Event()) as begun:
+    with _claimed(cfg, args) if is_first_process(args) else nullcontext():
         runner = build_runner(cfg, use_threads(args, cfg.get('test_dataloader')))
         if args.out is not None:
             _save_detections(runner, args.out)
-        runner.register_hook(Begins(begun))
         run_with_checkpoint(runner.test, args)
 
 
@@ -128,17 +126,17 @@ def test_config(args: argparse.Namespace) -> Config:
 
 
 @contextmanager
-def _claimed(cfg: Config, args: argparse.Namespace) -> Iterator[threading.Event]:
+def _claimed(cfg: Config, args: argparse.Namespace) -> Iterator[None]:
     """The work dir, whose results.json a training or another test would write, too; and room for what is asked."""
     if args.out is not None:
         require_writable(args.out, '--out')
     if args.show_dir is not None:
         require_writable(Path(args.show_dir) / 'picture', '--show-dir')
     require_unclaimed(cfg.work_dir)
-    with claimed(cfg.work_dir, TESTING), left_alone_when_refused(cfg.work_dir, cfg.filename) as begun:
+    with claimed(cfg.work_dir, TESTING):
         for place in {Path(path).parent for path in (f'{cfg.work_dir}/results.json', args.out) if path}:
             remove_unfinished(place)
-        yield begun
+        yield
 
 
 test_config.__test__ = False  # the name is for people, not for pytest

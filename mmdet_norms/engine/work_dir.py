@@ -17,7 +17,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from ..errors import UserError, some
-from ..files import remove_unfinished, require_writable
+from ..files import remove_unfinished, require_writable, write_bytes
 from .cost import COST
 from .results import kept_results, read_json, write_json
 from .safe_checkpoints import LAST, CheckpointFolder
@@ -87,9 +87,10 @@ def require_fresh(folder: CheckpointFolder) -> None:
 
 @contextmanager
 def left_alone_when_refused(work_dir: str | os.PathLike, config: str | None) -> Iterator[threading.Event]:
-    """Around a training or a test: one that fails before it begins leaves the work dir as it was.
+    """Around a training: one that fails, or is stopped, before it begins leaves the work dir as it was.
 
-    mmengine writes a log, and its copy of the config over that of an earlier run, while it builds the runner.
+    mmengine writes a log, and its copy of the config over that of an earlier run, while it builds the runner. Only for
+    who has claimed the work dir as a training: whatever log is new is then its own.
 
     Args:
         config: the config file, of which the copy has the name.
@@ -103,11 +104,11 @@ def left_alone_when_refused(work_dir: str | os.PathLike, config: str | None) -> 
     logs = set(_logs(folder))
     try:
         yield begun
-    except Exception:
+    except BaseException:
         if not begun.is_set():
             with suppress(OSError):
                 if earlier is not None:
-                    copy.write_bytes(earlier)
+                    write_bytes(copy, earlier)
                 elif config:
                     copy.unlink(missing_ok=True)
             for log in set(_logs(folder)) - logs:
@@ -116,7 +117,7 @@ def left_alone_when_refused(work_dir: str | os.PathLike, config: str | None) -> 
 
 
 class Begins(Hook):
-    """The training or the test begins: data and weights are loaded, and no other hook refuses it.
+    """The training begins: data and weights are loaded, and no other hook refuses it.
 
     Register it last.
 
@@ -137,10 +138,6 @@ class Begins(Hook):
         removed = remove_earlier_run(self.overwritten) if self.overwritten and is_main_process() else []
         if removed:
             runner.logger.info(f'--overwrite: deleted {", ".join(path.name for path in removed)}')
-
-    def before_test(self, runner: Runner) -> None:
-        """Called behind all others."""
-        self.begun.set()
 
 
 def _logs(folder: Path) -> list[Path]:

@@ -25,7 +25,6 @@ from mmdet_norms.cli import test, train
 from mmdet_norms.engine import shared_memory
 from mmdet_norms.engine.safe_checkpoints import CheckpointFolder
 from mmdet_norms.engine.work_dir import TESTING, TRAINING, Begins
-from mmdet_norms.errors import UserError
 
 
 @pytest.fixture(scope='module')
@@ -105,22 +104,19 @@ def test_a_training_that_fails_leaves_a_log_only_if_it_had_begun(copied, tmp_pat
 
 
 @HOOKS.register_module()
-class Refuses(Hook):
-    """A hook that does not like the run."""
+class Stopped(Hook):
+    """Ctrl-C while the training gets ready."""
 
-    def before_run(self, runner):
-        raise UserError('a hook does not like it')
+    def before_train(self, runner):
+        raise KeyboardInterrupt
 
 
-def test_a_refused_test_leaves_the_run_alone(copied, capsys):
+def test_ctrl_c_before_the_training_begins_leaves_the_run_alone(copied, capsys):
     config, work_dir = copied
     before = everything(work_dir)
-    arguments = [str(config), str(work_dir / 'epoch_2.pth'), '--work-dir', str(work_dir)]
-    refused = '[dict(type="Refuses")]'
-    assert 'does not like it' in fails(capsys, test.main, [*arguments, '--cfg-options', f'custom_hooks={refused}'])
-    assert everything(work_dir) == before
-    test.main(arguments)
-    assert everything(work_dir).keys() > before.keys()
+    with pytest.raises(SystemExit) as stopped:
+        run(config, work_dir, '--overwrite', custom_hooks='[dict(type="Stopped")]')
+    assert stopped.value.code == 130 and everything(work_dir) == before
 
 
 def everything(folder):
