@@ -11,6 +11,7 @@ from numbers import Real
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_util
 import torch
 from mmdet.evaluation import CocoMetric
 from mmengine.dist import master_only
@@ -139,6 +140,8 @@ class PerClassCocoMetric(CocoMetric):
         """Evaluate one kind at a time, so that each one's per-class results can be told apart."""
         merged, kinds, logger = {}, self.metrics, MMLogger.get_current_instance()
         # masks are written to a file wherever they are: once is enough
+        if results and not any(len(found['labels']) for _, found in results):
+            results = self._with_nothing_found(results)
         boxes = [(truth, {key: value for key, value in found.items() if key != 'masks'}) for truth, found in results]
         if not self.table:
             logger.addFilter(_is_no_table)
@@ -153,6 +156,21 @@ class PerClassCocoMetric(CocoMetric):
             self.metrics = kinds
             logger.removeFilter(_is_no_table)
         return merged
+
+
+    def _with_nothing_found(self, results: list) -> list:
+        """Results of a detector that finds nothing, whose AP is 0; mmdet says that they are empty and gives none.
+
+        One empty box of the first image, which cannot be right, so that all is computed as for other detectors.
+        """
+        if self.format_only or self.outfile_prefix is not None:  # files for people
+            return results
+        (truth, found), *others = results
+        nothing = dict(bboxes=np.zeros((1, 4)), scores=np.zeros(1), labels=np.zeros(1, int))
+        if 'masks' in found:
+            empty = np.zeros((truth['height'], truth['width']), np.uint8, order='F')
+            nothing['masks'] = [mask_util.encode(empty)]
+        return [(truth, {**found, **nothing}), *others]
 
 
 def _is_no_table(record: logging.LogRecord) -> bool:

@@ -124,6 +124,24 @@ def test_per_class_results_of_boxes_and_masks_are_kept_apart(tmp_path):
     assert metrics['coco/segm_mAP'] == 0.5
 
 
+def test_a_detector_that_finds_nothing_has_an_ap_of_0(tmp_path):
+    """mmdet gives none, and the norm that failed was in no comparison."""
+    tiny.write_dataset(tmp_path)
+    path = str(tmp_path / 'annotations.json')
+    metric = PerClassCocoMetric(ann_file=path, metric=['bbox', 'segm'])
+    metric.dataset_meta = dict(classes=tiny.CLASSES)
+    content = json.loads((tmp_path / 'annotations.json').read_text())
+    for image in content['images']:
+        sample = perfect_boxes_empty_disc_masks(image, content['annotations'])
+        for key, value in sample['pred_instances'].items():
+            sample['pred_instances'][key] = value[:0]
+        metric.process({}, [sample])
+    metrics = metric.evaluate(size=len(content['images']))
+    assert metrics['coco/bbox_mAP'] == metrics['coco/segm_mAP'] == 0
+    assert metrics['coco/bbox_disc_precision'] == metrics['coco/segm_box_precision'] == 0
+    assert set(metrics.values()) <= {0, -1}
+
+
 @pytest.mark.parametrize('table', [True, False])
 def test_the_table_of_mmdet_is_no_flood_in_every_validation(table, tmp_path, monkeypatch):
     tiny.write_dataset(tmp_path)
