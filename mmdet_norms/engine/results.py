@@ -157,7 +157,6 @@ class PerClassCocoMetric(CocoMetric):
             logger.removeFilter(_is_no_table)
         return merged
 
-
     def _with_nothing_found(self, results: list) -> list:
         """Results of a detector that finds nothing, whose AP is 0; mmdet says that they are empty and gives none.
 

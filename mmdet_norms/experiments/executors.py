@@ -34,6 +34,7 @@ JOB = 'job.json'
 PROCESS, LOCAL, SLURM = 'process', 'local', 'slurm'
 
 _GRACE = 20  # seconds that a process has to end by itself
+_GRACE_OF_OTHERS = 6  # of those that it has begun: a loader's worker looks every five whether it is there
 _YOUNG = 60  # seconds in which a job that was started here has opened its log
 _SUBMITIT = 'submitit'  # folder with its files, in that of the cell
 
@@ -258,6 +259,7 @@ def _training_class() -> type:
             import os
             import signal
             import subprocess
+            from contextlib import suppress
 
             environment = {**os.environ, **self.environment}
             environment = {key: value for key, value in environment.items() if value is not None}
@@ -281,11 +283,17 @@ def _training_class() -> type:
             try:
                 return child.wait()
             except BaseException:  # Ctrl-C, and the exit with which submitit queues the job again
+                workers = []
+                with suppress(OSError), open(f'/proc/{child.pid}/task/{child.pid}/children') as begun:  # where it is
+                    workers = [int(pid) for pid in begun.read().split()]
                 child.terminate()
                 try:
                     child.wait(0.8)  # submitit waits for a second
                 except subprocess.TimeoutExpired:
                     child.kill()
+                for pid in workers:  # which may hang without it
+                    with suppress(OSError):
+                        os.kill(pid, signal.SIGKILL)
                 raise
 
         def checkpoint(self) -> object:
@@ -339,6 +347,8 @@ def _interruptible() -> Iterator[None]:
 
 
 def _end(processes: Sequence[subprocess.Popen], told: bool = False) -> None:
+    """End processes, then those that they have begun: a loader's worker may hang without them, and holds the log."""
+    begun = {pid: start for process in processes for pid, start in _begun_by(process.pid).items()}
     for process in processes if not told else ():
         process.terminate()
     end = time.monotonic() + _GRACE
@@ -346,8 +356,36 @@ def _end(processes: Sequence[subprocess.Popen], told: bool = False) -> None:
         try:
             process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
+            begun.update(_begun_by(process.pid))
             process.kill()
             process.wait()
+    end = time.monotonic() + _GRACE_OF_OTHERS
+    while left := [pid for pid, start in begun.items() if _start_of(pid) == start]:  # a number is used again
+        if time.monotonic() > end:
+            for pid in left:
+                with suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.05)
+
+
+def _begun_by(pid: int) -> dict[int, str]:
+    """The processes that one has begun, and those of these, with their start times; none where there is no /proc."""
+    found: dict[int, str] = {}
+    for path in Path(f'/proc/{pid}/task').glob('*/children'):
+        with suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                found.update({child: _start_of(child), **_begun_by(child)})
+    return found
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process began, as the system counts; None if it is gone."""
+    try:
+        state, *rest = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+        return None if state == 'Z' else rest[18]
+    except (OSError, IndexError):
+        return None
 
 
 def _visible_gpus() -> list[str]:

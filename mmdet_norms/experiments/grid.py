@@ -161,6 +161,7 @@ def _start_some(
             return
         cell = waiting.popleft()
         if not trainings.executor.is_free(trainings.folder / cell.name):
+            trainings.waits_for(cell)
             on_start(cell)
             waiting.append(cell)
         elif result := finished(trainings.folder / cell.name):
@@ -181,6 +182,7 @@ class _Trainings:
     def __init__(self, folder: Path, descriptions: dict[str, dict], more: Sequence[str], executor: Executor) -> None:
         self.folder, self.descriptions, self.more, self.executor = folder, descriptions, tuple(more), executor
         self.running: dict[str, tuple[Cell, Job, float, int]] = {}
+        self._told: set[str] = set()
 
     def __enter__(self) -> '_Trainings':
         return self
@@ -199,6 +201,17 @@ class _Trainings:
         environment = {'PYTHONPATH': os.pathsep.join(paths), 'PYTHONUNBUFFERED': '1'}
         job = self.executor.start(folder, command_of(cell, folder, self.more), environment)
         self.running[cell.name] = cell, job, time.monotonic(), begin
+
+    def waits_for(self, cell: Cell) -> None:
+        """Say once that somebody else trains a cell."""
+        if cell.name not in self._told:
+            self._told.add(cell.name)
+            log = self.folder / cell.name / LOG
+            print(
+                f'{cell.name}: waiting for a process of an earlier command that is still at work there (what it prints '
+                f'is in {log})',
+                file=sys.stderr,
+            )
 
     def ended(self) -> Iterator[Outcome]:
         for name, (cell, job, start, begin) in list(self.running.items()):

@@ -46,6 +46,35 @@ def gpus(monkeypatch):
     monkeypatch.setattr(executors, '_visible_gpus', lambda: ['4', '5', '6', '7'])
 
 
+# A loader's worker that hangs when its training has gone, as it does with a full queue.
+HANGS = """
+import signal, subprocess, sys, time
+from pathlib import Path
+begin = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'
+child = subprocess.Popen([sys.executable, '-c', begin])
+Path(sys.argv[1], 'child').write_text(str(child.pid))
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='needs /proc')
+def test_what_a_stopped_training_has_begun_ends_with_it(tmp_path, monkeypatch):
+    """It holds the log, and the next command would wait for it, for ever."""
+    monkeypatch.setattr(executors, '_GRACE_OF_OTHERS', 0.2)
+    processes = Processes()
+    job = processes.start(tmp_path, [sys.executable, '-c', HANGS, str(tmp_path)], {})
+    end = time.monotonic() + 30
+    while not (tmp_path / 'child').is_file() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert not processes.is_free(tmp_path)
+    processes.stop([job])
+    end = time.monotonic() + 5
+    while not processes.is_free(tmp_path) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert processes.is_free(tmp_path)
+
+
 def test_trainings_at_a_time_have_gpus_of_their_own(gpus):
     two = Gpus(2, jobs=2)
     first, second = two.take(), two.take()

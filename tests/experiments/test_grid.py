@@ -147,11 +147,12 @@ def test_two_grids_do_not_work_in_one_folder(folder):
         run(cells(folder, 1), folder)
 
 
-def test_a_cell_that_is_still_trained_is_waited_for_while_others_go_on(folder):
+def test_a_cell_that_is_still_trained_is_waited_for_while_others_go_on(folder, capsys):
     """A grid that was killed leaves its trainings alive: they hold their work dirs as any training does."""
     with held(folder / 'seed1') as end:
         run(cells(folder, 1, 2), folder, on_end=lambda outcome: end())
     assert ran(folder) == ['seed2', 'seed1']
+    assert capsys.readouterr().err.count('seed1: waiting for a process of an earlier command') == 1
 
 
 def full(*_):
