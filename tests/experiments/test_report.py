@@ -1,6 +1,7 @@
 """The comparison page: what it says of runs, and that it is a page."""
 
 import ast
+import copy
 import csv
 import functools
 import http.server
@@ -10,11 +11,14 @@ import shutil
 import subprocess
 import threading
 
+import cv2
 import numpy as np
 import pytest
+from mmdet.datasets import CocoDataset
 
+from helpers.commands import options_of
 from helpers.work_dirs import coco, dump, top_k, write_run
-from mmdet_norms.cli import compare
+from mmdet_norms.cli import compare, train
 from mmdet_norms.errors import UserError
 from mmdet_norms.experiments import report, runs
 from mmdet_norms.experiments.report import figures, metrics, pictures, published, tables
@@ -54,6 +58,101 @@ def cost(norm, size):
 
 def said(found):
     return ' '.join([*answer(found), method(found)])
+
+
+def _set(key, value):
+    return lambda cfg: cfg.merge_from_dict({key: value})
+
+
+def _repeat(cfg):
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=8, dataset=cfg.train_dataloader.dataset)
+
+
+def _adamw(cfg):
+    cfg.optim_wrapper.optimizer = dict(type='AdamW', lr=0.02, weight_decay=0.0001)
+
+
+def _batch(size, rate=None, warm_up=500):
+    """What ``--batch-size`` makes of a config, or less than that."""
+
+    def change(cfg):
+        cfg.optim_wrapper.optimizer.lr = 0.02 * size / 16 if rate is None else rate
+        cfg.param_scheduler[0].end = warm_up
+        return size
+
+    return change
+
+
+# What was changed of a config of 1x, each by itself.
+WRONG = {
+    '50 images': _set('train_dataloader.dataset.indices', 50),
+    'a subset': _set('train_dataloader.dataset.ann_file', 'annotations/instances_train2017_5percent.json'),
+    'trained on val': _set('train_dataloader.dataset.ann_file', 'annotations/instances_val2017.json'),
+    'images without boxes': _set('train_dataloader.dataset.filter_cfg', None),
+    'each image 8 times': _repeat,
+    '10 batches': _set('train_dataloader.num_batch_per_epoch', 10),
+    'no shuffle': _set('train_dataloader.sampler.shuffle', False),
+    '10 images validated': _set('val_dataloader.dataset.indices', 10),
+    'small images validated': _set('val_dataloader.dataset.pipeline.1.scale', (400, 240)),
+    'another metric': _set('val_evaluator.iou_thrs', [0.5]),
+    'lr 1e-6': _set('optim_wrapper.optimizer.lr', 1e-6),
+    'AdamW': _adamw,
+    'momentum': _set('optim_wrapper.optimizer.momentum', 0.5),
+    'weight decay': _set('optim_wrapper.optimizer.weight_decay', 0.0),
+    'clipped': _set('optim_wrapper.clip_grad', dict(max_norm=1)),
+    'AMP': _set('optim_wrapper.type', 'AmpOptimWrapper'),
+    'backbone stands still': _set('optim_wrapper.paramwise_cfg', dict(custom_keys=dict(backbone=dict(lr_mult=0)))),
+    'no schedule': _set('param_scheduler', None),
+    'an earlier step': _set('param_scheduler.1.milestones', [1, 2]),
+    'a longer warm-up': _set('param_scheduler.0.end', 5000),
+    'batch 512, lr as it was': _batch(512, rate=0.02, warm_up=16),
+    'batch 2, lr as it was': _batch(2, rate=0.02, warm_up=4000),
+    'batch 2, warm-up as it was': _batch(2),
+    'EMA': _set('custom_hooks', [dict(type='EMAHook')]),
+    'EMA beside the defaults': _set('default_hooks.ema', dict(type='EMAHook')),
+    'somebody freezes': _set('custom_hooks', [dict(type='FreezeHook', layers=['neck'])]),
+    'precise BN': _set('custom_hooks', [dict(type='PreciseBNHook', num_images=200)]),
+    'starts in part': _set('custom_hooks', [dict(type='StartHook', partial=dict(new=['neck']))]),
+    'another start': _set('load_from', 'some.pth'),
+    'statistics of all GPUs': _set('sync_bn', 'torch'),
+    'geometry': _set('model.roi_head.bbox_roi_extractor.roi_layer.sampling_ratio', 2),
+    'smaller pooling': _set('model.roi_head.bbox_roi_extractor.roi_layer.aligned', False),
+}
+RIGHT = {
+    'as it is': lambda cfg: None,
+    'another place': _set('train_dataloader.dataset.data_root', '/elsewhere/'),
+    'a full path': _set('val_dataloader.dataset.ann_file', '/elsewhere/annotations/instances_val2017.json'),
+    'workers': _set('train_dataloader.num_workers', 8),
+    'intervals': _set('default_hooks', dict(logger=dict(interval=1), checkpoint=dict(interval=12, save_best='auto'))),
+    'validated every 3 epochs': _set('train_cfg.val_interval', 3),
+    'a seed': _set('randomness', dict(seed=3, deterministic=True)),
+    'hooks of train': _set('custom_hooks', [dict(type='CostHook'), dict(type='StartHook'), dict(type='NormHook')]),
+    'batch 2': _batch(2, warm_up=4000),
+    'batch 3, rounded': _batch(3, rate=0.00375, warm_up=2667),
+    'batch 512': _batch(512, warm_up=16),
+}
+
+
+@pytest.fixture(scope='module')
+def coco_root(tmp_path_factory):
+    """COCO's classes and names of files, of 64 grey images."""
+    root = tmp_path_factory.mktemp('coco')
+    (root / 'annotations').mkdir()
+    classes = [dict(id=i + 1, name=name) for i, name in enumerate(CocoDataset.METAINFO['classes'])]
+    for split in ('train2017', 'val2017'):
+        (root / split).mkdir()
+        images = [dict(id=i + 1, file_name=f'{i}.png', width=64, height=64) for i in range(64)]
+        for image in images:
+            cv2.imwrite(str(root / split / image['file_name']), np.full((64, 64, 3), 127, np.uint8))
+        boxes = [
+            dict(id=i + 1, image_id=i + 1, category_id=i % 80 + 1, bbox=[0, 0, 40, 40], area=1600, iscrowd=0,
+                 segmentation=[[0, 0, 40, 0, 40, 40, 0, 40]])
+            for i in range(64)
+        ]  # fmt: skip
+        dump(
+            root / 'annotations' / f'instances_{split}.json', dict(images=images, annotations=boxes, categories=classes)
+        )
+    return root
 
 
 class TestAnswer:
@@ -322,10 +421,58 @@ class TestMetrics:
     def test_a_published_row_of_iterations_is_of_as_many_images(self, iterations, batch_size, is_there):
         """A training of 100 iterations had the row of 180000."""
         name = 'mask-rcnn_r50-scratch_fpn_mabn_180k_coco'
-        cfg = published.Config(dict(published._config(published._rows()[name][1])))
+        cfg = published.Config(copy.deepcopy(published._config(published._rows()[name][1])))
         cfg.train_cfg.max_iters = iterations
+        if batch_size == 2 and is_there:
+            cfg.optim_wrapper.optimizer.lr /= 8
+            warm_up, steps = cfg.param_scheduler
+            warm_up.end, steps.end, steps.milestones = 4000, 1440000, [960000, 1280000]
         run = Run('', dict(batch_size=batch_size), 'finished', config=f'{name}.py', cfg=cfg.to_dict())
         assert (published.published(run) is not None) == is_there
+
+    @pytest.mark.parametrize('change', [*WRONG, *RIGHT])
+    def test_a_published_row_is_of_all_that_decides_the_result(self, change):
+        """Of a run on 50 images, or at a learning rate of 1e-6, it said 'same model, data and number of images'."""
+        name = 'mask-rcnn_r50_fpn_bnet5_1x_coco'
+        cfg = published.Config(copy.deepcopy(published._config(published._rows()[name][1])))
+        size = {**WRONG, **RIGHT}[change](cfg) or 16
+        run = Run('', dict(batch_size=size), 'finished', config=f'{name}.py', cfg=cfg.to_dict())
+        assert (published.published(run) is not None) == (change in RIGHT)
+
+    def test_a_published_row_of_iterations_is_of_that_learning_rate(self):
+        name = 'mask-rcnn_r50-scratch_fpn_mabn_180k_coco'
+        cfg = published.Config(copy.deepcopy(published._config(published._rows()[name][1])))
+        cfg.optim_wrapper.optimizer.lr = 1e-9
+        run = Run('', dict(batch_size=16), 'finished', config=f'{name}.py', cfg=cfg.to_dict())
+        assert published.published(run) is None
+
+    @pytest.mark.parametrize(
+        ('config', 'row', 'options'),
+        [
+            ('bnet/mask-rcnn_r50_fpn_bnet5_1x_coco', None, ()),
+            ('bnet/mask-rcnn_r50_fpn_bnet5_1x_coco', 'mask-rcnn_r50_fpn_bn_1x_coco', ('--norm', 'bn')),
+            ('cbn/faster-rcnn_r50_fpn_cbn_1x_coco', None, ('--norm', 'cbn', '--batch-size', 2)),
+            (
+                'mabn/mask-rcnn_r50-scratch_fpn_mabn_180k_coco',
+                None,
+                ('--norm', 'mabn', '--batch-size', 32, '--per-class'),
+            ),
+            ('bnet/mask-rcnn_r50_fpn_bnet5_1x_coco', '', ('--batch-size', 2, '--no-scale-lr')),
+            ('bnet/mask-rcnn_r50_fpn_bnet5_1x_coco', '', ('--epochs', 6)),
+        ],
+    )
+    def test_a_published_row_is_found_as_train_makes_a_config(self, config, row, options, coco_root, tmp_path):
+        """With its hooks, another data root, batch size and work dir."""
+        name = config.rpartition('/')[2]
+        row = name if row is None else row
+        arguments = ('--data-root', coco_root, '--work-dir', tmp_path / 'w', '--seed', 3, *options)
+        cfg = options_of(train, f'configs/{config}.py', *arguments)
+        (tmp_path / 'now' / 'vis_data').mkdir(parents=True)
+        cfg.dump(tmp_path / 'now' / 'vis_data' / 'config.py')
+        size = options[options.index('--batch-size') + 1] if '--batch-size' in options else 16
+        cost = dict(parameters=published._rows()[row][0]['Metadata']['Parameters']) if row else {}
+        run = Run('', dict(batch_size=size), 'finished', config=f'{name}.py', cfg=runs._config(tmp_path), cost=cost)
+        assert (published.published(run) or dict(name=''))['name'] == row
 
 
 @pytest.fixture(scope='module')

@@ -1,7 +1,8 @@
-"""Published rows beside ours: of whichever config of this package a run has the model, the data and the length of."""
+"""Published rows beside ours: of whichever config of this package a run has all of that decides the result."""
 
 import functools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
@@ -14,15 +15,35 @@ from ..runs import Run
 from .metrics import KIND_NAMES
 
 _KEYS = {f'{name} {ap}': f'{kind}_{key}' for kind, name in KIND_NAMES.items() for ap, key in COLUMNS.items()}
-_FILES = ('checkpoint', 'backend_args')
 _KEYS |= {'Top 1 Accuracy': 'accuracy/top1', 'Top 5 Accuracy': 'accuracy/top5'}
+
+# What changes no result: which file of weights, of one network, is read, and the scope that mmengine adds to a base.
+_NOWHERE = ('checkpoint', 'backend_args', '_scope_')
+_OF_DATASETS = ('data_root', 'lazy_init', 'serialize_data')
+_OF_LOADERS = ('batch_size', 'num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor', 'timeout')
+_OF_METRICS = ('classwise', 'per_class', 'table', 'outfile_prefix', 'collect_device')
+_OF_LOOPS = ('max_iters', 'val_interval', 'val_begin', 'dynamic_intervals')
+# Of the rest a row needs the same: one that this package's train adds, or that logs, changes no result.
+_NO_RESULT = (
+    *('NormHook', 'ResultsHook', 'ClassResultsHook', 'ScheduleHook', 'RandomStateHook', 'PendingValidationHook'),
+    *('CostHook', 'NonFiniteHook', 'NormStatsHook', 'SyncBuffersHook', 'TrackersHook', 'PicturesHook', 'TuneModeHook'),
+    *('ChannelsLastHook', 'IterTimerHook', 'LoggerHook', 'TimedLoggerHook', 'CheckpointHook', 'RuntimeInfoHook'),
+    *('DetVisualizationHook', 'VisualizationHook', 'MemoryProfilerHook', 'EmptyCacheHook'),
+)
+_OWN_HOOKS = dict(  # of mmengine, where a config names none in their place
+    param_scheduler=dict(type='ParamSchedulerHook'), sampler_seed=dict(type='DistSamplerSeedHook')
+)
+_TIMES, _LISTS = ('begin', 'end', 'T_max', 'step_size', 'total_steps'), ('milestones', 'periods')
+_RATES = ('eta_min', 'eta_max', 'min_value')
+_ROUNDED = 0.01  # of a learning rate for another batch, as people write it
 
 
 def published(run: Run) -> dict | None:
     """What a metafile says of the run's model: name, results in the unit of results.json, and data.
 
     The row need not be that of the config that the run was started with: with ``--norm`` it is that of another one.
-    None where no row has its model, data set, augmentation and number of epochs or, where iterations count, of images.
+    None where no row has its model, data, evaluation, optimizer, schedule and hooks. With another batch size, the
+    learning rate must be that of the linear rule, and what counts iterations that of as many images.
     """
     model = next((model for model, path in _candidates(run) if _is_of(_config(path), run)), None)
     return model and dict(name=model['Name'], data=', '.join(sorted(_data_sets(model))), results=_results(model))
@@ -41,7 +62,16 @@ def _candidates(run: Run) -> Iterator[tuple[dict, Path]]:
 
 
 def _is_of(theirs: Mapping, run: Run) -> bool:
-    return all(of(theirs) == of(run.cfg) for of in (_model, _data, _epochs)) and _has_images_of(theirs, run)
+    if _recipe(theirs) != _recipe(run.cfg):
+        return False
+    base = (theirs.get('auto_scale_lr') or {}).get('base_batch_size') or theirs['train_dataloader']['batch_size']
+    size = run.labels.get('batch_size') or base
+    ours, published = _rates(run.cfg, size), _rates(theirs, base)
+    if len(ours) != len(published) or not all(map(functools.partial(math.isclose, rel_tol=_ROUNDED), ours, published)):
+        return False
+    ours, published = _images(run.cfg, size), _images(theirs, base)
+    far = [abs(one - other) > size + 0.001 * other for one, other in zip(ours, published)]  # iterations are rounded
+    return len(ours) == len(published) and not any(far)
 
 
 def _results(model: Mapping) -> dict[str, float]:
@@ -69,44 +99,91 @@ def _config(path: Path) -> dict:
     return Config.fromfile(path, import_custom_modules=False).to_dict()
 
 
-def _model(cfg: Mapping) -> object:
-    """All of it but the file of its weights: GN with and without WS, or CBN of another rho, are other models.
+def _recipe(cfg: Mapping) -> list:
+    """What has to be the same, whatever the batch size.
 
-    So is one that starts from no weights.
+    Of the model all but the file of its weights: GN with and without WS, or CBN of another rho, are other models, and
+    so is one that starts from no weights. Of annotations the name of the file: the folder is everybody's own.
     """
-    return _plain(cfg.get('model')), bool(cfg.get('load_from'))
+    loop = cfg.get('train_cfg') or {}
+    wrapper = _without(cfg.get('optim_wrapper'), ())
+    wrapper['optimizer'] = _without(wrapper.get('optimizer'), ('lr',))
+    return [
+        *(_plain(cfg.get('model')), bool(cfg.get('load_from')), cfg.get('sync_bn')),
+        *(_plain(_without(_data(cfg.get(f'{split}_dataloader')), _OF_LOADERS)) for split in ('train', 'val')),
+        [_plain(_named(_without(metric, _OF_METRICS))) for metric in _listed(cfg.get('val_evaluator'))],
+        *(_plain(wrapper), _plain(_without(loop, _OF_LOOPS)), _hooks(cfg)),
+        [
+            _plain(_without(entry, (*_LISTS, *_RATES, *_TIMES) if _counts_iterations(entry) else _RATES))
+            for entry in _listed(cfg.get('param_scheduler'))
+        ],
+    ]
+
+
+def _rates(cfg: Mapping, size: int) -> list[float]:
+    """Learning rates for one image."""
+    rates = [((cfg.get('optim_wrapper') or {}).get('optimizer') or {}).get('lr')]
+    scale = cfg.get('auto_scale_lr') or {}
+    if scale.get('enable') and scale.get('base_batch_size'):
+        rates = [rate and rate * size / scale['base_batch_size'] for rate in rates]
+    rates += [entry[key] for entry in _listed(cfg.get('param_scheduler')) for key in _RATES if key in entry]
+    return [rate / size for rate in rates if isinstance(rate, (int, float))]
+
+
+def _images(cfg: Mapping, size: int) -> list[float]:
+    """Until the end, and until each point of a schedule that counts iterations."""
+    iterations = [(cfg.get('train_cfg') or {}).get('max_iters')]
+    for entry in _listed(cfg.get('param_scheduler')):
+        if _counts_iterations(entry):
+            iterations += [entry.get(key) for key in _TIMES]
+            iterations += [step for key in _LISTS for step in entry.get(key) or ()]
+    return [count * size for count in iterations if isinstance(count, (int, float))]
+
+
+def _counts_iterations(entry: Mapping) -> bool:
+    return entry.get('by_epoch') is False
+
+
+def _hooks(cfg: Mapping) -> list:
+    found = [*{**_OWN_HOOKS, **(cfg.get('default_hooks') or {})}.values(), *_listed(cfg.get('custom_hooks'))]
+    found = [_plain(hook) for hook in found if hook]
+    names = [str(hook.get('type') if isinstance(hook, dict) else hook).rpartition('.')[2] for hook in found]
+    starts_whole = dict(type='StartHook')  # without what --allow-partial left out
+    return [hook for hook, name in zip(found, names) if name not in _NO_RESULT and hook != starts_whole]
+
+
+def _data(node: object) -> object:
+    """A loader or a data set, down to the one that reads: wrappers, filters and pipelines decide what a model sees."""
+    if isinstance(node, (list, tuple)):
+        return [_data(entry) for entry in node]
+    if not isinstance(node, Mapping):
+        return node
+    found = {key: _data(value) if key in ('dataset', 'datasets') else value for key, value in node.items()}
+    return _named(_without(found, _OF_DATASETS))
+
+
+def _named(entry: Mapping) -> dict:
+    """With the names of files and folders, wherever they are; a metric for each class is the same metric."""
+    found = dict(entry)
+    if isinstance(found.get('ann_file'), str):
+        found['ann_file'] = Path(found['ann_file']).name
+    if isinstance(found.get('data_prefix'), Mapping):
+        found['data_prefix'] = {key: Path(str(value)).name for key, value in found['data_prefix'].items()}
+    if found.get('type') == 'PerClassCocoMetric':
+        found['type'] = 'CocoMetric'
+    return found
+
+
+def _without(entry: object, keys: Sequence[str]) -> dict:
+    return {key: value for key, value in entry.items() if key not in keys} if isinstance(entry, Mapping) else {}
+
+
+def _listed(node: object) -> Sequence:
+    return node if isinstance(node, (list, tuple)) else [node] if node else []
 
 
 def _plain(node: object) -> object:
-    """Without files of weights, and with lists for tuples, as a config that was written down has them."""
+    """With lists for tuples, as a config that was written down has them."""
     if isinstance(node, Mapping):
-        return {key: _plain(value) for key, value in node.items() if key not in _FILES}
+        return {key: _plain(value) for key, value in node.items() if key not in _NOWHERE}
     return [_plain(entry) for entry in node] if isinstance(node, (list, tuple)) else node
-
-
-def _epochs(cfg: Mapping) -> int | None:
-    """None of a training that counts iterations."""
-    return (cfg.get('train_cfg') or {}).get('max_epochs')
-
-
-def _has_images_of(theirs: Mapping, run: Run) -> bool:
-    """Whether a training that counts iterations sees as many images: with another batch size they are others."""
-    ours, published = ((cfg.get('train_cfg') or {}).get('max_iters') for cfg in (run.cfg, theirs))
-    if ours is None or published is None:
-        return ours == published
-    their_size = (theirs.get('auto_scale_lr') or {}).get('base_batch_size') or theirs['train_dataloader']['batch_size']
-    size = run.labels.get('batch_size') or their_size
-    return abs(ours * size - published * their_size) <= size  # iterations are rounded
-
-
-def _data(cfg: Mapping) -> tuple:
-    """What tells COCO from somebody's own images in its place, and a training on several sizes from one on one.
-
-    That is the classes, by the annotation file where none are, and the transforms.
-    """
-    dataset = (cfg.get('val_dataloader') or cfg.get('train_dataloader') or {}).get('dataset') or {}
-    trained = (cfg.get('train_dataloader') or {}).get('dataset') or {}
-    while 'pipeline' not in trained and isinstance(trained.get('dataset'), Mapping):  # such as RepeatDataset
-        trained = trained['dataset']
-    classes = list((dataset.get('metainfo') or {}).get('classes') or ())
-    return dataset.get('type'), classes, Path(str(dataset.get('ann_file'))).name, _plain(trained.get('pipeline'))

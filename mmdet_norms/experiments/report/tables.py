@@ -186,7 +186,7 @@ def _published(content: Content) -> Table:
                 cells += [Cell(signed(middle - theirs * metric.scale, metric.digits), middle), Cell(row['name'])]
                 rows.append([*_place(setting), *cells, Cell(row['data'])])
     columns = ['norm', 'batch size', 'metric', 'ours', 'published', 'difference', 'row', 'data']
-    caption = "The authors' numbers of the same model, data and number of images, with their batch size."
+    caption = "The authors' numbers of the same model, data, recipe and number of images, with their batch size."
     return Table('published', 'Beside the published numbers', caption, columns, rows)
 
 
