@@ -362,6 +362,45 @@ class TestMetrics:
         assert [m.name for m in top] == ['top-1 accuracy', 'top-5 accuracy']
         assert list(metrics.of_classes(top_k(0.5, CLASSES), top[0])) == list(CLASSES)
 
+    def test_of_an_error_the_lowest_is_the_best(self):
+        """Of CrowdHuman's miss rate, the norm that misses most was ahead, and better."""
+        levels = dict(bn={2: 0.45, 16: 0.4}, gn={2: 0.57, 16: 0.5}, mabn={2: 0.31, 16: 0.3})
+        noise = dict(bn=0.001, gn=-0.002, mabn=0.003)
+        key = 'crowd_human/mMR'
+        found = Content(
+            [
+                run_of(norm, size, seed, value + noise[norm] * seed, metric=key)
+                for norm, sizes in levels.items()
+                for size, value in sizes.items()
+                for seed in range(3)
+            ]
+        )
+        assert found.metric.is_lower_better
+        assert verdict(found) == 'MABN ahead of BN, GN behind it at batch sizes 2 and 16'
+        text = said(found)
+        assert f'MABN has the lowest {key}, 0.313: 0.138 below BN' in text and 'Above BN: GN by 0.117' in text
+        assert 'From batch size 16 to 2, GN rises by 0.070' in text and 'highest' not in text
+        results, differences, falls = (tables.tables(found)[i] for i in (0, 1, 2))
+        assert [row[0].text for row in results.rows if row[-1].kind == 'best'] == ['MABN', 'MABN']
+        assert 'the best of each batch size' in results.caption and 'how much more a norm rises' in falls.caption
+        assert {row[0].text: row[-1].text for row in differences.rows} == dict(GN='worse', MABN='better')
+        loose = {norm: [0.3 + x * s for s in (1, 2, 4)] for norm, x in dict(bn=0.1, gn=0.011, mabn=0.01).items()}
+        loose['gn'][2] += 0.01
+        close = Content([run_of(norm, 2, seed, v, metric=key) for norm in loose for seed, v in enumerate(loose[norm])])
+        words = r'GN, 0\.\d+ above it, is not told apart from it \(95 % interval -0\.\d+ to 0\.\d+\)'
+        assert re.search(words, said(close))
+        best = Content([run_of(norm, 2, 0, value, metric=key) for norm, value in dict(bn=0.4, gn=0.5).items()])
+        assert verdict(best) == 'BN has the lowest value, of one seed'
+        assert 'BN has the lowest crowd_human/mMR, 0.400; GN comes next' in said(best)
+
+    @pytest.mark.parametrize(
+        ('key', 'is_lower'),
+        [('val_loss', True), ('loss_bbox', True), ('pose/RMSE', True), ('crowd_human/mAP', False), ('glossy', False)],
+    )
+    def test_which_metrics_are_errors(self, key, is_lower):
+        (found,) = metrics.metrics([{key: 0.5}])
+        assert found.is_lower_better == is_lower
+
     def test_a_published_row_is_beside_the_config_that_it_is_of(self):
         config = 'configs/mabn/mask-rcnn_r50-scratch_fpn_mabn_180k_coco.py'
         model, path = published._rows()['mask-rcnn_r50-scratch_fpn_mabn_180k_coco']

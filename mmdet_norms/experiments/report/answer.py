@@ -76,7 +76,7 @@ def _verdict_at(content: Content, size: int | None) -> list[str]:
     tested = [d for d in differences if d.effect.p is not None]
     equal = [setting.method.name for setting in _equal(content, ranked)]
     has = f'{best.method.name} has' if len(equal) == 1 else f'{_listed(equal)} have'
-    what = 'the highest' if len(equal) < len(ranked) or len(equal) == 1 else 'the same'
+    what = f'the {content.metric.extreme}' if len(equal) < len(ranked) or len(equal) == 1 else 'the same'
     if not differences:
         return [f'only {best.method.name} finished' if len(ranked) == 1 else f'{has} {what} mean']
     untested = [d for d in differences if d.effect.p is None]
@@ -86,6 +86,8 @@ def _verdict_at(content: Content, size: int | None) -> list[str]:
         said = f'{has} {what} value, of one seed' if _is_ranked(content, ranked) else f'one seed only of {_some(ones)}'
         return [said]
     groups = {where: [d.setting.method.name for d in found] for where, found in _groups(tested).items()}
+    if content.metric.is_lower_better:
+        groups = {where: groups[turned] for where in _PLACES if (turned := _turned(where)) in groups}
     if len(groups.get('below', ())) == len(tested):
         said = f'{base} ahead of {_some([d.setting.method.name for d in tested])}'
     else:
@@ -109,7 +111,7 @@ def _at(content: Content, size: int | None) -> Iterator[str]:
         return
     best, metric = ranked[0], content.metric
     difference = content.difference(best)
-    head = f'{best.method.name} has the highest {metric.name}, {value(content, best)}'
+    head = f'{best.method.name} has the {metric.extreme} {metric.name}, {value(content, best)}'
     if difference is None:
         rivals = _ranked(content, size)
         if len(ranked) == 1:
@@ -126,10 +128,11 @@ def _at(content: Content, size: int | None) -> Iterator[str]:
         return
     effect, base = scaled(content, difference.effect), difference.baseline.method.name
     gap, details = number(abs(effect.difference), metric.digits), f'{interval(effect, metric.digits)}, {seeds(effect)}'
+    side = 'below' if metric.is_lower_better else 'above'
     if effect.p is None:
-        yield f'{where}, {head}, {gap} above {base}, of one seed: how sure that is cannot be said.'
+        yield f'{where}, {head}, {gap} {side} {base}, of one seed: how sure that is cannot be said.'
     elif effect.is_seen:
-        yield f'{where}, {head}: {gap} above {base} ({details}, {p_value(effect)}).'
+        yield f'{where}, {head}: {gap} {side} {base} ({details}, {p_value(effect)}).'
     elif effect.is_likely:
         yield f'{where}, {head}. Against {base} that is {words(content, difference.effect)}.'
     else:
@@ -166,9 +169,9 @@ def _others(content: Content, size: int | None) -> Iterator[str]:
 
 
 def _ranked(content: Content, size: int | None) -> list[Difference]:
-    """The differences at a batch size, highest first."""
+    """The differences at a batch size, best first."""
     found = [d for d in content.differences if d.setting.batch_size == size]
-    return sorted(found, key=lambda d: -d.effect.difference)
+    return sorted(found, key=lambda d: -content.metric.sign * d.effect.difference)
 
 
 def _groups(differences: Sequence[Difference]) -> dict[str, list[Difference]]:
@@ -180,6 +183,10 @@ def _groups(differences: Sequence[Difference]) -> dict[str, list[Difference]]:
         if known:
             found[where] = sorted(known, key=lambda d: -abs(d.effect.difference))
     return found
+
+
+def _turned(where: str) -> str:
+    return where.replace('above', 'below') if 'above' in where else where.replace('below', 'above')
 
 
 def _gap(content: Content, effect: Effect) -> str:
@@ -202,7 +209,7 @@ def _equal(content: Content, ranked: Sequence[Setting]) -> list[Setting]:
 def _of_equal_ones(content: Content, where: str, equal: Sequence[Setting], ranked: Sequence[Setting]) -> Iterator[str]:
     """Several with one mean: none is the best, however sure or unsure that is."""
     names, metric = _listed([setting.method.name for setting in equal]), content.metric
-    what = 'the same' if len(equal) == len(ranked) else 'the same, highest'
+    what = 'the same' if len(equal) == len(ranked) else f'the same, {metric.extreme}'
     yield f'{where}, {names} have {what} {metric.name}, {value(content, equal[0])}.'
     known = [difference for setting in equal if (difference := content.difference(setting)) is not None]
     if known:
@@ -214,14 +221,14 @@ def _of_equal_ones(content: Content, where: str, equal: Sequence[Setting], ranke
 
 def _is_ranked(content: Content, ranked: Sequence[Setting]) -> bool:
     """Whether the means have the order of the paired differences; where seeds are missing they may not."""
-    known = {d.setting: d.effect.difference for d in content.differences}
+    known = {d.setting: content.metric.sign * d.effect.difference for d in content.differences}
     known.update({d.baseline: 0.0 for d in content.differences})
     found = [known[setting] for setting in ranked if setting in known]
     return all(a >= b or math.isclose(a, b, abs_tol=1e-9) for a, b in pairwise(found))
 
 
 def _of_other_seeds(content: Content, where: str, size: int | None) -> Iterator[str]:
-    """The mean is the highest because seeds are missing: only differences over common seeds are said."""
+    """The mean is the best because seeds are missing: only differences over common seeds are said."""
     said = '; '.join(f'{d.setting.method.name} {words(content, d.effect)}' for d in _ranked(content, size))
     yield f'{where}, not all have the same seeds, and the means are not to be compared.'
     yield f'Against {content.baseline_name}, over the seeds of both: {said}.'
@@ -231,12 +238,14 @@ def _second(content: Content, ranked: Sequence[Setting]) -> Iterator[str]:
     """Whether the runner-up is told apart from the best."""
     if len(ranked) < 3 or content.difference(ranked[1]) is None:
         return
-    found = effects.effect(content.values(ranked[0]), content.values(ranked[1]), content.metric.step)
+    sides = [content.values(setting) for setting in ranked[:2]][:: content.metric.sign]
+    found = effects.effect(*sides, content.metric.step)
     if found is None or found.p is None or found.is_seen or found.difference < 0:  # of common seeds, not of all
         return
     found = scaled(content, found)
     name, digits = ranked[1].method.name, content.metric.digits
-    yield f'{name}, {number(found.difference, digits)} below it, is not told apart from it ({interval(found, digits)}).'
+    gap = f'{number(found.difference, digits)} {"above" if content.metric.is_lower_better else "below"} it'
+    yield f'{name}, {gap}, is not told apart from it ({interval(found, digits)}).'
 
 
 def _cost(content: Content, difference: Difference) -> Iterator[str]:
@@ -257,7 +266,8 @@ def _falls(content: Content) -> Iterator[str]:
         falls = [fall for fall in content.falls if (fall.large.batch_size, fall.small.batch_size) == pair]
         ones = [fall for fall in falls if fall.effect.p is None]
         falls = [fall for fall in falls if fall.effect.p is not None]
-        seen = sorted((f for f in falls if f.effect.is_seen or f.effect.is_likely), key=lambda f: f.effect.difference)
+        seen = [fall for fall in falls if fall.effect.is_seen or fall.effect.is_likely]
+        seen.sort(key=lambda fall: content.metric.sign * fall.effect.difference)
         unseen = [fall.small.method.name for fall in falls if fall not in seen]
         said = [_fall(content, fall) for fall in seen]
         said += [f'no change is seen of {_listed(unseen)}'] if unseen else []
@@ -269,6 +279,8 @@ def _falls(content: Content) -> Iterator[str]:
 def _fall(content: Content, fall: Fall) -> str:
     effect, name = fall.effect, fall.small.method.name
     verb = 'loses' if effect.difference < 0 else 'gains'
+    if content.metric.is_lower_better:
+        verb = 'falls by' if effect.difference < 0 else 'rises by'
     if effect.p is None:
         return f'{name} {verb} {_gap(content, effect)} in one seed'
     return f'{name} {verb if effect.is_seen else f"perhaps {verb}"} {_extent(content, effect)}'

@@ -212,9 +212,9 @@ class Content:
         return next((row for run in setting.runs if (row := published(run))), None)
 
     def best(self, batch_size: int | None) -> list[Setting]:
-        """The settings at a batch size that have values, highest mean first."""
+        """The settings at a batch size that have values, best mean first."""
         known = [s for s in self.settings if s.batch_size == batch_size and self.values(s)]
-        return sorted(known, key=lambda s: -mean(self.values(s).values()))
+        return sorted(known, key=lambda s: -self.metric.sign * mean(self.values(s).values()))
 
     @cached_property
     def notes(self) -> list[str]:

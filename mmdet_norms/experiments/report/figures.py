@@ -257,10 +257,10 @@ def _costs(content: Content) -> Section | None:
             content, f'{content.metric.name} against {name}', lambda axis, size, k=key, n=name: draw(axis, size, k, n)
         )
     ]
-    caption = 'Up and to the left is better. A bar goes from the lowest to the highest seed.'
-    return Section(
-        'cost', 'What it costs', caption if len(content.seeds) > 1 else 'Up and to the left is better.', panels
-    )
+    caption = f'{"Down" if content.metric.is_lower_better else "Up"} and to the left is better.'
+    if len(content.seeds) > 1:
+        caption += ' A bar goes from the lowest to the highest seed.'
+    return Section('cost', 'What it costs', caption, panels)
 
 
 def _classes(content: Content) -> Section | None:

@@ -1,5 +1,6 @@
 """What the numbers of results.json are called, and in which unit people read them."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,9 @@ from ...engine.results import COLUMNS, PER_CLASS_SUFFIX, TOP1_OF_CLASS, accuraci
 from ...errors import UserError, did_you_mean
 
 KIND_NAMES = {'bbox': 'box', 'segm': 'mask'}
+
+# Words of a key of which less is better: CrowdHuman's mMR, losses, errors, what a tracker misses.
+_LOWER = {'mmr', 'mr', 'loss', 'losses', 'error', 'err', 'mae', 'mse', 'rmse', 'nll', 'ece', 'fp', 'fn', 'idsw'}
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Metric:
         unit: its name; empty of AP, which is read as 0 to 100.
         digits: after the point.
         step: to which it is rounded in the file.
+        is_lower_better: as of an error.
     """
 
     key: str
@@ -28,6 +33,17 @@ class Metric:
     unit: str = ''
     digits: int = 1
     step: float = 0.001
+    is_lower_better: bool = False
+
+    @property
+    def sign(self) -> int:
+        """What to multiply a difference with, so that better is more."""
+        return -1 if self.is_lower_better else 1
+
+    @property
+    def extreme(self) -> str:
+        """What the best value is."""
+        return 'lowest' if self.is_lower_better else 'highest'
 
 
 def metrics(results: Iterable[Mapping[str, float]]) -> list[Metric]:
@@ -40,7 +56,10 @@ def metrics(results: Iterable[Mapping[str, float]]) -> list[Metric]:
         if f'{kind}_{key}' in merged
     ]
     found += [Metric(key, f'{name} accuracy', unit='%') for name, key in accuracies(merged).items()]
-    return found + [Metric(key, key, scale=1.0, digits=3, step=0.0) for key in other_keys(merged)]
+    return found + [
+        Metric(key, key, scale=1.0, digits=3, step=0.0, is_lower_better=not _LOWER.isdisjoint(_words(key)))
+        for key in other_keys(merged)
+    ]
 
 
 def headline(results: Sequence[Mapping[str, float]], wanted: str | None = None) -> Metric:
@@ -75,6 +94,10 @@ def of_classes(results: Mapping[str, float], metric: Metric) -> dict[str, float]
         for key, value in results.items()
         if key.startswith(start) and key.endswith(end) and value >= 0
     }
+
+
+def _words(key: str) -> list[str]:
+    return re.split(r'[^a-z0-9]+', key.lower())
 
 
 def _kind_name(kind: str) -> str:

@@ -63,7 +63,7 @@ def _results(content: Content) -> Table:
         for metric in shown:
             values = [mean(v.values()) for s in content.best(size) if (v := content.values(s, metric))]
             if len(set(values)) > 1:  # else nothing stands out
-                best[size, metric.key] = max(values)
+                best[size, metric.key] = max(values, key=lambda value: metric.sign * value)
     rows = []
     for setting in content.settings:
         cells = _place(setting)
@@ -84,7 +84,8 @@ def _results(content: Content) -> Table:
     several = any(len(content.values(setting)) > 1 for setting in content.settings)
     caption = 'Mean and standard deviation over the seeds' if several else 'One seed each'
     columns = ['norm', 'batch size', 'seeds', *(metric.name for metric in shown)]
-    return Table('results', 'Results', f'{caption}; the highest of each batch size stands out.', columns, rows)
+    which = 'best' if any(metric.is_lower_better for metric in shown) else 'highest'
+    return Table('results', 'Results', f'{caption}; the {which} of each batch size stands out.', columns, rows)
 
 
 def _differences(content: Content) -> list[Table]:
@@ -99,7 +100,12 @@ def _differences(content: Content) -> list[Table]:
             row = [*_place(difference.setting), Cell(difference.baseline.method.name)]
             row += [Cell(signed(effect.difference, metric.digits), effect.difference, quiet)]
             if sure:
-                row += [_interval(effect, metric.digits), _p(effect.p), _p(effect.adjusted), Cell(_said(effect))]
+                row += [
+                    _interval(effect, metric.digits),
+                    _p(effect.p),
+                    _p(effect.adjusted),
+                    Cell(_said(effect, metric.sign)),
+                ]
             rows.append(row)
         columns = ['norm', 'batch size', 'against', 'difference']
         columns += [INTERVAL, 'p', 'p (Holm)', 'in words'] if sure else []
@@ -145,7 +151,8 @@ def _falls(content: Content) -> Table:
         )
     columns = ['norm', 'batch size', 'change', INTERVAL, 'p (Holm)', f'beyond {content.baseline_name}']
     title = f'What a smaller batch costs, {content.metric.name}'
-    caption = f'Paired over the seeds; beyond {content.baseline_name}: how much less a norm loses than it.'
+    less = 'more a norm rises' if content.metric.is_lower_better else 'less a norm loses'
+    caption = f'Paired over the seeds; beyond {content.baseline_name}: how much {less} than it.'
     return Table('falls', title, caption, [*columns, INTERVAL, 'p (Holm)'], rows)
 
 
@@ -224,9 +231,9 @@ def _p(p: float | None) -> Cell:
     return Cell('< 0.001' if p < 0.001 else f'{p:.2g}', p)
 
 
-def _said(effect: Effect) -> str:
+def _said(effect: Effect, sign: int) -> str:
     if effect.p is None:
         return 'one seed: not known'
     if effect.is_seen:
-        return 'better' if effect.difference > 0 else 'worse'
+        return 'better' if sign * effect.difference > 0 else 'worse'
     return 'not certain' if effect.is_likely else 'no difference seen'
