@@ -21,7 +21,17 @@ case $preset in
         exit 2 ;;
 esac
 more+=("${@:2}")
-read -ra seeds <<<"${SEEDS:-0 1 2}"
+read -d '' -ra seeds <<<"${SEEDS:-0 1 2}" || true
+if [ ${#seeds[@]} = 0 ]; then
+    echo 'tools/reproduce.sh: SEEDS is empty; write such as SEEDS="0 1 2"' >&2
+    exit 2
+fi
+for argument in "${@:2}"; do
+    case $argument in --seeds* | --out* | --norms* | --batch-sizes* | --variant*)
+        echo "tools/reproduce.sh: ${argument%%=*} is its own; seeds are given by SEEDS=\"0 1 2\" before it" >&2
+        exit 2 ;;
+    esac
+done
 configs=configs/reproduce
 head=$configs/faster-rcnn_r${net}_fpn_bn-head_shapes$of.py
 all=$configs/faster-rcnn_r${net}_fpn_bn-all_shapes$of.py
@@ -41,7 +51,16 @@ tool make_shapes.py --classification --out "data/shapes-cls$of" "${images_cls[@]
 grid "$configs/resnet${net}_bn_shapes-cls$of.py" pretrain --norms bn gn mabn bnet5 an --batch-sizes 32
 pretrained() { echo "model.backbone.init_cfg.checkpoint=$out/pretrain/$1-b32-s${seeds[0]}/epoch_7.pth"; }
 if [ "${seeds[0]}" != 0 ]; then  # the configs name that of seed 0
-    always+=(--cfg-options "$(pretrained bn)")
+    key=(--cfg-options)
+    for i in "${!more[@]}"; do  # those of the caller, of which compare run takes the last
+        if [ "${more[i]}" = --cfg-options ]; then
+            more=("${more[@]:0:i+1}" "$(pretrained bn)" "${more[@]:i+1}") key=()
+            break
+        fi
+    done
+    if [ ${#key[@]} != 0 ]; then
+        always+=("${key[@]}" "$(pretrained bn)")
+    fi
 fi
 
 # (a) Batch norm, group norm and CBN in FPN and box head, at a small and a large batch.

@@ -110,6 +110,21 @@ def test_all_detectors_start_from_backbones_of_the_first_seed(tmp_path):
         assert started[0].endswith('/bn-b32-s4/epoch_7.pth') and all('-b32-s4/' in option for option in started)
 
 
+def test_options_of_the_caller_and_the_backbone_of_the_seed_go_together(tmp_path):
+    """Of two --cfg-options the last counts, and batch norm alone would start from the backbone of seed 0."""
+    _, found = commands(tmp_path, 'cpu', '--cfg-options', 'default_hooks.logger.interval=7', SEEDS='4\n5')
+    for given in grids(found)[1:]:
+        (place,) = (i for i, word in enumerate(given) if word == '--cfg-options')
+        options = [option.partition('=')[0] for option in given[place + 1 : place + 3]]
+        assert options == ['model.backbone.init_cfg.checkpoint', 'default_hooks.logger.interval']
+        assert given[given.index('--seeds') + 1 :][:2] == ['4', '5']
+
+
+@pytest.mark.parametrize('arguments, seeds', [(['--seeds', '7'], '0'), (['--out=foo'], '0'), ([], ' ')])
+def test_what_it_decides_itself_is_refused_before_anything_is_made(tmp_path, arguments, seeds):
+    assert commands(tmp_path, 'cpu', *arguments, SEEDS=seeds) == (2, [])
+
+
 def test_arguments_go_to_every_grid(tmp_path):
     status, found = commands(tmp_path, 'gpu', '--gpus', '1', '--', '--amp')
     assert status == 0 and all(given[-4:] == ['--gpus', '1', '--', '--amp'] for given in grids(found))
