@@ -86,7 +86,8 @@ def _apart(init):
 
     @functools.wraps(init)
     def begin(self, *args, **kwargs):
-        for known in (MMLogger, MessageHub, Visualizer):  # hooks take the newest, which need not be that of their run
+        # hooks take the newest, which need not be that of their run; each class has its own
+        for known in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
             known._instance_dict.clear()
         init(self, *args, **kwargs)
 
