@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -131,7 +131,8 @@ class Processes:
 
     def stop(self, jobs: Iterable['Process']) -> None:
         """See :class:`Executor`."""
-        _end([job.popen for job in jobs])
+        processes = [job.popen for job in jobs]
+        _end(processes, lambda: [process.terminate() for process in processes])
 
 
 class Process:
@@ -217,10 +218,8 @@ class Submitit:
     def stop(self, jobs: Iterable['SubmittedJob']) -> None:
         """See :class:`Executor`."""
         if self.cluster == LOCAL:
-            jobs = list(jobs)
-            for job in jobs:
-                job.job.cancel()
-            _end([job.job._process for job in jobs], told=True)
+            jobs = [job.job for job in jobs]
+            _end([job._process for job in jobs], lambda: [job.cancel() for job in jobs])
 
 
 class SubmittedJob:
@@ -259,7 +258,6 @@ def _training_class() -> type:
             import os
             import signal
             import subprocess
-            from contextlib import suppress
 
             environment = {**os.environ, **self.environment}
             environment = {key: value for key, value in environment.items() if value is not None}
@@ -283,17 +281,11 @@ def _training_class() -> type:
             try:
                 return child.wait()
             except BaseException:  # Ctrl-C, and the exit with which submitit queues the job again
-                workers = []
-                with suppress(OSError), open(f'/proc/{child.pid}/task/{child.pid}/children') as begun:  # where it is
-                    workers = [int(pid) for pid in begun.read().split()]
                 child.terminate()
                 try:
                     child.wait(0.8)  # submitit waits for a second
                 except subprocess.TimeoutExpired:
                     child.kill()
-                for pid in workers:  # which may hang without it
-                    with suppress(OSError):
-                        os.kill(pid, signal.SIGKILL)
                 raise
 
         def checkpoint(self) -> object:
@@ -346,17 +338,20 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _end(processes: Sequence[subprocess.Popen], told: bool = False) -> None:
-    """End processes, then those that they have begun: a loader's worker may hang without them, and holds the log."""
-    begun = {pid: start for process in processes for pid, start in _begun_by(process.pid).items()}
-    for process in processes if not told else ():
-        process.terminate()
+def _end(processes: Sequence[subprocess.Popen], tell: Callable[[], object]) -> None:
+    """End processes, then those that they have begun: a loader's worker may hang without them, and holds the log.
+
+    Args:
+        tell: asks the processes to end.
+    """
+    begun = _begun_by(processes)
+    tell()
     end = time.monotonic() + _GRACE
     for process in processes:
         try:
             process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            begun.update(_begun_by(process.pid))
+            begun |= _begun_by([process])
             process.kill()
             process.wait()
     end = time.monotonic() + _GRACE_OF_OTHERS
@@ -369,18 +364,21 @@ def _end(processes: Sequence[subprocess.Popen], told: bool = False) -> None:
         time.sleep(0.05)
 
 
-def _begun_by(pid: int) -> dict[int, str]:
-    """The processes that one has begun, and those of these, with their start times; none where there is no /proc."""
+def _begun_by(processes: Iterable[subprocess.Popen]) -> dict[int, str]:
+    """Living processes that some have begun, and those of these, with their start times; none where is no /proc."""
     found: dict[int, str] = {}
-    for path in Path(f'/proc/{pid}/task').glob('*/children'):
-        with suppress(OSError):
-            for child in map(int, path.read_text().split()):
-                found.update({child: _start_of(child), **_begun_by(child)})
+    waiting = [process.pid for process in processes]
+    while waiting:
+        with suppress(OSError):  # one that has just gone
+            for path in Path(f'/proc/{waiting.pop()}/task').glob('*/children'):
+                children = [int(word) for word in path.read_text().split()]
+                waiting += children
+                found |= {child: start for child in children if (start := _start_of(child)) is not None}
     return found
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process began, as the system counts; None if it is gone."""
+    """When a process began, as the system counts; None if it is gone, or ended and nobody has asked how."""
     try:
         state, *rest = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
         return None if state == 'Z' else rest[18]

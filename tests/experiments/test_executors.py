@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -58,21 +60,37 @@ time.sleep(600)
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='needs /proc')
-def test_what_a_stopped_training_has_begun_ends_with_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize('kind', ['process', LOCAL])
+def test_what_a_stopped_training_has_begun_ends_with_it(kind, tmp_path, monkeypatch):
     """It holds the log, and the next command would wait for it, for ever."""
+    if kind == LOCAL:
+        pytest.importorskip('submitit')
     monkeypatch.setattr(executors, '_GRACE_OF_OTHERS', 0.2)
-    processes = Processes()
-    job = processes.start(tmp_path, [sys.executable, '-c', HANGS, str(tmp_path)], {})
+    executor = executors.make(kind)
+    job = executor.start(tmp_path, [sys.executable, '-c', HANGS, str(tmp_path)], {})
     end = time.monotonic() + 30
     while not (tmp_path / 'child').is_file() and time.monotonic() < end:
         time.sleep(0.05)
     time.sleep(0.5)
-    assert not processes.is_free(tmp_path)
-    processes.stop([job])
+    assert not executor.is_free(tmp_path)
+    executor.stop([job])
     end = time.monotonic() + 5
-    while not processes.is_free(tmp_path) and time.monotonic() < end:
+    while not executor.is_free(tmp_path) and time.monotonic() < end:
         time.sleep(0.05)
-    assert processes.is_free(tmp_path)
+    assert executor.is_free(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='needs /proc')
+def test_nobody_waits_for_what_has_ended_and_was_not_asked_how():
+    code = 'import subprocess, time; child = subprocess.Popen(["true"]); print(flush=True); time.sleep(60)'
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        end = time.monotonic() + 10
+        while executors._begun_by([process]) and time.monotonic() < end:
+            time.sleep(0.05)
+        (children,) = Path(f'/proc/{process.pid}/task').glob('*/children')
+        assert children.read_text().split() and executors._begun_by([process]) == {}
+        process.kill()
 
 
 def test_trainings_at_a_time_have_gpus_of_their_own(gpus):
