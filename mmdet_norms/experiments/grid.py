@@ -4,6 +4,7 @@ Whatever stops the grid, the same call goes on with it: finished cells are kept,
 newest checkpoint, one that failed is tried again.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -107,6 +108,7 @@ def run(
             replaced since one in the folder was trained; before any starts.
     """
     folder, on_end, on_start, on_look = Path(folder), *map(_in_any_case, (on_end, on_start, on_look))
+    on_wait = _in_any_case(functools.cache(_say_that_it_waits))
     with claimed(folder, _LOCK, '--out'), _ended_by_signals():
         descriptions = _descriptions(cells, read)
         for cell in cells:
@@ -119,7 +121,7 @@ def run(
         waiting = deque(cell for cell in cells if cell.name not in outcomes)
         with _Trainings(folder, descriptions, more, executor or Processes()) as trainings:
             while waiting or trainings.running:
-                ended = [*_start_some(waiting, trainings, jobs, on_start), *trainings.ended()]
+                ended = [*_start_some(waiting, trainings, jobs, on_start, on_wait), *trainings.ended()]
                 for outcome in ended:
                     outcomes[outcome.cell.name] = outcome
                     on_end(outcome)
@@ -149,8 +151,17 @@ def _in_any_case(tell: Callable[..., None]) -> Callable[..., None]:
     return told
 
 
+def _say_that_it_waits(folder: Path) -> None:
+    said = f'{folder.name}: waiting for a process of an earlier command that is still at work there'
+    print(f'{said} (what it prints is in {folder / LOG})', file=sys.stderr)
+
+
 def _start_some(
-    waiting: deque[Cell], trainings: '_Trainings', jobs: int, on_start: Callable[[Cell], None]
+    waiting: deque[Cell],
+    trainings: '_Trainings',
+    jobs: int,
+    on_start: Callable[[Cell], None],
+    on_wait: Callable[[Path], None],
 ) -> Iterator[Outcome]:
     """Start what there is room for; tell what another grid has finished, and what could not be started.
 
@@ -161,7 +172,7 @@ def _start_some(
             return
         cell = waiting.popleft()
         if not trainings.executor.is_free(trainings.folder / cell.name):
-            trainings.waits_for(cell)
+            on_wait(trainings.folder / cell.name)
             on_start(cell)
             waiting.append(cell)
         elif result := finished(trainings.folder / cell.name):
@@ -182,7 +193,6 @@ class _Trainings:
     def __init__(self, folder: Path, descriptions: dict[str, dict], more: Sequence[str], executor: Executor) -> None:
         self.folder, self.descriptions, self.more, self.executor = folder, descriptions, tuple(more), executor
         self.running: dict[str, tuple[Cell, Job, float, int]] = {}
-        self._told: set[str] = set()
 
     def __enter__(self) -> '_Trainings':
         return self
@@ -201,17 +211,6 @@ class _Trainings:
         environment = {'PYTHONPATH': os.pathsep.join(paths), 'PYTHONUNBUFFERED': '1'}
         job = self.executor.start(folder, command_of(cell, folder, self.more), environment)
         self.running[cell.name] = cell, job, time.monotonic(), begin
-
-    def waits_for(self, cell: Cell) -> None:
-        """Say once that somebody else trains a cell."""
-        if cell.name not in self._told:
-            self._told.add(cell.name)
-            log = self.folder / cell.name / LOG
-            print(
-                f'{cell.name}: waiting for a process of an earlier command that is still at work there (what it prints '
-                f'is in {log})',
-                file=sys.stderr,
-            )
 
     def ended(self) -> Iterator[Outcome]:
         for name, (cell, job, start, begin) in list(self.running.items()):

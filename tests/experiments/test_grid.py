@@ -167,6 +167,13 @@ def test_a_full_disk_fails_what_cannot_begin_and_ends_no_grid(folder, monkeypatc
     assert ran(folder) == ['seed13', 'seed1']
 
 
+def test_a_full_disk_keeps_no_grid_from_waiting(folder, monkeypatch):
+    monkeypatch.setattr(grid, '_say_that_it_waits', full)
+    with held(folder / 'seed1') as end:
+        run(cells(folder, 1, 2), folder, on_end=lambda outcome: end())
+    assert ran(folder) == ['seed2', 'seed1']
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_grid_that_is_stopped_ends_its_trainings(folder, number):
     code = f"""
