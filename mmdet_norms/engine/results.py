@@ -139,9 +139,9 @@ class PerClassCocoMetric(CocoMetric):
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Evaluate one kind at a time, so that each one's per-class results can be told apart."""
         merged, kinds, logger = {}, self.metrics, MMLogger.get_current_instance()
-        # masks are written to a file wherever they are: once is enough
         if results and not any(len(found['labels']) for _, found in results):
             results = self._with_nothing_found(results)
+        # masks are written to a file wherever they are: once is enough
         boxes = [(truth, {key: value for key, value in found.items() if key != 'masks'}) for truth, found in results]
         if not self.table:
             logger.addFilter(_is_no_table)

@@ -85,9 +85,8 @@ def _verdict_at(content: Content, size: int | None) -> list[str]:
     if not tested:
         said = f'{has} {what} value, of one seed' if _is_ranked(content, ranked) else f'one seed only of {_some(ones)}'
         return [said]
-    groups = {where: [d.setting.method.name for d in found] for where, found in _groups(tested).items()}
-    if content.metric.is_lower_better:
-        groups = {where: groups[turned] for where in _PLACES if (turned := _turned(where)) in groups}
+    groups = _groups(tested, content.metric.sign)
+    groups = {where: [d.setting.method.name for d in found] for where, found in groups.items()}
     if len(groups.get('below', ())) == len(tested):
         said = f'{base} ahead of {_some([d.setting.method.name for d in tested])}'
     else:
@@ -174,19 +173,19 @@ def _ranked(content: Content, size: int | None) -> list[Difference]:
     return sorted(found, key=lambda d: -content.metric.sign * d.effect.difference)
 
 
-def _groups(differences: Sequence[Difference]) -> dict[str, list[Difference]]:
-    """Where they are from the baseline, as far as that can be said: the largest first."""
+def _groups(differences: Sequence[Difference], sign: int = 1) -> dict[str, list[Difference]]:
+    """Where they are from the baseline, as far as that can be said: the largest first.
+
+    Args:
+        sign: -1 takes what is below for what is above.
+    """
     found: dict[str, list[Difference]] = {}
     for where in _PLACES:
         known = [d for d in differences if (d.effect.is_likely if 'perhaps' in where else d.effect.is_seen)]
-        known = [d for d in known if (d.effect.difference > 0) == ('above' in where)]
+        known = [d for d in known if (sign * d.effect.difference > 0) == ('above' in where)]
         if known:
             found[where] = sorted(known, key=lambda d: -abs(d.effect.difference))
     return found
-
-
-def _turned(where: str) -> str:
-    return where.replace('above', 'below') if 'above' in where else where.replace('below', 'above')
 
 
 def _gap(content: Content, effect: Effect) -> str:

@@ -1,7 +1,7 @@
 """What the report says, as data: settings, differences from a baseline, falls with the batch size, caveats."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -174,12 +174,9 @@ class Content:
     def differences_in(self, metric: Metric) -> list[Difference]:
         """Of every setting from its baseline, in a metric."""
         found = []
-        for setting in self.settings:
-            baseline = self.baseline_of(setting.method)
-            other = baseline and self.at(baseline, setting.batch_size)
-            if other:
-                effect = effects.effect(self.values(setting, metric), self.values(other, metric), metric.step)
-                found += [(setting, other, effect)] if effect else []
+        for setting, other in self._beside_baselines():
+            effect = effects.effect(self.values(setting, metric), self.values(other, metric), metric.step)
+            found += [(setting, other, effect)] if effect else []
         # which norm to take is asked at one batch size: its comparisons are corrected together
         by_size = {size: [i for i, (s, *_) in enumerate(found) if s.batch_size == size] for size in self.batch_sizes}
         corrected = {}
@@ -190,15 +187,22 @@ class Content:
     def class_differences(self, metric: Metric) -> dict[Setting, dict[str, float]]:
         """Class -> difference from the baseline at the same batch size, over the seeds that have both."""
         found: dict[Setting, dict[str, float]] = {}
-        for difference in self.differences_in(metric):
-            ours, base = (s.classes_of_seeds(metric) for s in (difference.setting, difference.baseline))
+        for setting, baseline in self._beside_baselines():
+            ours, base = (side.classes_of_seeds(metric) for side in (setting, baseline))
             gaps: dict[str, list[float]] = {}
             for seed in ours.keys() & base.keys():
                 for name in ours[seed].keys() & base[seed].keys():
                     gaps.setdefault(name, []).append(ours[seed][name] - base[seed][name])
             names = dict.fromkeys(name for classes in ours.values() for name in classes)
-            found[difference.setting] = {name: mean(gaps[name]) for name in names if name in gaps}
+            found[setting] = {name: mean(gaps[name]) for name in names if name in gaps}
         return {setting: differences for setting, differences in found.items() if differences}
+
+    def _beside_baselines(self) -> Iterator[tuple[Setting, Setting]]:
+        """Every setting that has its baseline at the same batch size, and that."""
+        for setting in self.settings:
+            baseline = self.baseline_of(setting.method)
+            if other := baseline and self.at(baseline, setting.batch_size):
+                yield setting, other
 
     @cached_property
     def headlines(self) -> list[Metric]:
